@@ -1,0 +1,298 @@
+"""Capacity: a level is the same module with smaller fields, and its parameters are leading slices of the full ones.
+
+``family(module, levels, example)`` builds every level's shapes and compares them leaf by leaf with the full model:
+the *window* of a leaf is its leading extents, all zero where a level lacks the leaf (a depth cut). Everything else
+here is derived from that table: ``mask``, ``narrow``, ``widen``, ``overlay``, ``view`` and ``costs``.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import tree
+from hetfl_jax.models.adapter import Net, adapt
+from hetfl_jax.types import Array, PyTree
+
+Path = tuple[str, ...]
+
+
+class Window(NamedTuple):
+    """The part of one leaf that each level owns."""
+
+    extents: np.ndarray  #: [L, ndim] leading extents, all zero where the level lacks the leaf
+    class_axis: int  #: the axis that grows with the number of classes, -1 if none
+
+
+class Family(NamedTuple):
+    """One net at several capacity levels, level 0 the largest."""
+
+    nets: tuple[Net, ...]  #: one a level
+    fields: Mapping[str, np.ndarray]  #: [L] value of each module field that levels set
+    shapes: tuple[PyTree, ...]  #: variables of each level as ShapeDtypeStruct
+    windows: Mapping[Path, Window]
+    example: PyTree  #: ShapeDtypeStruct of a batch of one, as stored
+    prepare: Callable[[Array, Array | None], Array]  #: (x as stored, key or None) -> input of the net
+    exits: np.ndarray  #: [L] number of exits of each level
+    masked: bool  #: whether a traced level gives the same answer as the dense net of that level
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.nets)
+
+
+class Costs(NamedTuple):
+    """What a level costs."""
+
+    parameters: np.ndarray  #: [L] trainable entries
+    bytes: np.ndarray  #: [L] bytes of all variables: what travels one way
+    macs: np.ndarray  #: [L] multiply-adds of one example's forward pass (convolutions and matrix products)
+
+
+class View(NamedTuple):
+    """A model at one level, dense or masked; a client written against it serves both."""
+
+    apply: Callable[..., tuple[Array, PyTree]]  #: see ``apply_at``
+    variables: PyTree
+    active: Array  #: [E] bool, the exits that the level has
+    cut: Callable[[PyTree], PyTree]  #: a full tree -> the level's (narrowed, or dead entries set to zero)
+    put: Callable[[PyTree, PyTree], PyTree]  #: (full tree, the level's) -> the full tree with the window replaced
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+    return tuple(str(getattr(key, "key", key)) for key in keys)
+
+
+def _flat(values: PyTree) -> dict[Path, Any]:
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
+
+
+def map_leaves(fn: Callable[[Path, Any], Any], values: PyTree) -> PyTree:
+    """``fn(path, leaf)`` over a tree of variables, the path as strings: a key of ``Family.windows``."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_path(path), leaf), values)
+
+
+def _as_stored(x: Array, key: Array | None) -> Array:
+    return x
+
+
+def family(
+    module: Any,
+    levels: Sequence[Mapping[str, Any]],
+    example: Any,
+    prepare: Callable[[Array, Array | None], Array] = _as_stored,
+    masked: bool = True,
+) -> Family:
+    """The capacity table of ``module`` at each of ``levels``.
+
+    Args:
+      module: a linen module; ``module.clone(**level)`` is the level's net. See ``models.adapter`` for its call.
+      levels: fields of each level, the largest first, e.g. ``[dict(width=1.0), dict(width=0.5)]``.
+      example: one stored batch (or its ShapeDtypeStruct), [B, ...].
+      prepare: turns stored examples into the net's input; gets a key while training (augmentation), else ``None``.
+      masked: ``False`` for a net that runs only at its true shape (it then refuses a traced level).
+
+    Raises:
+      ValueError: a level that is not contained in level 0, or has another leaf rank.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(8,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 4)))
+    >>> fam.windows["params", "dense_0", "kernel"].extents.tolist()
+    [[4, 8], [4, 4]]
+    """
+    example = jax.eval_shape(lambda v: v, jax.tree.map(jnp.asarray, example)) if not _is_struct(example) else example
+    modules = [module.clone(**fields) for fields in levels]
+    nets = tuple(adapt(m) for m in modules)
+    ready = jax.eval_shape(lambda v: prepare(v, None), example)
+
+    def shapes_of(net: Net) -> PyTree:
+        return jax.eval_shape(net.init, jax.random.key(0), ready)
+
+    shapes = tuple(shapes_of(net) for net in nets)
+    flat = [_flat(s) for s in shapes]
+    more = {}
+    if hasattr(modules[0], "classes"):
+        more = _flat(shapes_of(adapt(modules[0].clone(classes=modules[0].classes + 1))))
+    windows = {path: _window(path, leaf, flat, more.get(path)) for path, leaf in flat[0].items()}
+    names = dict.fromkeys(name for fields in levels for name in fields)
+    table = {name: np.asarray([getattr(m, name) for m in modules]) for name in names}
+    exits = np.asarray([_evaluate(net, s, ready)[0].shape[0] for net, s in zip(nets, shapes)])
+    return Family(nets, table, shapes, windows, example, prepare, exits, masked)
+
+
+def _evaluate(net: Net, shapes: PyTree, ready: Any, **options: Any) -> tuple[Any, PyTree]:
+    return jax.eval_shape(lambda v, x: net.apply(v, x, **options), shapes, ready)
+
+
+def collects_statistics(fam: Family) -> bool:
+    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
+    ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
+    stats = _evaluate(fam.nets[0], fam.shapes[0], ready, collect=True)[1]
+    return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
+
+
+def init(fam: Family, key: Array) -> PyTree:
+    """Start variables of the full model."""
+    return fam.nets[0].init(key, fam.prepare(tree.zeros(fam.example), None))
+
+
+def _is_struct(example: Any) -> bool:
+    return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
+
+
+def _window(path: Path, leaf: Any, flat: list[dict[Path, Any]], wider: Any) -> Window:
+    extents = []
+    for level, leaves in enumerate(flat):
+        shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)
+        if len(shape) != len(leaf.shape) or any(s > f for s, f in zip(shape, leaf.shape)):
+            raise ValueError(f"level {level} has {'/'.join(path)} of shape {shape}, not inside {leaf.shape} (capacity.family)")
+        if extra := set(leaves) - set(flat[0]):
+            raise ValueError(f"level {level} has {'/'.join(min(extra))}, which level 0 lacks (capacity.family)")
+        extents.append(shape)
+    grown = [] if wider is None else [i for i, (a, b) in enumerate(zip(leaf.shape, wider.shape)) if a != b]
+    return Window(np.asarray(extents, np.int32).reshape(len(flat), len(leaf.shape)), grown[0] if grown else -1)
+
+
+def mask(fam: Family, level: int | Array, like: PyTree) -> PyTree:
+    """Which entries of ``like`` (variables, or some of their collections) the level owns; bool, traced level allowed.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> mask(fam, 1, fam.shapes[0])["params"]["dense_0"]["bias"].tolist()
+    [True, True, False, False]
+    """
+
+    return map_leaves(lambda path, value: mask_leaf(fam, path, level), like)
+
+
+def mask_leaf(fam: Family, path: Path, level: int | Array) -> Array:
+    """``mask`` of one leaf, of its full shape."""
+    extents = fam.windows[path].extents
+    inside = jnp.ones(tuple(extents[0]), bool)
+    for axis in range(extents.shape[1]):
+        if (extents[:, axis] < extents[0, axis]).any():
+            inside &= jax.lax.broadcasted_iota(jnp.int32, inside.shape, axis) < jnp.asarray(extents[:, axis])[level]
+    return inside
+
+
+def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
+    """The level's own tree: the leading slice of each leaf it has.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> narrow(fam, tree.zeros(fam.shapes[0]), 1)["params"]["dense_0"]["kernel"].shape
+    (3, 2)
+    """
+    flat = _flat(values)
+
+    def leaf(path: Path, shape: Any) -> Array:
+        return flat[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
+
+    return map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
+
+
+def widen(fam: Family, values: PyTree, level: int) -> PyTree:
+    """The inverse of ``narrow``: zero outside the window."""
+    flat = _flat(values)
+
+    def leaf(path: Path, shape: Any) -> Array:
+        if path not in flat:
+            return jnp.zeros(shape.shape, shape.dtype)
+        value = flat[path]
+        return jnp.pad(value, [(0, full - own) for full, own in zip(shape.shape, value.shape)])
+
+    return map_leaves(leaf, {name: fam.shapes[0][name] for name in values})
+
+
+def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
+    """``old`` with the level's window replaced by ``new``; entries outside it survive."""
+    flat = _flat(new)
+
+    def leaf(path: Path, value: Array) -> Array:
+        if path not in flat:
+            return value
+        return value.at[tuple(slice(0, extent) for extent in flat[path].shape)].set(flat[path])
+
+    return map_leaves(leaf, old)
+
+
+def view(fam: Family, variables: PyTree, level: int | Array) -> View:
+    """The model at ``level``: dense at its true shape for a Python int, masked at full shape for a traced one.
+
+    Raises:
+      ValueError: a traced level of a family that runs dense only.
+    """
+    if isinstance(level, int):
+        return View(
+            apply_at(fam, level),
+            narrow(fam, variables, level),
+            jnp.ones(fam.exits[level], bool),
+            lambda values: narrow(fam, values, level),
+            lambda old, new: overlay(fam, old, new, level),
+        )
+    if not fam.masked:
+        raise ValueError("this net runs only at its true shape: use the bucketed or debugging executor (capacity.view)")
+    capacity = {name: jnp.asarray(column)[level] for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
+
+    def cut(values: PyTree) -> PyTree:
+        return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), values, mask(fam, level, values))
+
+    def put(old: PyTree, new: PyTree) -> PyTree:
+        return jax.tree.map(lambda o, n, keep: jnp.where(keep, n, o), old, new, mask(fam, level, old))
+
+    active = jnp.arange(fam.exits[0]) < jnp.asarray(fam.exits)[level]
+    return View(apply_at(fam, 0, capacity), cut(variables), active, cut, put)
+
+
+def apply_at(
+    fam: Family, level: int, capacity: Mapping[str, Array] | None = None
+) -> Callable[..., tuple[Array, PyTree]]:
+    """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored."""
+
+    def apply(variables: PyTree, x: Array, *, key: Array | None = None, **options: Any) -> tuple[Array, PyTree]:
+        augment, dropout = (None, None) if key is None else tuple(jax.random.split(key))
+        return fam.nets[level].apply(variables, fam.prepare(x, augment), key=dropout, capacity=capacity, **options)
+
+    return apply
+
+
+def costs(fam: Family) -> Costs:
+    """Parameters, bytes one way, and forward multiply-adds per example, of every level.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(), [dict(width=1.0)], jnp.zeros((1, 784)))
+    >>> costs(fam).parameters.tolist(), costs(fam).macs.tolist()
+    ([159010], [158800])
+    """
+    ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
+    batch = jax.tree.leaves(fam.example)[0].shape[0]
+
+    def macs(net: Net, shapes: PyTree) -> int:
+        return count_macs(jax.make_jaxpr(lambda v, x: net.counted(v, x))(shapes, ready).jaxpr) // batch
+
+    return Costs(
+        np.asarray([sum(leaf.size for leaf in jax.tree.leaves(s["params"])) for s in fam.shapes], np.int64),
+        np.asarray([tree.nbytes(s) for s in fam.shapes], np.int64),
+        np.asarray([macs(net, s) for net, s in zip(fam.nets, fam.shapes)], np.int64),
+    )
+
+
+def count_macs(jaxpr: Any) -> int:
+    """Multiply-adds of the convolutions and matrix products of a jaxpr, loops counted once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        out = equation.outvars[0].aval
+        if equation.primitive.name == "dot_general":
+            contract = equation.params["dimension_numbers"][0][0]
+            total += out.size * math.prod(equation.invars[0].aval.shape[a] for a in contract)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += out.size * math.prod(kernel) // out_channels
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += count_macs(inner)
+    return total

@@ -1,0 +1,118 @@
+"""``compose``: a method from parts. A slot exists only where two methods fill it differently."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hetfl_jax import capacity, tree
+from hetfl_jax.capacity import Family
+from hetfl_jax.parts import drift as drifts
+from hetfl_jax.parts import merge as merges
+from hetfl_jax.parts import objective as objectives
+from hetfl_jax.parts import select as selects
+from hetfl_jax.parts import server as servers
+from hetfl_jax.parts.local import Local, Tally, local_steps, train
+from hetfl_jax.types import Algorithm, Array, Plan, Population, PyTree, Reply, Shard
+
+
+class ServerState(NamedTuple):
+    """The server of a composed method."""
+
+    variables: PyTree  #: the full model: params and, where tracked, batch_stats
+    slot: PyTree  #: of the server rule, e.g. Adam's moments
+
+
+class Sent(NamedTuple):
+    """What every client receives."""
+
+    variables: PyTree
+    round: Array
+
+
+def compose(
+    family: Family,
+    *,
+    local: Local,
+    select: selects.Select,
+    capacity_of: selects.Capacity | None = None,
+    objective: objectives.Objective | None = None,
+    drift: drifts.Drift | None = None,
+    merge: merges.Merge | None = None,
+    server: servers.Server | None = None,
+) -> Algorithm:
+    """A federated method over ``family``; the defaults are FedAvg.
+
+    Args:
+      local: local training.
+      select: who takes part.
+      capacity_of: the level of an item in this round (default: the client's own).
+      objective: the local loss (default: cross-entropy).
+      drift: a client-side correction and its memory (default: none).
+      merge: how replies become a mean (default: example-weighted over the clients that hold an entry).
+      server: what is done with the mean (default: add it).
+
+    Returns:
+      An ``Algorithm``; its info has the loss and accuracy of the local training, how many items failed and which, and
+      items and examples per level, from which costs are counted.
+    """
+    capacity_of = capacity_of or selects.own_level()
+    objective = objective or objectives.cross_entropy()
+    drift = drift or drifts.none()
+    merge = merge or merges.overlap_mean(family)
+    server = server or servers.optimizer()
+
+    def init(key: Array) -> tuple[ServerState, PyTree]:
+        variables = capacity.init(family, key)
+        return ServerState(variables, server.init(variables)), drift.init(variables["params"])
+
+    def plan(key: Array, round: Array, state: ServerState, population: Population, survey: Any) -> Plan:
+        who, how = jax.random.split(key)
+        cohort = select(who, round, state, population, survey)
+        return Plan(*cohort, capacity_of(how, cohort.ids, population), Sent(state.variables, round), ())
+
+    def client(key: Array, sent: Sent, level: int | Array, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+        view = capacity.view(family, sent.variables, level)
+        own = view.cut(memory)
+        after, seen = train(local, view, objective, drift, key=key, shard=shard, memory=own, round=sent.round)
+        delta = jax.tree.map(jnp.subtract, after, view.variables)
+        kept = drift.update(own, after["params"], view.variables["params"], local_steps(local, shard.size))
+        return Reply(merge.lift(delta, level, shard), 0, view.put(memory, kept), seen)
+
+    def widen(total: merges.Total, level: int) -> merges.Total:
+        return total._replace(delta=capacity.widen(family, total.delta, level))
+
+    def serve(state: ServerState, plan: Plan, total: PyTree, report: Tally, ok: Array) -> tuple[ServerState, PyTree]:
+        mean, coverage = merge.settle(tree.take(total, 0))
+        slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any())
+        return ServerState(variables, slot), round_info(plan, report, ok, family.levels)
+
+    def model(state: ServerState, level: int, shard: Shard | None = None) -> PyTree:
+        return capacity.narrow(family, state.variables, level)
+
+    def predict(variables: PyTree, level: int, x: Array, shard: Shard | None = None) -> Array:
+        exits, _ = capacity.apply_at(family, level)(variables, x)
+        return exits if shard is None else objective.local(exits, shard)
+
+    def statistics(variables: PyTree, level: int, x: Array, valid: Array) -> PyTree:
+        return capacity.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
+
+    collects = statistics if capacity.collects_statistics(family) else None
+    return Algorithm(family.levels, 1, init, plan, client, widen, serve, model, predict, collects)
+
+
+def round_info(plan: Plan, report: Tally, ok: Array, levels: int) -> dict[str, Array]:
+    """What a human wants of a round: training loss and accuracy, failures, and work per level, all on the device."""
+    seen = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), report)
+    examples = jnp.maximum(seen.examples, 1)
+    at_level = jax.nn.one_hot(plan.level, levels) * plan.valid[:, None]
+    failed = plan.valid & ~ok
+    return {
+        "train_loss": seen.loss / examples,
+        "train_accuracy": seen.correct / examples,
+        "clients": ok.sum(),
+        "failed": failed.sum(),
+        "failed_ids": jnp.where(failed, plan.ids, -1),
+        "items": at_level.sum(0),
+        "examples": (at_level * jnp.where(plan.valid, report.examples, 0)[:, None]).sum(0),
+    }

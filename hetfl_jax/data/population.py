@@ -1,0 +1,102 @@
+"""Building a ``Population``: everything is checked here, once, because JAX clamps bad gathers silently."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax.types import Population, Shard
+
+_INT32 = np.iinfo(np.int32).max
+
+
+def population(
+    x: np.ndarray,
+    y: np.ndarray,
+    index: np.ndarray,
+    size: np.ndarray,
+    *,
+    level: np.ndarray | None = None,
+    levels: int = 1,
+    classes: int | np.ndarray | None = None,
+) -> Population:
+    """Put a partition on the device: one pool, a flat index and sizes; no loop over clients.
+
+    Args:
+      x: [M, ...] examples as they should be stored (images as uint8).
+      y: [M] integer labels in ``[0, classes)``.
+      index: [n] pool rows, client after client.
+      size: [N] examples per client, each >= 1, summing to n.
+      level: [N] capacity level of each client, default 0.
+      levels: number of capacity levels.
+      classes: number of classes (default: largest label + 1), or the [N, C] table of classes that each client holds
+        (default: the labels among its examples).
+
+    Raises:
+      ValueError: naming the client or value that is out of range.
+
+    >>> pop = population(np.zeros((4, 2)), np.array([0, 1, 1, 0]), np.array([3, 1, 2]), np.array([1, 2]))
+    >>> pop.offset.tolist(), pop.classes.tolist()
+    ([0, 1], [[True, False], [False, True]])
+    """
+    index, size, y = np.asarray(index), np.asarray(size), np.asarray(y)
+    _check(len(x) == len(y) >= 1, f"{len(x)} examples with {len(y)} labels: need as many, at least 1")
+    _check(size.ndim == 1 and size.size >= 1, f"sizes of shape {size.shape}: need one per client")
+    empty = np.flatnonzero(size < 1)
+    _check(not empty.size, lambda: f"{empty.size} clients hold no example (first: client {empty[0]}); need >= 1 each")
+    total = int(size.sum(dtype=np.int64))
+    _check(total == index.size, f"sizes sum to {total}, but the index has {index.size} entries")
+    _check(max(total, len(x)) < _INT32, f"{max(total, len(x))} examples: at most {_INT32 - 1}")
+    low, high = int(index.min()), int(index.max())
+    _check(0 <= low and high < len(x), f"index has rows {low}..{high}, allowed 0..{len(x) - 1}")
+    _check(np.issubdtype(y.dtype, np.integer), f"labels of dtype {y.dtype}: need integers")
+    count = int(y.max()) + 1 if classes is None else int(classes if np.ndim(classes) == 0 else np.shape(classes)[1])
+    _check(int(y.min()) >= 0 and int(y.max()) < count, f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}")
+    level = np.zeros(size.size, np.int32) if level is None else np.asarray(level)
+    _check(level.shape == size.shape, f"{level.size} levels for {size.size} clients")
+    bad = np.flatnonzero((level < 0) | (level >= levels))
+    _check(not bad.size, lambda: f"client {bad[0]} has level {level[bad[0]]}, allowed 0..{levels - 1}")
+    held = np.asarray(classes, bool) if np.ndim(classes) == 2 else held_classes(y[index], size, count)
+    _check(held.shape == (size.size, count), f"class table of shape {held.shape}, need {(size.size, count)}")
+    offset = np.cumsum(size, dtype=np.int64) - size
+    ints = [np.asarray(v, np.int32) for v in (y, index, offset, size, level)]
+    return Population(jnp.asarray(x), *map(jnp.asarray, ints), classes=jnp.asarray(held))
+
+
+def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
+    """[N, C] bool: which labels occur among each client's consecutive examples."""
+    held = np.zeros((size.size, count), bool)
+    held[np.repeat(np.arange(size.size), size), labels] = True
+    return held
+
+
+def _check(fine: bool, message: object) -> None:
+    if not fine:
+        raise ValueError(f"{message() if callable(message) else message} (data.population)")
+
+
+def shards(pop: Population, ids: jnp.ndarray) -> Shard:
+    """The rows of clients ``ids`` with a leading axis; the pool (x, y, index) is left out."""
+    return Shard(None, None, None, pop.offset[ids], pop.size[ids], pop.classes[ids])
+
+
+def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -> Population:
+    """The same examples re-cut into consecutive batches, one "client" a batch, for passes over all data.
+
+    Args:
+      order: [n] permutation of the index, default a fixed shuffle (sorted pools would give one-class batches).
+
+    >>> pop = population(np.zeros((5, 2)), np.arange(5), np.arange(5), np.array([5]))
+    >>> batches(pop, 2).size.tolist()
+    [2, 2, 1]
+    """
+    index = np.asarray(pop.index)
+    order = np.random.default_rng(0).permutation(index.size) if order is None else order
+    sizes = np.full(-(-index.size // batch_size), batch_size, np.int32)
+    sizes[-1] = index.size - batch_size * (sizes.size - 1)
+    offset = np.arange(sizes.size, dtype=np.int32) * batch_size
+    return pop._replace(
+        index=jnp.asarray(index[order]),
+        offset=jnp.asarray(offset),
+        size=jnp.asarray(sizes),
+        level=jnp.zeros(sizes.size, jnp.int32),
+        classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
+    )

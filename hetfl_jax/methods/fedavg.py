@@ -1,0 +1,27 @@
+"""FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) and FedOpt (Reddi et al. 2021) by the server slot.
+
+``w_k = LocalSGD(w)``, then ``w <- server(w, sum_k n_k (w_k - w) / sum_k n_k)``.
+
+| slot | here |
+|---|---|
+| select | uniform cohort without replacement |
+| objective | cross-entropy |
+| merge | mean weighted by examples |
+| server | plain averaging, or an optax optimizer on the pseudo-gradient |
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import compose
+from hetfl_jax.parts import select, server
+from hetfl_jax.parts.local import Local
+from hetfl_jax.types import Algorithm
+
+
+def make(family: Family, local: Local, *, cohort: int, server_optimizer: Mapping[str, Any] | None = None) -> Algorithm:
+    """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``."""
+    return compose(
+        family, local=local, select=select.uniform(cohort), server=server.optimizer(**(server_optimizer or {}))
+    )

@@ -1,0 +1,58 @@
+"""HeteroFL (Diao, Ding, Tarokh, ICLR 2021, arXiv 2010.01264, algorithm 1): sub-models by width.
+
+Each client trains the leading ``ceil(R C)`` channels of every layer. Every entry becomes the plain mean over the
+clients that held it; entries of the classifier count only for clients that hold the class; entries that nobody held
+stay as they are. While training, the Scaler divides by R and logits of absent classes are set to zero.
+
+| slot | here |
+|---|---|
+| capacity | the client's own level (``fixed``) or drawn every round (``dynamic``, as in the paper's tables) |
+| objective | masked cross-entropy |
+| merge | mean by counts, with class rows |
+| server | plain averaging, or an optax optimizer |
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import compose
+from hetfl_jax.parts import merge, objective, select, server
+from hetfl_jax.parts.local import Local
+from hetfl_jax.types import Algorithm
+
+ASSIGNMENTS = ("dynamic", "fixed")
+
+
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    proportions: Sequence[float],
+    assignment: str = "dynamic",
+    mask: bool = True,
+    server_optimizer: Mapping[str, Any] | None = None,
+) -> Algorithm:
+    """HeteroFL over the levels of ``family``.
+
+    Args:
+      proportions: how often each level occurs (``dynamic``); ``fixed`` takes the population's levels.
+      mask: the masked loss; class rows in the aggregation are counted either way, as in the official code.
+
+    Raises:
+      ValueError: an unknown assignment, or proportions that do not match the levels.
+    """
+    if assignment not in ASSIGNMENTS:
+        raise ValueError(f"assignment {assignment!r} is not one of {', '.join(ASSIGNMENTS)} (method.args.assignment)")
+    if len(proportions) != family.levels or min(proportions) <= 0:
+        raise ValueError(f"proportions {tuple(proportions)}: need {family.levels} positive numbers (method.args)")
+    return compose(
+        family,
+        local=local,
+        select=select.uniform(cohort),
+        capacity_of=select.drawn_level(proportions) if assignment == "dynamic" else select.own_level(),
+        objective=objective.masked_cross_entropy() if mask else objective.cross_entropy(),
+        merge=merge.overlap_mean(family, by_examples=False, class_rows=True),
+        server=server.optimizer(**(server_optimizer or {})),
+    )

@@ -1,0 +1,42 @@
+"""Nets by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from hetfl_jax.models.conv import conv, depthwise_conv
+from hetfl_jax.models.nets import CNN, MLP, Conv, PreResNet
+
+__all__ = ["CNN", "MLP", "NETS", "Conv", "PreResNet", "build", "conv", "depthwise_conv"]
+
+
+def _preresnet_1112(**fields: Any) -> nn.Module:
+    return PreResNet(blocks=(1, 1, 1, 2), **fields)
+
+
+def _preresnet18(**fields: Any) -> nn.Module:
+    return PreResNet(blocks=(2, 2, 2, 2), **fields)
+
+
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "conv": Conv,
+    "preresnet_1112": _preresnet_1112,
+    "preresnet18": _preresnet18,
+}
+
+
+def build(name: str, **fields: Any) -> nn.Module:
+    """The net called ``name`` with the given fields.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> build("mlp", hidden=(8,), classes=3).hidden
+    (8,)
+    """
+    if name not in NETS:
+        raise ValueError(f"net {name!r} is not one of {', '.join(NETS)} (family.net)")
+    return NETS[name](**fields)

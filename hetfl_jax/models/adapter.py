@@ -1,0 +1,66 @@
+"""The one place where a linen module becomes plain functions.
+
+A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. It returns
+logits [B, C], or [E, B, C] with one row per exit.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from hetfl_jax.types import Array, PyTree
+
+
+class Net(NamedTuple):
+    """A net as pure functions."""
+
+    init: Callable[[Array, Array], PyTree]  #: (key, x) -> variables: params and, if tracked, batch_stats
+    apply: Callable[..., tuple[Array, PyTree]]  #: (variables, x, ...) -> (exits [E, B, C], new batch_stats or {})
+    counted: Callable[[PyTree, Array], Array]  #: evaluation in plain lax operations, for counting
+
+
+def adapt(module: nn.Module) -> Net:
+    """Wrap a linen module; see the module docstring for its call.
+
+    ``apply(variables, x, train=False, collect=False, valid=None, key=None, capacity=None)`` returns the exits and,
+    while training or collecting, the collection ``batch_stats`` as the module left it (empty if it has none).
+
+    >>> import jax.numpy as jnp
+    >>> net = adapt(nn.Dense(3))
+    >>> net.apply(net.init(jax.random.key(0), jnp.ones((2, 4))), jnp.ones((2, 4)))[0].shape
+    (1, 2, 3)
+    """
+    accepted = inspect.signature(type(module).__call__).parameters
+
+    def call(net: nn.Module, variables: PyTree, x: Array, rngs: Any, mutable: Any, **options: Any) -> Any:
+        given = {name: value for name, value in options.items() if name in accepted}
+        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
+
+    def init(key: Array, x: Array) -> PyTree:
+        return module.init({"params": key, "dropout": key}, x)
+
+    def apply(
+        variables: PyTree,
+        x: Array,
+        *,
+        train: bool = False,
+        collect: bool = False,
+        valid: Array | None = None,
+        key: Array | None = None,
+        capacity: Mapping[str, Array] | None = None,
+    ) -> tuple[Array, PyTree]:
+        rngs = {} if key is None else {"dropout": key}
+        mutable = ["batch_stats"] if train or collect else False
+        out = call(module, variables, x, rngs, mutable, train=train, valid=valid, capacity=capacity)
+        logits, stats = (out[0], out[1].get("batch_stats", {})) if mutable else (out, {})
+        return (logits if logits.ndim == 3 else logits[None]), stats
+
+    plain = module.clone(lowering="lax") if hasattr(module, "lowering") else module
+
+    def counted(variables: PyTree, x: Array) -> Array:
+        return call(plain, variables, x, {}, False, train=False)
+
+    return Net(init, apply, counted)

@@ -1,0 +1,214 @@
+"""One convolution with a selectable lowering, because the fast one differs by backend and by what surrounds it.
+
+``canonical``
+    A custom VJP whose forward, input-gradient and kernel-gradient are all NHWC x HWIO -> NHWC convolutions. XLA:CPU
+    runs any other layout on a naive path inside loops (3-5 GFLOP/s instead of 100-200), and jax's own gradients have
+    other layouts. Under ``vmap`` it runs one item at a time, since per-item kernels would become a grouped
+    convolution. The default on CPU.
+``rows``
+    im2col by rows: the shifted views along the width are joined and each kernel row is one matrix product. Plain
+    batched matrix products under ``vmap``. The default elsewhere.
+``lax``
+    ``jax.lax.conv_general_dilated`` as it is.
+
+All three plug into Flax through ``nn.Conv(conv_general_dilated=lowered(name))``.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+
+from hetfl_jax.types import Array
+
+LOWERINGS = ("auto", "canonical", "rows", "lax")
+_NHWC = ("NHWC", "HWIO", "NHWC")
+# XLA:CPU convolves an image of few channels several times slower into fewer than 32 channels than into 32.
+_FEW_CHANNELS, _FAST_CHANNELS = 4, 32
+
+Pads = tuple[tuple[int, int], ...]
+
+
+def _geometry(
+    x: Array, w: Array, strides: int | Sequence[int], padding: str | Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], Pads]:
+    """Strides and explicit (low, high) zeros per spatial axis."""
+    step = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], w.shape[:2], step, padding)
+    return step, tuple((int(low), int(high)) for low, high in padding)
+
+
+def _conv(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]], **dilation: Any) -> Array:
+    return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_NHWC, **dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    return sequential_vmap(lambda x, w: _conv(x, w, strides, pads))(x, w)
+
+
+def _canonical_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return _canonical(x, w, strides, pads), (x, w)
+
+
+def _canonical_bwd(
+    strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, w = saved
+    dilated = [(g.shape[1 + i] - 1) * strides[i] + 1 for i in range(2)]
+    input_pads = [
+        (k - 1 - low, h - d - (k - 1 - low) + k - 1)
+        for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)
+    ]
+    kernel_pads = [
+        (low, k - 1 + d - h - low) for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)
+    ]
+
+    @sequential_vmap
+    def input_gradient(g: Array, w: Array) -> Array:
+        flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
+        return _conv(g, flipped, (1, 1), input_pads, lhs_dilation=strides)
+
+    @sequential_vmap
+    def kernel_gradient(x: Array, g: Array) -> Array:
+        # A negative high pad means that trailing rows of x met no kernel position.
+        crop = [min(high, 0) for _, high in kernel_pads]
+        x = x[:, : x.shape[1] + crop[0], : x.shape[2] + crop[1]]
+        kept = [(low, max(high, 0)) for low, high in kernel_pads]
+        moved = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), kept, rhs_dilation=strides)
+        return moved.transpose(1, 2, 0, 3)
+
+    return input_gradient(g, w), kernel_gradient(x, g)
+
+
+_canonical.defvjp(_canonical_fwd, _canonical_bwd)
+
+
+def _views(x: Array, kernel: Sequence[int], strides: Sequence[int], pads: Pads) -> Callable[[int, int], Array]:
+    """``view(i, j)`` is x shifted by kernel position (i, j) and strided, [B, H', W', C]."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    out = [(x.shape[1 + a] - kernel[a]) // strides[a] + 1 for a in range(2)]
+
+    def view(i: int, j: int) -> Array:
+        stop = [start + (out[a] - 1) * strides[a] + 1 for a, start in enumerate((i, j))]
+        return x[:, i : stop[0] : strides[0], j : stop[1] : strides[1]]
+
+    return view
+
+
+def _rows(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    view = _views(x, w.shape[:2], strides, pads)
+
+    def row(i: int) -> Array:
+        columns = jnp.concatenate([view(i, j) for j in range(w.shape[1])], axis=-1)
+        return columns @ w[i].reshape(-1, w.shape[-1])
+
+    return sum((row(i) for i in range(1, w.shape[0])), row(0))
+
+
+def _resolve(lowering: str) -> str:
+    if lowering not in LOWERINGS:
+        raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
+    if lowering != "auto":
+        return lowering
+    return "canonical" if jax.default_backend() == "cpu" else "rows"
+
+
+def conv(
+    x: Array,
+    w: Array,
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    lowering: str = "auto",
+) -> Array:
+    """2-D convolution (cross-correlation) with gradients that are fast inside loops.
+
+    Args:
+      x: [B, H, W, I].
+      w: [kh, kw, I, O].
+      strides: one int or one per spatial axis.
+      padding: ``SAME``, ``VALID`` or explicit (low, high) pairs.
+      lowering: ``auto``, ``canonical``, ``rows`` or ``lax``; all agree to rounding.
+
+    Returns:
+      [B, H', W', O] as ``jax.lax.conv_general_dilated``.
+
+    Raises:
+      ValueError: an unknown lowering.
+
+    >>> conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), strides=2).shape
+    (1, 2, 2, 5)
+    """
+    step, pads = _geometry(x, w, strides, padding)
+    kind = _resolve(lowering)
+    if kind == "lax":
+        return _conv(x, w, step, pads)
+    if kind == "rows":
+        return _rows(x, w, step, pads)
+    out = w.shape[-1]
+    missing = max(_FAST_CHANNELS - out, 0) if w.shape[2] < _FEW_CHANNELS else 0
+    wide = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else w
+    return _canonical(x, wide, step, pads)[..., :out]
+
+
+def depthwise_conv(
+    x: Array, w: Array, strides: int | Sequence[int] = 1, padding: str | Sequence[tuple[int, int]] = "SAME"
+) -> Array:
+    """Depthwise 2-D convolution as a sum of shifted slices times per-channel weights, never a grouped convolution.
+
+    Args:
+      x: [B, H, W, C].
+      w: [kh, kw, 1, C], Flax's layout for ``feature_group_count = C``.
+      strides, padding: as ``conv``.
+
+    Returns:
+      [B, H', W', C].
+
+    >>> depthwise_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2)), padding="VALID")[0, 0, 0]
+    Array([9., 9.], dtype=float32)
+    """
+    step, pads = _geometry(x, w, strides, padding)
+    view = _views(x, w.shape[:2], step, pads)
+    places = [(i, j) for i in range(w.shape[0]) for j in range(w.shape[1])]
+    return sum((view(i, j) * w[i, j, 0] for i, j in places[1:]), view(*places[0]) * w[places[0]][0])
+
+
+def lowered(lowering: str) -> Callable[..., Array]:
+    """``conv`` (or ``depthwise_conv``) in the call shape of ``nn.Conv(conv_general_dilated=...)``."""
+
+    def run(
+        x: Array,
+        w: Array,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        **_: Any,
+    ) -> Array:
+        if any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ()))):
+            raise ValueError(f"dilation {lhs_dilation}, {rhs_dilation} is not supported, only 1 (models.conv)")
+        if feature_group_count == 1:
+            return conv(x, w, window_strides, padding, lowering)
+        if feature_group_count == x.shape[-1] == w.shape[-1]:
+            return depthwise_conv(x, w, window_strides, padding)
+        raise ValueError(f"feature_group_count {feature_group_count} is not 1 or {x.shape[-1]} (models.conv)")
+
+    return run
+
+
+def max_pool(x: Array, window: int = 2) -> Array:
+    """Non-overlapping max-pool by reshape, VALID; ``reduce_window``'s gradient is eight times slower on a CPU.
+
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h // window * window, : w // window * window]
+    return x.reshape(b, h // window, window, w // window, window, c).max((2, 4))

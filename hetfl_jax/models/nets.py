@@ -1,0 +1,148 @@
+"""The nets, each one linen module whose ``width`` field is the rate relative to the full model of the family.
+
+Call contract: ``module(x, *, train, valid, capacity) -> logits [B, C]`` (or ``[E, B, C]`` with several exits), where
+``valid`` [B] marks real examples and ``capacity`` holds the traced level fields in masked execution.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+
+from hetfl_jax.models.conv import max_pool
+from hetfl_jax.models.layers import (
+    Norm,
+    active_channels,
+    check_norm,
+    conv_layer,
+    dense_layer,
+    scale,
+    traced_channels,
+)
+from hetfl_jax.types import Array
+
+Capacity = Mapping[str, Array]
+
+
+class _Net(nn.Module):
+    """Fields and helpers shared by the nets."""
+
+    hidden: Sequence[int]
+    width: float = 1.0
+    classes: int = 10
+    norm: str = "none"
+    scaler: bool = False
+    lowering: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm, min(active_channels(full, self.width) for full in self.hidden))
+        super().__post_init__()
+
+    def _channels(self, full: int) -> int:
+        return active_channels(full, self.width)
+
+    def _scale_norm(
+        self, x: Array, full: int, name: str, train: bool, valid: Array | None, capacity: Capacity | None
+    ) -> Array:
+        """Scaler, then norm, of a layer with ``full`` channels at width 1."""
+        width = None if capacity is None else capacity["width"]
+        if self.scaler:
+            x = scale(x, self.width if width is None else width, train=train)
+        return Norm(self.norm, name=name)(x, train=train, valid=valid, active=traced_channels(full, width))
+
+
+class MLP(_Net):
+    """Linear layers with ReLU; the default 784-200-10 is the "2NN" baseline with one hidden layer."""
+
+    hidden: Sequence[int] = (200,)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, ...] -> [B, C]."""
+        x = x.reshape(x.shape[0], -1)
+        for i, full in enumerate(self.hidden):
+            x = dense_layer(x, self._channels(full), name=f"dense_{i}")
+            x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
+        return dense_layer(x, self.classes, name="head")
+
+
+class CNN(_Net):
+    """The FedAvg CNN (McMahan et al. 2017): conv 5x5, pool, conv 5x5, pool, dense; 1,663,370 parameters at 28x28x1."""
+
+    hidden: Sequence[int] = (32, 64, 512)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, H, W, I] -> [B, C]."""
+        for i, full in enumerate(self.hidden[:-1]):
+            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, name=f"conv_{i}")
+            x = max_pool(nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity)))
+        # Channel-major, so that a prefix of channels is a prefix of the flat axis.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        last = len(self.hidden) - 1
+        x = dense_layer(x, self._channels(self.hidden[-1]), name=f"dense_{last}")
+        x = nn.relu(self._scale_norm(x, self.hidden[-1], f"norm_{last}", train, valid, capacity))
+        return dense_layer(x, self.classes, name="head")
+
+
+class Conv(_Net):
+    """HeteroFL's Conv: 3x3 convolutions with bias, Scaler, norm, ReLU, pool (none after the last), mean, linear."""
+
+    hidden: Sequence[int] = (64, 128, 256, 512)
+    norm: str = "bn"
+    scaler: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, H, W, I] -> [B, C]."""
+        for i, full in enumerate(self.hidden):
+            x = conv_layer(x, self._channels(full), 3, lowering=self.lowering, name=f"conv_{i}")
+            x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
+            if i < len(self.hidden) - 1:
+                x = max_pool(x)
+        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
+
+
+class PreResNet(_Net):
+    """HeteroFL's pre-activation ResNet with basic blocks; stages of strides 1, 2, 2, 2 and no norm after the stem.
+
+    The published CIFAR-10 figures come from blocks 1-1-1-2 (9.6 M parameters); the later code has 2-2-2-2 (11.2 M).
+    """
+
+    hidden: Sequence[int] = (64, 128, 256, 512)
+    blocks: Sequence[int] = (1, 1, 1, 2)
+    norm: str = "bn"
+    scaler: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, H, W, I] -> [B, C]."""
+
+        def conv(x: Array, full: int, kernel: int, stride: int, name: str) -> Array:
+            width = self._channels(full)
+            return conv_layer(x, width, kernel, stride=stride, bias=False, lowering=self.lowering, name=name)
+
+        def activate(x: Array, full: int, name: str) -> Array:
+            return nn.relu(self._scale_norm(x, full, name, train, valid, capacity))
+
+        x = conv(x, self.hidden[0], 3, 1, "stem")
+        before = self.hidden[0]
+        for stage, (full, count) in enumerate(zip(self.hidden, self.blocks, strict=True)):
+            for block in range(count):
+                name = f"stage{stage}_block{block}"
+                stride = 2 if stage and not block else 1
+                a = activate(x, before, f"{name}_norm1")
+                changes = stride > 1 or before != full
+                shortcut = conv(a, full, 1, stride, f"{name}_shortcut") if changes else x
+                y = conv(a, full, 3, stride, f"{name}_conv1")
+                y = conv(activate(y, full, f"{name}_norm2"), full, 3, 1, f"{name}_conv2")
+                x, before = y + shortcut, full
+        x = activate(x, before, "norm")
+        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")

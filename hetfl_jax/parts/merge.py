@@ -1,0 +1,74 @@
+"""How replies become one mean: ``lift`` one reply, add, ``settle`` once.
+
+A merge is a monoid of (delta, count per level, rows per level and class). Counts are per level, never per entry and
+client: ``settle`` expands them to leaves.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hetfl_jax import capacity
+from hetfl_jax.capacity import Family
+from hetfl_jax.types import Array, PyTree, Shard
+
+
+class Total(NamedTuple):
+    """What is summed over clients."""
+
+    delta: PyTree  #: weighted change of the variables, narrow until the engine widens it
+    count: Array  #: [L] weight of the replies of each level
+    rows: Array  #: [L, C] the same, split by the classes that the clients hold
+
+
+class Merge(NamedTuple):
+    """A rule for aggregation."""
+
+    lift: Callable[[PyTree, int | Array, Shard], Total]
+    settle: Callable[[Total], tuple[PyTree, PyTree]]  #: total -> (mean delta, coverage), both of full shape
+
+
+def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool = False) -> Merge:
+    """Every entry is averaged over the clients whose level contains it.
+
+    ``mean = sum_k w_k m_k delta_k / sum_k w_k m_k``; the mean of masked deltas equals the mean of overlapping weights.
+    Where the coverage ``sum_k w_k m_k`` is 0, nobody held the entry and the mean is 0.
+
+    Args:
+      by_examples: weigh clients by their number of examples (FedAvg) or count them (HeteroFL).
+      class_rows: entries along a class axis count only for clients that hold the class (HeteroFL, section 1.6 of the
+        official aggregation).
+    """
+
+    def along(path: tuple[str, ...], ndim: int, rows: Array) -> Array:
+        axis = family.windows[path].class_axis
+        return rows.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+    def has_rows(path: tuple[str, ...]) -> bool:
+        return class_rows and family.windows[path].class_axis >= 0
+
+    def lift(delta: PyTree, level: int | Array, shard: Shard) -> Total:
+        weight = shard.size.astype(jnp.float32) if by_examples else jnp.float32(1)
+        one = jax.nn.one_hot(level, family.levels) * weight
+
+        def weigh(path: tuple[str, ...], d: Array) -> Array:
+            return jnp.where(along(path, d.ndim, shard.classes), d * weight, 0) if has_rows(path) else d * weight
+
+        return Total(capacity.map_leaves(weigh, delta), one, one[:, None] * shard.classes)
+
+    def settle(total: Total) -> tuple[PyTree, PyTree]:
+        def cover(path: tuple[str, ...], d: Array) -> Array:
+            def of_level(level: int) -> Array:
+                inside = capacity.mask_leaf(family, path, level)
+                weight = along(path, d.ndim, total.rows[level]) if has_rows(path) else total.count[level]
+                return jnp.where(inside, weight, 0)
+
+            return sum((of_level(i) for i in range(1, family.levels)), of_level(0))
+
+        coverage = capacity.map_leaves(cover, total.delta)
+        mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)
+        return mean, coverage
+
+    return Merge(lift, settle)

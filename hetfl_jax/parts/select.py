@@ -1,0 +1,63 @@
+"""Who takes part in a round, and at which capacity level."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax.random import permute
+from hetfl_jax.types import Array, Population, PyTree
+
+
+class Cohort(NamedTuple):
+    """The clients of a round."""
+
+    ids: Array  #: [K] int32
+    valid: Array  #: [K] bool
+
+
+Select = Callable[[Array, Array, PyTree, Population, Any], Cohort]  #: (key, round, server, population, survey)
+Capacity = Callable[[Array, Array, Population], Array]  #: (key, ids, population) -> level [K]
+
+
+def uniform(cohort: int) -> Select:
+    """``cohort`` distinct clients uniformly at random: the first places of a keyed permutation of all clients.
+
+    Costs O(cohort), whatever the population.
+
+    Raises:
+      ValueError: a cohort below 1, or (when the round is built) above the population.
+    """
+    if cohort < 1:
+        raise ValueError(f"cohort of {cohort} clients, allowed >= 1 (method.args.cohort)")
+
+    def select(key: Array, round: Array, server: PyTree, population: Population, survey: Any) -> Cohort:
+        clients = population.size.shape[0]
+        if cohort > clients:
+            raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
+        return Cohort(permute(key, jnp.arange(cohort), clients), jnp.ones(cohort, bool))
+
+    return select
+
+
+def own_level() -> Capacity:
+    """Fixed capacity: the level that the population assigns to the client."""
+    return lambda key, ids, population: population.level[ids]
+
+
+def drawn_level(proportions: Sequence[float]) -> Capacity:
+    """Dynamic capacity (HeteroFL): each round a level for every client, independently, with these proportions.
+
+    The draw depends on the round and the client id only, as if made for all clients before selecting.
+    """
+    logits = np.log(np.asarray(proportions, np.float32))
+
+    def capacity(key: Array, ids: Array, population: Population) -> Array:
+        def draw(client: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(key, client), jnp.asarray(logits))
+
+        return jax.vmap(draw)(ids).astype(jnp.int32)
+
+    return capacity
