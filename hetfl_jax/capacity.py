@@ -15,7 +15,7 @@ import numpy as np
 
 from hetfl_jax import tree
 from hetfl_jax.models.adapter import Net, adapt
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.types import Array, Level, PyTree, Within
 
 Path = tuple[str, ...]
 
@@ -37,7 +37,7 @@ class Family(NamedTuple):
     example: PyTree  #: ShapeDtypeStruct of a batch of one, as stored
     prepare: Callable[[Array, Array | None], Array]  #: (x as stored, key or None) -> input of the net
     exits: np.ndarray  #: [L] number of exits of each level
-    masked: bool  #: whether a traced level gives the same answer as the dense net of that level
+    masked: bool  #: whether masked execution gives the same answer as the dense net of a level
 
     @property
     def levels(self) -> int:
@@ -94,7 +94,7 @@ def family(
       levels: fields of each level, the largest first, e.g. ``[dict(width=1.0), dict(width=0.5)]``.
       example: one stored batch (or its ShapeDtypeStruct), [B, ...].
       prepare: turns stored examples into the net's input; gets a key while training (augmentation), else ``None``.
-      masked: ``False`` for a net that runs only at its true shape (it then refuses a traced level).
+      masked: ``False`` for a net that runs only at its true shape (it then refuses masked execution).
 
     Raises:
       ValueError: a level that is not contained in level 0, or has another leaf rank.
@@ -157,8 +157,20 @@ def _window(path: Path, leaf: Any, flat: list[dict[Path, Any]], wider: Any) -> W
     return Window(np.asarray(extents, np.int32).reshape(len(flat), len(leaf.shape)), grown[0] if grown else -1)
 
 
-def mask(fam: Family, level: int | Array, like: PyTree) -> PyTree:
+def base_of(level: Level) -> int:
+    """The static level whose shapes are used."""
+    return level.base if isinstance(level, Within) else level
+
+
+def index_of(level: Level) -> int | Array:
+    """The level itself, as a number."""
+    return level.level if isinstance(level, Within) else level
+
+
+def mask(fam: Family, level: int | Array, like: PyTree, base: int = 0) -> PyTree:
     """Which entries of ``like`` (variables, or some of their collections) the level owns; bool, traced level allowed.
+
+    ``like`` has the shapes of level ``base``.
 
     >>> from hetfl_jax.models import MLP
     >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
@@ -166,15 +178,15 @@ def mask(fam: Family, level: int | Array, like: PyTree) -> PyTree:
     [True, True, False, False]
     """
 
-    return map_leaves(lambda path, value: mask_leaf(fam, path, level), like)
+    return map_leaves(lambda path, value: mask_leaf(fam, path, level, base), like)
 
 
-def mask_leaf(fam: Family, path: Path, level: int | Array) -> Array:
-    """``mask`` of one leaf, of its full shape."""
+def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Array:
+    """``mask`` of one leaf, of the shape that level ``base`` gives it."""
     extents = fam.windows[path].extents
-    inside = jnp.ones(tuple(extents[0]), bool)
+    inside = jnp.ones(tuple(extents[base]), bool)
     for axis in range(extents.shape[1]):
-        if (extents[:, axis] < extents[0, axis]).any():
+        if (extents[:, axis] < extents[base, axis]).any():
             inside &= jax.lax.broadcasted_iota(jnp.int32, inside.shape, axis) < jnp.asarray(extents[:, axis])[level]
     return inside
 
@@ -220,42 +232,45 @@ def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
     return map_leaves(leaf, old)
 
 
-def view(fam: Family, variables: PyTree, level: int | Array) -> View:
-    """The model at ``level``: dense at its true shape for a Python int, masked at full shape for a traced one.
+def view(fam: Family, variables: PyTree, level: Level) -> View:
+    """The model at ``level``: dense at its true shape for an int, masked inside a larger shape for a ``Within``.
 
     Raises:
-      ValueError: a traced level of a family that runs dense only.
+      ValueError: a masked level of a family that runs dense only.
     """
-    if isinstance(level, int):
-        return View(
-            apply_at(fam, level),
-            narrow(fam, variables, level),
-            jnp.ones(fam.exits[level], bool),
-            lambda values: narrow(fam, values, level),
-            lambda old, new: overlay(fam, old, new, level),
-        )
-    if not fam.masked:
-        raise ValueError("this net runs only at its true shape: use the bucketed or debugging executor (capacity.view)")
-    capacity = {name: jnp.asarray(column)[level] for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
+    base = base_of(level)
 
     def cut(values: PyTree) -> PyTree:
-        return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), values, mask(fam, level, values))
+        small = narrow(fam, values, base)
+        if not isinstance(level, Within):
+            return small
+        return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), small, mask(fam, level.level, small, base))
 
     def put(old: PyTree, new: PyTree) -> PyTree:
-        return jax.tree.map(lambda o, n, keep: jnp.where(keep, n, o), old, new, mask(fam, level, old))
+        if isinstance(level, Within):
+            keep = mask(fam, level.level, new, base)
+            new = jax.tree.map(jnp.where, keep, new, narrow(fam, old, base))
+        return overlay(fam, old, new, base)
 
-    active = jnp.arange(fam.exits[0]) < jnp.asarray(fam.exits)[level]
-    return View(apply_at(fam, 0, capacity), cut(variables), active, cut, put)
+    active = jnp.arange(fam.exits[base]) < jnp.asarray(fam.exits)[index_of(level)]
+    return View(apply_at(fam, level), cut(variables), active, cut, put)
 
 
-def apply_at(
-    fam: Family, level: int, capacity: Mapping[str, Array] | None = None
-) -> Callable[..., tuple[Array, PyTree]]:
-    """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored."""
+def apply_at(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:
+    """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored.
+
+    A masked level runs the net of its base, told the level's own fields.
+    """
+    net, capacity = fam.nets[base_of(level)], None
+    if isinstance(level, Within):
+        if not fam.masked:
+            raise ValueError("this net runs only at its true shape: use executor bucketed or debugging (capacity.view)")
+        numbers = {name: column for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
+        capacity = {name: jnp.asarray(column)[level.level] for name, column in numbers.items()}
 
     def apply(variables: PyTree, x: Array, *, key: Array | None = None, **options: Any) -> tuple[Array, PyTree]:
         augment, dropout = (None, None) if key is None else tuple(jax.random.split(key))
-        return fam.nets[level].apply(variables, fam.prepare(x, augment), key=dropout, capacity=capacity, **options)
+        return net.apply(variables, fam.prepare(x, augment), key=dropout, capacity=capacity, **options)
 
     return apply
 

@@ -13,7 +13,7 @@ from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
 from hetfl_jax.parts.local import Local, Tally, local_steps, train
-from hetfl_jax.types import Algorithm, Array, Plan, Population, PyTree, Reply, Shard
+from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 
 class ServerState(NamedTuple):
@@ -71,7 +71,7 @@ def compose(
         cohort = select(who, round, state, population, survey)
         return Plan(*cohort, capacity_of(how, cohort.ids, population), Sent(state.variables, round), ())
 
-    def client(key: Array, sent: Sent, level: int | Array, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
         view = capacity.view(family, sent.variables, level)
         own = view.cut(memory)
         after, seen = train(local, view, objective, drift, key=key, shard=shard, memory=own, round=sent.round)
@@ -87,14 +87,14 @@ def compose(
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any())
         return ServerState(variables, slot), round_info(plan, report, ok, family.levels)
 
-    def model(state: ServerState, level: int, shard: Shard | None = None) -> PyTree:
-        return capacity.narrow(family, state.variables, level)
+    def model(state: ServerState, level: Level, shard: Shard | None = None) -> PyTree:
+        return capacity.view(family, state.variables, level).variables
 
-    def predict(variables: PyTree, level: int, x: Array, shard: Shard | None = None) -> Array:
+    def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
         exits, _ = capacity.apply_at(family, level)(variables, x)
         return exits if shard is None else objective.local(exits, shard)
 
-    def statistics(variables: PyTree, level: int, x: Array, valid: Array) -> PyTree:
+    def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
         return capacity.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
     collects = statistics if capacity.collects_statistics(family) else None

@@ -4,20 +4,22 @@ An executor is a value, chosen by configuration: ``run(algorithm, sent, pool, it
 run cannot change the answer, because everything they send passes through a sum or is a small stacked report.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hetfl_jax import tree
 from hetfl_jax.data.population import shards
 from hetfl_jax.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
 from hetfl_jax.store import Store
-from hetfl_jax.types import Algorithm, Array, Items, Outcome, Population, PyTree, Reply, Shard, State
+from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, Population, PyTree, Reply, Shard, State, Within
 
+Buckets = Sequence[Sequence[int]]
 Pool = tuple[Array, Array, Array]  #: x, y, index: shared by all items, never mapped
 Step = Callable[[State, Population, Array], tuple[State, PyTree]]
 
@@ -37,7 +39,7 @@ class Executor(NamedTuple):
         return values if self.mesh is None else jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
 
 
-def executor(name: str, clients_per_chunk: int = 0, devices: int = 1) -> Executor:
+def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = ()) -> Executor:
     """The executor called ``name``.
 
     Args:
@@ -46,6 +48,8 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1) -> Executo
         stops at the first client whose reply is not finite).
       clients_per_chunk: items that run under one vmap; 0 chooses by backend (1 on CPU, 16 elsewhere).
       devices: spread items over this many devices.
+      buckets: of ``bucketed``: which levels share a bucket, e.g. ``((0,), (1, 2))``; a shared bucket has the shape of
+        its largest level and masks the others, which saves a program. Default: one a level.
 
     Raises:
       ValueError: an unknown name, or more devices than there are.
@@ -59,7 +63,11 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1) -> Executo
     chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 16)
     if name == "debugging":
         return debugging()
-    inner = {"vmapped": vmapped, "chunked": partial(chunked, chunk), "bucketed": partial(bucketed, chunk)}[name]()
+    inner = {
+        "vmapped": vmapped,
+        "chunked": partial(chunked, chunk),
+        "bucketed": partial(bucketed, chunk, buckets),
+    }[name]()
     if devices == 1:
         return inner
     return sharded(jax.make_mesh((devices,), (_AXIS,), axis_types=(AxisType.Auto,)), inner)
@@ -68,13 +76,23 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1) -> Executo
 # ---------------------------------------------------------------------------------------------- one item
 
 
-def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: int | Array) -> tuple[PyTree, ...]:
+def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: Level) -> tuple[PyTree, ...]:
     """Run one client; a reply that is not finite, or an item that is not valid, adds nothing and keeps its memory."""
     shard = Shard(*pool, *item.shard[3:])
     reply = algorithm.client(item.key, sent, level, item.ticket, shard, item.memory)
     ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))
     total = tree.select(ok, reply.total, jax.tree.map(jnp.zeros_like, reply.total))
     return total, reply.member, (tree.select(ok, reply.memory, item.memory), reply.report, ok)
+
+
+def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tuple[PyTree, ...]]:
+    """``_run_item`` dense at the one level of a bucket, or masked inside the largest of several."""
+
+    def run(sent: PyTree, pool: Pool, item: Items) -> tuple[PyTree, ...]:
+        level = levels[0] if len(levels) == 1 else Within(min(levels), item.level)
+        return _run_item(algorithm, sent, pool, item, level)
+
+    return run
 
 
 def _add(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
@@ -86,6 +104,10 @@ def _add(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
     return jax.tree.map(lambda a, t: a + t[None], accumulated, summed)
 
 
+def _widen(algorithm: Algorithm, total: PyTree, level: int) -> PyTree:
+    return jax.vmap(lambda t: algorithm.widen(t, level), axis_size=algorithm.members)(total)
+
+
 # ---------------------------------------------------------------------------------------------- executors
 
 
@@ -93,7 +115,8 @@ def vmapped() -> Executor:
     """One vmap over all items, at full shape with traced levels."""
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        total, member, rows = jax.vmap(lambda item: _run_item(algorithm, sent, pool, item, item.level))(items)
+        run_item = _client_at(algorithm, range(algorithm.levels))
+        total, member, rows = jax.vmap(run_item, (None, None, 0))(sent, pool, items)
         member = jnp.broadcast_to(member, items.valid.shape)
         zero = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *t.shape[1:]), t.dtype), total)
         return Outcome(_add(total, member, zero), *rows)
@@ -105,16 +128,18 @@ def chunked(clients_per_chunk: int) -> Executor:
     """A loop over chunks of vmapped items, at full shape with traced levels."""
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        return _loops(algorithm, sent, pool, items, clients_per_chunk, dense=False)
+        return _loops(algorithm, sent, pool, items, clients_per_chunk, (tuple(range(algorithm.levels)),))
 
     return Executor(run)
 
 
-def bucketed(clients_per_chunk: int) -> Executor:
-    """Items grouped by level, each level dense at its true shape; its sum is widened once."""
+def bucketed(clients_per_chunk: int, buckets: Buckets = ()) -> Executor:
+    """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once."""
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        return _loops(algorithm, sent, pool, items, clients_per_chunk, dense=True)
+        each = tuple((level,) for level in range(algorithm.levels))
+        # A query has one level, whatever the buckets of the training.
+        return _loops(algorithm, sent, pool, items, clients_per_chunk, buckets if len(each) > 1 and buckets else each)
 
     return Executor(run)
 
@@ -125,49 +150,56 @@ def _order(items: Items, levels: Array) -> Array:
 
 
 def _loops(
-    algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, *, dense: bool
+    algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets
 ) -> Outcome:
     """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
-    buckets = algorithm.levels if dense else 1
-    bucket = jnp.where(items.valid, items.level if dense else 0, buckets)
+    if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
+        raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
+    bucket_of = np.zeros(algorithm.levels, np.int32)
+    for number, levels in enumerate(buckets):
+        bucket_of[list(levels)] = number
+    bucket = jnp.where(items.valid, jnp.asarray(bucket_of)[items.level], len(buckets))
     order = _order(items, bucket)
-    counts = jnp.zeros(buckets + 1, jnp.int32).at[bucket].add(1)
-    stops = jnp.cumsum(counts)
+    counts = jnp.zeros(len(buckets) + 1, jnp.int32).at[bucket].add(1)
+    starts = jnp.cumsum(counts) - counts
+
+    # One inner jit a bucket: its trace is made once and serves both the shapes and the loop.
+    runs = [jax.jit(_client_at(algorithm, levels)) for levels in buckets]
+    shapes = [jax.eval_shape(run, sent, pool, tree.take(items, 0)) for run in runs]
     slots = items.valid.shape[0]
-
-    def at(item: Items, level: int) -> tuple[PyTree, ...]:
-        return _run_item(algorithm, sent, pool, item, level if dense else item.level)
-
-    shapes = [jax.eval_shape(lambda item, level=level: at(item, level), tree.take(items, 0)) for level in range(buckets)]
     report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
     rows = (items.memory, report, jnp.zeros(slots, bool))
     total: PyTree = None
-    for level in range(buckets):
-        start, stop = stops[level] - counts[level], stops[level]
-
-        def body(i: Array, carry: PyTree, level: int = level, start: Array = start, stop: Array = stop) -> PyTree:
-            accumulated, rows = carry
-            if chunk == 1:
-                slot: Array = order[start + i]
-                reply, member, row = at(tree.take(items, slot), level)
-            else:
-                place = start + i * chunk + jnp.arange(chunk)
-                inside = place < stop
-                slot = order[jnp.minimum(place, slots - 1)]
-                item = tree.take(items, slot)
-                reply, member, row = jax.vmap(lambda item: at(item, level))(item._replace(valid=item.valid & inside))
-                member = jnp.broadcast_to(member, slot.shape)
-                slot = jnp.where(inside, slot, slots)
-            rows = jax.tree.map(lambda all_, new: all_.at[slot].set(new, mode="drop"), rows, row)
-            return _add(reply, member, accumulated), rows
-
-        empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[level][0])
-        trips = -(-counts[level] // chunk)
-        part, rows = jax.lax.fori_loop(0, trips, body, (empty, rows))
-        if dense:
-            part = jax.vmap(lambda t, level=level: algorithm.widen(t, level))(part)
+    for number, levels in enumerate(buckets):
+        empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
+        one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunk)
+        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunk), one, (empty, rows))
+        part = _widen(algorithm, part, min(levels))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return Outcome(total, *rows)
+
+
+def _chunk(
+    run: Any, sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array, chunk: int,
+    i: Array, carry: tuple[PyTree, PyTree],
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item)."""
+    accumulated, rows = carry
+    slots = order.shape[0]
+    if chunk == 1:
+        slot: Array = order[start + i]
+        reply, member, row = run(sent, pool, tree.take(items, slot))
+    else:
+        place = i * chunk + jnp.arange(chunk)
+        inside = place < count
+        slot = order[jnp.minimum(start + place, slots - 1)]
+        item = tree.take(items, slot)
+        item = item._replace(valid=item.valid & inside)
+        reply, member, row = jax.vmap(run, (None, None, 0))(sent, pool, item)
+        member = jnp.broadcast_to(member, slot.shape)
+        slot = jnp.where(inside, slot, slots)  # what lies past the bucket's end is written nowhere
+    rows = jax.tree.map(lambda whole, new: whole.at[slot].set(new, mode="drop"), rows, row)
+    return _add(reply, member, accumulated), rows
 
 
 def sharded(mesh: Mesh, inner: Executor) -> Executor:
@@ -222,7 +254,7 @@ def debugging() -> Executor:
             if item.valid and not row[2]:
                 raise FloatingPointError(f"client {int(item.ids)} at level {level} replied with values that are not finite")
             empty = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *jnp.shape(t)), t.dtype), reply)
-            wide = jax.vmap(lambda t, level=level: algorithm.widen(t, level))(_add(reply, member, empty))
+            wide = _widen(algorithm, _add(reply, member, empty), level)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
             rows.append(row)
         return Outcome(total, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
@@ -268,7 +300,27 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
         memory = store.scatter(state.memory, plan.ids, plan.valid, outcome.memory)
         return State(server, memory, state.round + 1), info
 
-    return jax.jit(step, donate_argnums=0) if executor.jit else step
+    return compiled(step, executor, donate_argnums=0)
+
+
+def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Callable[..., Any]:
+    """``jax.jit(fn)`` for this executor.
+
+    Over several CPU devices it waits for the result: two programs with collectives in flight at once can deadlock
+    there, because they share one thread pool.
+    """
+    if not executor.jit:
+        return fn
+    jitted = jax.jit(fn, **options)
+    if executor.mesh is None or jax.default_backend() != "cpu":
+        return jitted
+
+    @wraps(jitted)
+    def run(*args: Any) -> Any:
+        return jax.block_until_ready(jitted(*args))
+
+    run._cache_size = jitted._cache_size
+    return run
 
 
 def query(

@@ -44,6 +44,16 @@ class Shard(NamedTuple):
     classes: Array  #: [C] bool
 
 
+class Within(NamedTuple):
+    """A traced level that runs masked inside the shape of a larger, static one."""
+
+    base: int  #: the level whose shapes are used
+    level: Array  #: int32 scalar, a level contained in ``base``
+
+
+Level = int | Within  #: how a client is told its level: dense at its true shape, or masked inside a larger one
+
+
 class Plan(NamedTuple):
     """Who gets what this round. ``K`` is fixed; a cohort of random size marks the rest as not ``valid``."""
 
@@ -100,16 +110,16 @@ class Algorithm(NamedTuple):
     ``plan(key, round, server, population, survey) -> Plan``; ``survey(fn, sent, ids)`` asks clients something
     through the executor and stacks the answers of ``fn(key, sent, shard)``.
 
-    ``client(key, sent, level, ticket, shard, memory) -> Reply`` for one client, no client axis in sight. ``level``
-    is a traced int (masked execution at full shape) or a Python int (dense execution at the true shape).
+    ``client(key, sent, level, ticket, shard, memory) -> Reply`` for one client, no client axis in sight. ``level`` is a
+    Python int (dense execution at its true shape) or a ``Within`` (masked execution inside a larger shape).
 
-    ``widen(total, level)`` brings a narrow total of one level to full shape.
+    ``widen(total, level)`` brings a total of the static level's shape to full shape.
 
     ``server(server, plan, total, report, ok) -> (server, info)``. Items that are padding, absent or not finite add
     nothing to ``total`` and arrive as ``ok`` false.
 
-    ``model(server, level, shard=None) -> variables`` and ``predict(variables, level, x) -> [E, B, C]`` serve
-    evaluation; ``statistics(variables, level, x, valid)`` returns the batch statistics of one batch where the net
+    ``model(server, level, shard=None) -> variables`` and ``predict(variables, level, x, shard=None) -> [E, B, C]``
+    serve evaluation, of a client's own data if ``shard`` is given; ``statistics(variables, level, x, valid)`` returns the batch statistics of one batch where the net
     collects them only before evaluation, else it is ``None``.
 
     ``between(server, info) -> server`` runs on the host between rounds (e.g. splitting a cluster).

@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.types import Population, Shard
+from hetfl_jax.types import Array, Population, Shard
 
 _INT32 = np.iinfo(np.int32).max
 
 
 def population(
-    x: np.ndarray,
-    y: np.ndarray,
+    x: np.ndarray | Array,
+    y: np.ndarray | Array,
     index: np.ndarray,
     size: np.ndarray,
     *,
@@ -21,7 +21,7 @@ def population(
     """Put a partition on the device: one pool, a flat index and sizes; no loop over clients.
 
     Args:
-      x: [M, ...] examples as they should be stored (images as uint8).
+      x: [M, ...] examples as they should be stored (images as uint8); a device array is shared, not copied.
       y: [M] integer labels in ``[0, classes)``.
       index: [n] pool rows, client after client.
       size: [N] examples per client, each >= 1, summing to n.
@@ -37,7 +37,7 @@ def population(
     >>> pop.offset.tolist(), pop.classes.tolist()
     ([0, 1], [[True, False], [False, True]])
     """
-    index, size, y = np.asarray(index), np.asarray(size), np.asarray(y)
+    index, size, stored, y = np.asarray(index), np.asarray(size), y, np.asarray(y)
     _check(len(x) == len(y) >= 1, f"{len(x)} examples with {len(y)} labels: need as many, at least 1")
     _check(size.ndim == 1 and size.size >= 1, f"sizes of shape {size.shape}: need one per client")
     empty = np.flatnonzero(size < 1)
@@ -57,8 +57,8 @@ def population(
     held = np.asarray(classes, bool) if np.ndim(classes) == 2 else held_classes(y[index], size, count)
     _check(held.shape == (size.size, count), f"class table of shape {held.shape}, need {(size.size, count)}")
     offset = np.cumsum(size, dtype=np.int64) - size
-    ints = [np.asarray(v, np.int32) for v in (y, index, offset, size, level)]
-    return Population(jnp.asarray(x), *map(jnp.asarray, ints), classes=jnp.asarray(held))
+    ints = [jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level)]
+    return Population(jnp.asarray(x), jnp.asarray(stored, jnp.int32), *ints, classes=jnp.asarray(held))
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
@@ -73,7 +73,7 @@ def _check(fine: bool, message: object) -> None:
         raise ValueError(f"{message() if callable(message) else message} (data.population)")
 
 
-def shards(pop: Population, ids: jnp.ndarray) -> Shard:
+def shards(pop: Population, ids: Array) -> Shard:
     """The rows of clients ``ids`` with a leading axis; the pool (x, y, index) is left out."""
     return Shard(None, None, None, pop.offset[ids], pop.size[ids], pop.classes[ids])
 
@@ -100,3 +100,10 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         level=jnp.zeros(sizes.size, jnp.int32),
         classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
     )
+
+
+def joined(first: Population, second: Population) -> Population:
+    """The clients of two populations over one pool, one after the other."""
+    shift = first.index.shape[0]
+    parts = zip(first[2:], second._replace(offset=second.offset + shift)[2:])
+    return Population(first.x, first.y, *(jnp.concatenate(pair) for pair in parts))

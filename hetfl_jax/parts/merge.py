@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hetfl_jax import capacity
 from hetfl_jax.capacity import Family
-from hetfl_jax.types import Array, PyTree, Shard
+from hetfl_jax.types import Array, Level, PyTree, Shard
 
 
 class Total(NamedTuple):
@@ -26,7 +26,7 @@ class Total(NamedTuple):
 class Merge(NamedTuple):
     """A rule for aggregation."""
 
-    lift: Callable[[PyTree, int | Array, Shard], Total]
+    lift: Callable[[PyTree, Level, Shard], Total]
     settle: Callable[[Total], tuple[PyTree, PyTree]]  #: total -> (mean delta, coverage), both of full shape
 
 
@@ -49,9 +49,9 @@ def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool =
     def has_rows(path: tuple[str, ...]) -> bool:
         return class_rows and family.windows[path].class_axis >= 0
 
-    def lift(delta: PyTree, level: int | Array, shard: Shard) -> Total:
+    def lift(delta: PyTree, level: Level, shard: Shard) -> Total:
         weight = shard.size.astype(jnp.float32) if by_examples else jnp.float32(1)
-        one = jax.nn.one_hot(level, family.levels) * weight
+        one = jax.nn.one_hot(capacity.index_of(level), family.levels) * weight
 
         def weigh(path: tuple[str, ...], d: Array) -> Array:
             return jnp.where(along(path, d.ndim, shard.classes), d * weight, 0) if has_rows(path) else d * weight

@@ -1,0 +1,145 @@
+"""The command line: ``hetfl train | eval | plot | export``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DEFAULT_CONFIG = "configs/heterofl_digits.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors are one line on stderr and exit code 2."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(argv)
+    wants_config = given.command == "train"
+    if rest and not (wants_config and all(r.startswith("--config") for r in rest)):
+        parser.error(f"unknown argument {rest[0]!r}")
+    _use_all_cores()
+    try:
+        given.run(given, rest)
+    except KeyboardInterrupt:
+        print("hetfl: stopped; go on with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, OSError) as error:
+        if os.environ.get("HETFL_TRACEBACK"):
+            raise
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        print(f"hetfl: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hetfl", description="Federated learning with heterogeneous clients.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[Any, list[str]], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", _train, f"Train from --config=FILE[:args] (default {DEFAULT_CONFIG}).")
+    train.epilog = "Any value of the config is set by --config.BLOCK.KEY=VALUE, e.g. --config.train.rounds=10."
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
+    train.add_argument("--dry-run", action="store_true", help="print memory, programs and cost without training")
+    train.add_argument("--seeds", metavar="A..B", help="one run a seed, then mean and deviation")
+    for name, run, text in (
+        ("eval", _eval, "Evaluate a checkpoint of a run."),
+        ("plot", _plot, "Draw a run's plots again."),
+        ("export", _export, "Write one sub-model as plain arrays."),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument("folder", type=Path, help="the run's folder, e.g. runs/heterofl_digits")
+        if name != "plot":
+            sub.add_argument("--round", type=int, help="which checkpoint (default: the best)")
+        if name == "export":
+            sub.add_argument("--level", required=True, help="level letter, e.g. c")
+            sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
+    return parser
+
+
+def _use_all_cores() -> None:
+    """One CPU device a core, before jax starts; on an accelerator this changes nothing."""
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+    cache = Path(os.environ.get("HETFL_CACHE", Path.home() / ".cache" / "hetfl_jax"))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def load_config(arguments: Sequence[str]) -> Any:
+    """The config that ``--config=FILE[:args]`` and ``--config.KEY=VALUE`` describe.
+
+    Raises:
+      ValueError: an unknown key or a value of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = [f"--config={DEFAULT_CONFIG}", *arguments]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["hetfl", *arguments])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from error
+    return holder.value
+
+
+def _train(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax import report, run
+    from hetfl_jax.folder import write_json
+
+    config = load_config(rest)
+    options = {"resume": given.resume, "overwrite": given.overwrite}
+    if given.resume and given.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if given.dry_run:
+        from hetfl_jax.dryrun import describe
+
+        print(describe(config))
+        return
+    if not given.seeds:
+        run.train(config, **options)
+        return
+    _, rows = run.over_seeds(config, _seeds(given.seeds), **options)
+    folder = Path(config.run.folder) / config.run.name
+    write_json(folder / "seeds.json", rows)
+    print(report.render_seeds(rows) + f"written to {folder / 'seeds.json'}")
+
+
+def _seeds(text: str) -> list[int]:
+    first, _, last = text.partition("..")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise ValueError(f"--seeds {text!r}: allowed A..B with A <= B, e.g. 0..4")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def _eval(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax.export import evaluate_run
+
+    print(evaluate_run(given.folder, given.round))
+
+
+def _plot(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax.export import plot_run
+
+    print("\n".join(map(str, plot_run(given.folder))))
+
+
+def _export(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax.export import export_level
+
+    print(export_level(given.folder, given.level, given.round, given.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""A run's folder: config, metrics, checkpoints. Nothing in it is lost by a kill, and nothing is overwritten by accident."""
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from hetfl_jax.types import State
+
+MAY_CHANGE = ("train.rounds", "run.keep", "run.folder", "run.name")  #: settings that a resumed run may set anew
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; numbers that are not finite become null."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(values), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def plain(value: Any) -> Any:
+    """JSON types only: arrays to lists, NaN and infinities to null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make the folder this run's own.
+
+    Raises:
+      ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, or its config is another.
+    """
+    saved = folder / "config.json"
+    if saved.exists() and overwrite:
+        shutil.rmtree(folder)
+    elif saved.exists() and not resume:
+        raise ValueError(f"{folder} already holds a run: give --resume to go on, --overwrite to start over, or another --config.run.name")
+    elif saved.exists():
+        _same_config(json.loads(saved.read_text()), plain(config), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(saved, config)
+
+
+def _same_config(old: Any, new: Any, folder: Path) -> None:
+    before, after = _leaves(old), _leaves(new)
+    for name in sorted(set(before) | set(after)):
+        if name not in MAY_CHANGE and before.get(name) != after.get(name):
+            raise ValueError(
+                f"cannot resume {folder}: {name} was {before.get(name)!r}, now {after.get(name)!r} "
+                f"(only {', '.join(MAY_CHANGE)} may change)"
+            )
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
+
+
+class Metrics:
+    """``metrics.jsonl``, one line a round, and the same as TensorBoard events."""
+
+    def __init__(self, folder: Path, done: int):
+        """Keep the lines of the first ``done`` rounds; later ones belong to rounds that will be run again."""
+        from tensorboardX import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        self.lines = [line for line in read_metrics(folder) if line["round"] <= done]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(partial, self.path)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add whole lines and make sure that they are on disk."""
+        new = [plain(line) for line in lines]
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in new))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.extend(new)
+        for line in new:
+            for name, value in _leaves(line).items():
+                if isinstance(value, int | float) and name != "round":
+                    self._events.add_scalar(name.replace(".", "/"), value, line["round"])
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line that a kill cut short is passed over."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Checkpoints:
+    """The last few checkpoints and the best one, through orbax; each appears whole or not at all."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Open (or create) ``folder/checkpoints``."""
+        policies = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda m: m["accuracy"], reverse=False, n=1)]
+            ),
+            enable_async_checkpointing=False,
+        )
+        self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+    def save(self, round: int, state: State, extra: Mapping[str, Any], accuracy: float) -> None:
+        """Save a state after ``round`` rounds with JSON values beside it."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
+        self._manager.save(round, args=args, metrics={"accuracy": float(accuracy)})
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State, round: int | None = None) -> tuple[State, dict[str, Any]] | None:
+        """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        for step in [round] if round is not None else sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._manager.restore(step, args=args)
+            except Exception as error:
+                if round is not None:
+                    raise
+                warnings.warn(f"checkpoint {step} cannot be read and is passed over: {error}", stacklevel=2)
+                self._manager.delete(step)
+                continue
+            return found["state"], found["extra"]
+        return None
+
+    def best(self) -> int | None:
+        """The round of the best checkpoint."""
+        return self._manager.best_step()
+
+    def close(self) -> None:
+        """Release the manager."""
+        self._manager.close()

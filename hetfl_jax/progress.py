@@ -1,0 +1,47 @@
+"""The progress bar: round, loss, accuracy, rounds/s and ETA; nothing where the output is not a terminal."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """A bar over rounds, as a context."""
+
+    def __init__(self, rounds: int, done: int, quiet: bool):
+        """Start at ``done`` of ``rounds``."""
+        shown = sys.stderr.isatty() and not quiet
+        self._bar = Bar(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[scores]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("", total=rounds, completed=done, scores="compiling", rate="")
+        self._done = done
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def advance(self, round: int, line: dict[str, Any] | None = None) -> None:
+        """``round`` rounds are done; ``line`` is the newest metrics line, if there is one."""
+        task = self._bar.tasks[0]
+        elapsed = task.elapsed or 0.0
+        rate = f"{(round - self._done) / elapsed:.2f} rounds/s" if elapsed else ""
+        scores = task.fields["scores"]
+        if line is not None:
+            scores = f"loss {line['train_loss']:.3f}"
+            if "accuracy" in line:
+                scores += f" accuracy {100 * next(iter(line['accuracy'].values())):.1f}%"
+        self._bar.update(self._task, completed=round, scores=scores, rate=rate)

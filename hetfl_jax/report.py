@@ -1,0 +1,224 @@
+"""What people see: the summary, the final table, and the plots."""
+
+import datetime
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hetfl_jax.federation import Federation
+
+Line = dict[str, Any]
+_COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
+
+
+def say(text: str, quiet: bool) -> None:
+    """Print unless quiet."""
+    if not quiet:
+        print(text, flush=True)
+
+
+def environment(devices: int) -> dict[str, Any]:
+    """What the run ran on; results move by 1e-7 with the device count."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "hetfl_jax")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": devices,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def headline(config: Any, fed: Federation) -> str:
+    """One line on what is about to run."""
+    active = config.method.args.get("cohort", "?")
+    return (
+        f"{config.method.name} on {config.data.source}: {config.family.net} {config.family.mix}, "
+        f"{fed.partition.size.size} clients ({config.data.split}), {active} a round, {config.train.rounds} rounds"
+    )
+
+
+def describe(about: Mapping[str, Any]) -> str:
+    """One line on the partition."""
+    size, held = about["size"], about["classes per client"]
+    return (
+        f"partition: {about['examples']} examples, {size['min']} to {size['max']} a client (median {size['median']:g}), "
+        f"{held['min']} to {held['max']} classes (median {held['median']:g})"
+    )
+
+
+def warn_failures(lines: Sequence[Line]) -> None:
+    """Name the clients whose replies were left out."""
+    for line in lines:
+        if line["failed"]:
+            clients = ", ".join(map(str, line["failed_ids"][:10]))
+            rest = "; every client failed, the model is unchanged" if not line["clients"] else ""
+            warnings.warn(
+                f"round {line['round']}: {line['failed']} replies were not finite and left out (clients {clients}){rest}",
+                stacklevel=2,
+            )
+
+
+def _evaluated(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if "accuracy" in line]
+
+
+def table(fed: Federation, lines: Sequence[Line], best: int | None) -> list[Line]:
+    """One row a level: accuracies at start, best and last round, size and cost."""
+    points = _evaluated(lines)
+    first, last = points[0], points[-1]
+    chosen = next((p for p in points if p["round"] == best), last)
+    rows = []
+    for level, letter in enumerate(fed.mix.letters):
+        row = {
+            "level": letter,
+            "width": fed.mix.widths[level],
+            "start": first["accuracy"][letter],
+            "last": last["accuracy"][letter],
+            "best": chosen["accuracy"][letter],
+            "local": last.get("local_accuracy", {}).get(letter),
+            "parameters": int(fed.costs.parameters[level]),
+            "macs": int(fed.costs.macs[level]),
+            "bytes": int(fed.costs.bytes[level]),
+        }
+        rows.append(row)
+    return rows
+
+
+def totals(lines: Sequence[Line], best: int | None, fed: Federation) -> Line:
+    """Traffic and work of the whole run, against an all-full-size FedAvg with the same cohorts."""
+    last = lines[-1]
+    full = max(last["full_size_bytes"], 1)
+    return {
+        "rounds": last["round"],
+        "best_round": best,
+        "down_bytes": last["down_bytes"],
+        "up_bytes": last["up_bytes"],
+        "full_size_bytes": last["full_size_bytes"],
+        "traffic_ratio": last["down_bytes"] / full,
+        "client_macs": last["client_macs"],
+        "failed": sum(line.get("failed", 0) for line in lines),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.2f} MB"
+
+
+def render(rows: Sequence[Line], summary: Line) -> str:
+    """The final table as text."""
+    out = Table(title=f"after {summary['rounds']} rounds (best by global accuracy: round {summary['best_round']})")
+    for name in ("model", "untrained", "last", "best round", "local", "parameters", "MACs", "one way"):
+        out.add_column(name, justify="left" if name == "model" else "right")
+    for i, row in enumerate(rows):
+        name = f"{row['level']} (x{row['width']:g})" + (" global" if i == 0 else "")
+        scores = (_percent(row[key]) for key in ("start", "last", "best", "local"))
+        out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
+    buffer = StringIO()
+    Console(file=buffer, width=110).print(out)
+    ratio = summary["traffic_ratio"]
+    text = (
+        f"down {_megabytes(summary['down_bytes'])}, up {_megabytes(summary['up_bytes'])}; "
+        f"all-full-size FedAvg: {_megabytes(summary['full_size_bytes'])} each way (ratio {ratio:.3f}); "
+        f"client work {summary['client_macs'] / 1e9:,.1f} GMACs"
+    )
+    failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
+    return buffer.getvalue() + text + failures + "\n"
+
+
+def list_files(folder: Path, files: Sequence[Path]) -> str:
+    """Where everything was written."""
+    others = ("checkpoints/", "tensorboard/")
+    return f"written to {folder}/: " + ", ".join([*(str(f.relative_to(folder)) for f in files), *others])
+
+
+def as_arrays(lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    """One float array a metric over the lines, nested names joined by a slash, NaN where a line lacks it."""
+    flat = [_flat(line) for line in lines]
+    names = sorted({name for line in flat for name in line})
+    return {name: np.array([line.get(name, np.nan) for line in flat], np.float64) for name in names}
+
+
+def _flat(line: Line, prefix: str = "") -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            out[prefix + name] = value
+    return out
+
+
+def plot(folder: Path, lines: Sequence[Line], counts: np.ndarray) -> list[Path]:
+    """Accuracy over rounds and over bytes sent, per level, and the partition as a heat map; returns the files."""
+    from matplotlib.figure import Figure
+
+    points = _evaluated(lines)
+    files = []
+
+    def curves(name: str, x: Sequence[float], label: str) -> None:
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for color, letter in zip(_COLORS, points[0]["accuracy"]):
+            axes.plot(x, [100 * p["accuracy"][letter] for p in points], color=color, label=f"level {letter}", marker=".")
+        first = next(iter(points[0]["accuracy"]))
+        if "local_accuracy" in points[-1]:
+            local = [100 * (p["local_accuracy"][first] or np.nan) for p in points]
+            axes.plot(x, local, color="0.55", linestyle="--", label=f"level {first}, local")
+        axes.set(xlabel=label, ylabel="test accuracy (%)", ylim=(0, 100))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, loc="lower right")
+        files.append(folder / name)
+        figure.savefig(files[-1], dpi=150)
+
+    curves("accuracy.png", [p["round"] for p in points], "round")
+    sent = [(p.get("down_bytes", 0) + p.get("up_bytes", 0)) / 1e6 for p in points]
+    curves("bytes.png", sent, "MB sent, down and up")
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(counts.T, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set(xlabel="client", ylabel="class", yticks=range(counts.shape[1]) if counts.shape[1] <= 20 else [])
+    figure.colorbar(image, ax=axes, label="examples")
+    files.append(folder / "partition.png")
+    figure.savefig(files[-1], dpi=150)
+    return files
+
+
+def seed_table(tables: Sequence[Sequence[Line]]) -> list[Line]:
+    """Mean and sample deviation over seeds of each level's last and best accuracy."""
+    rows = []
+    for level in zip(*tables):
+        row: Line = {"level": level[0]["level"], "seeds": len(level)}
+        for key in ("last", "best"):
+            values = np.array([r[key] for r in level])
+            row[key] = float(values.mean())
+            row[f"{key}_deviation"] = float(values.std(ddof=1)) if len(level) > 1 else 0.0
+        rows.append(row)
+    return rows
+
+
+def render_seeds(rows: Sequence[Line]) -> str:
+    """``seed_table`` as text."""
+    out = Table(title=f"mean and deviation over {rows[0]['seeds']} seeds")
+    for name in ("level", "last", "best round"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        cells = (f"{100 * row[k]:.2f} +- {100 * row[k + '_deviation']:.2f}%" for k in ("last", "best"))
+        out.add_row(row["level"], *cells)
+    buffer = StringIO()
+    Console(file=buffer, width=80).print(out)
+    return buffer.getvalue()

@@ -1,0 +1,244 @@
+"""A run from config to result, readable from top to bottom like a lab protocol."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hetfl_jax import engine, report
+from hetfl_jax.data import partition
+from hetfl_jax.evaluate import Scores, evaluator
+from hetfl_jax.federation import Federation, build, parse_buckets
+from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
+from hetfl_jax.progress import Progress
+from hetfl_jax.store import device_store
+from hetfl_jax.types import PyTree, State
+
+TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
+
+
+class Result(NamedTuple):
+    """What ``train`` returns."""
+
+    params: PyTree  #: the global model's parameters after the last round
+    metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
+    table: list[dict[str, Any]]  #: one row a level
+    summary: dict[str, Any]  #: totals and best round
+    folder: Path
+    files: list[Path]
+
+
+class Totals(NamedTuple):
+    """Costs so far."""
+
+    down_bytes: int
+    up_bytes: int
+    client_macs: int
+    full_size_bytes: int  #: one way, had every client taken the full model
+
+
+class Lab(NamedTuple):
+    """A federation with everything that runs it."""
+
+    federation: Federation
+    executor: engine.Executor
+    step: engine.Step
+    evaluate: Callable[[int, PyTree], Scores]
+    place: Callable[[PyTree], PyTree]
+    start: Callable[[], State]
+    population: PyTree
+    key: jax.Array
+
+
+def prepare(config: Any) -> Lab:
+    """Build a config's federation and its compiled functions; nothing compiles yet.
+
+    Raises:
+      ValueError: a value that is out of range.
+    """
+    _check_run(config)
+    fed = build(config)
+    train = config.train
+    devices = train.devices or jax.device_count()
+    executor = engine.executor(train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix))
+    store = device_store()
+    key = executor.place(jax.random.key(config.run.seed))
+    population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
+    score = evaluator(
+        fed.algorithm,
+        executor,
+        test_batches=fed.test_batches,
+        statistics_batch=config.run.statistics_batch_size,
+        eval_batch=config.run.eval_batch_size,
+        masked=config.run.eval_masked,
+    )
+    return Lab(
+        fed,
+        executor,
+        engine.make_round(fed.algorithm, executor, store),
+        lambda level, server: score(level, server, batches, test),
+        executor.place,
+        lambda: executor.place(engine.start(fed.algorithm, store, fed.partition.size.size, key)),
+        population,
+        key,
+    )
+
+
+def _check_run(config: Any) -> None:
+    for name in ("rounds",):
+        if config.train[name] < 1:
+            raise ValueError(f"{name} {config.train[name]}, allowed >= 1 (train.{name})")
+    for name in ("eval_every", "checkpoint_every", "keep", "eval_batch_size", "statistics_batch_size"):
+        if config.run[name] < 1:
+            raise ValueError(f"{name} {config.run[name]}, allowed >= 1 (run.{name})")
+
+
+def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+    """Run the experiment that ``config`` describes.
+
+    Args:
+      config: a ConfigDict with the blocks data, family, method, train, run; see ``configs/``.
+      resume: go on from the last checkpoint of ``run.folder/run.name``, bit for bit, on the same device count.
+      overwrite: delete what is there and start over.
+      quiet: print nothing.
+
+    Returns:
+      A ``Result``; the folder holds config, metrics, TensorBoard events, checkpoints, plots and the final table.
+
+    Raises:
+      ValueError: before anything compiles, for a value that is out of range, or a folder that holds another run.
+    """
+    folder = Path(config.run.folder) / config.run.name
+    lab = prepare(config)
+    fed = lab.federation
+    claim(folder, config.to_dict(), resume=resume, overwrite=overwrite)
+    about = partition.summary(fed.labels, fed.partition)
+    devices = lab.executor.mesh.size if lab.executor.mesh else 1
+    write_json(folder / "environment.json", report.environment(devices))
+    write_json(folder / "partition.json", about)
+    np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size)
+    report.say(f"{report.headline(config, fed)}\n{report.describe(about)}", quiet)
+
+    checkpoints = Checkpoints(folder, config.run.keep)
+    state, totals, scores = lab.start(), Totals(0, 0, 0, 0), {}
+    if resume and (found := checkpoints.restore(state)):
+        state, extra = lab.place(found[0]), found[1]
+        totals = Totals(**extra["totals"])
+    done = int(state.round)
+    metrics = Metrics(folder, done)
+    if done == 0 and not metrics.lines:
+        scores = _evaluate(lab, state)
+        metrics.append([{"round": 0, **scores}])
+    scores = {k: v for k, v in metrics.lines[-1].items() if k in _SCORES} if metrics.lines else scores
+
+    clock = time.perf_counter()
+    pending: list[PyTree] = []
+    with Progress(config.train.rounds, done, quiet) as progress:
+        for round in range(done, config.train.rounds):
+            state, info = lab.step(state, lab.population, lab.key)
+            pending.append(info)
+            # At most two rounds are under way, so that the bar tells the truth and the device never waits.
+            jax.block_until_ready(pending[-2:][0])
+            last = round + 1 == config.train.rounds
+            if not (last or _due(round + 1, config.run.eval_every) or _due(round + 1, config.run.checkpoint_every)):
+                progress.advance(round + 1)
+                continue
+            lines, totals = _lines(jax.device_get(pending), round + 2 - len(pending), totals, fed)
+            pending = []
+            if last or _due(round + 1, config.run.eval_every):
+                scores = _evaluate(lab, state)
+                lines[-1] |= scores
+            for line in lines:
+                line["seconds"] = round_seconds(clock, len(lines))
+            clock = time.perf_counter()
+            metrics.append(lines)
+            report.warn_failures(lines)
+            if last or _due(round + 1, config.run.checkpoint_every):
+                checkpoints.save(round + 1, state, {"totals": totals._asdict()}, scores["accuracy"][fed.mix.letters[0]])
+            progress.advance(round + 1, lines[-1])
+    best = checkpoints.best()
+    checkpoints.close()
+    metrics.close()
+    return _finish(config, lab, state, metrics.lines, best, folder, quiet)
+
+
+_SCORES = ("accuracy", "loss", "local_accuracy")
+
+
+def round_seconds(clock: float, rounds: int) -> float:
+    """Seconds a round since ``clock``, evaluation included."""
+    return round((time.perf_counter() - clock) / rounds, 6)
+
+
+def _due(round: int, every: int) -> bool:
+    return round % every == 0
+
+
+def _evaluate(lab: Lab, state: State) -> dict[str, dict[str, float]]:
+    """Scores of every level: global accuracy and loss, and local accuracy where clients have test data."""
+    letters = lab.federation.mix.letters
+    found = {letter: jax.device_get(lab.evaluate(level, state.server)) for level, letter in enumerate(letters)}
+    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
+    if all(np.isnan(v) for v in scores["local_accuracy"].values()):
+        del scores["local_accuracy"]
+    return scores
+
+
+def _lines(infos: list[Any], first: int, totals: Totals, fed: Federation) -> tuple[list[dict[str, Any]], Totals]:
+    """Metrics lines of a block of rounds, with the costs so far."""
+    lines = []
+    for number, info in enumerate(infos, first):
+        items = np.asarray(info["items"]).round().astype(np.int64)
+        one_way = int(items @ fed.costs.bytes)
+        macs = int(np.asarray(info["examples"], np.float64) @ fed.costs.macs) * TRAINING_PASSES
+        failed = [int(client) for client in info["failed_ids"] if client >= 0]
+        totals = Totals(
+            totals.down_bytes + one_way,
+            totals.up_bytes + one_way,
+            totals.client_macs + macs,
+            totals.full_size_bytes + int(items.sum() * fed.costs.bytes[0]),
+        )
+        line = {"round": number, "train_loss": float(info["train_loss"]), "train_accuracy": float(info["train_accuracy"]),
+                "clients": int(info["clients"]), "failed": len(failed), **totals._asdict(),
+                "items": dict(zip(fed.mix.letters, items.tolist()))}  # fmt: skip
+        if failed:
+            line["failed_ids"] = failed
+        lines.append(line)
+    return lines, totals
+
+
+def _finish(
+    config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], best: int | None, folder: Path, quiet: bool
+) -> Result:
+    """Final table, plots, and what is printed."""
+    fed = lab.federation
+    table = report.table(fed, lines, best)
+    summary = report.totals(lines, best, fed)
+    write_json(folder / "table.json", {"levels": table, **summary})
+    text = report.render(table, summary)
+    (folder / "table.txt").write_text(text)
+    plots = report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
+    files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")] + plots
+    report.say(text + report.list_files(folder, files), quiet)
+    return Result(
+        jax.device_get(state.server.variables["params"]) if hasattr(state.server, "variables") else state.server,
+        report.as_arrays(lines),
+        table,
+        summary,
+        folder,
+        files,
+    )
+
+
+def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Result], list[Mapping[str, Any]]]:
+    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best accuracy."""
+    results = []
+    for seed in seeds:
+        one = config.copy_and_resolve_references()
+        with one.unlocked():
+            one.run.seed, one.run.name = seed, f"{config.run.name}/seed{seed}"
+        results.append(train(one, **options))
+    return results, report.seed_table([r.table for r in results])
