@@ -86,7 +86,8 @@ def local(
 
 def local_steps(settings: Local, size: Array) -> Array:
     """Steps that a client with ``size`` examples makes; the last partial batch of an epoch is kept."""
-    return jnp.int32(settings.steps) if settings.steps else settings.epochs * -(-size // settings.batch_size)
+    by_epochs = settings.epochs * -(-size // settings.batch_size)
+    return jnp.where(jnp.asarray(settings.steps) > 0, settings.steps, by_epochs).astype(jnp.int32)
 
 
 def train(

@@ -1,0 +1,48 @@
+"""Reference vectors are found by kind: every file of a kind runs through its handler, whatever else is in the folder."""
+
+import fnmatch
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(os.environ.get("HETFL_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
+
+#: Kinds whose method is not built yet, with the reason.
+NOT_BUILT = {
+    "width/o3?_heterofl_transformer*": "the Transformer comes with the depth family",
+    **dict.fromkeys(
+        [f"width/o4?_splitmix_{kind}" for kind in ("ensemble_*", "aggregate*", "sheterofl_aggregate*", "dbn_lambda*",
+         "masked_ce*", "pgd*", "base_sampling_trace*", "lr*")], "Split-Mix is not built"),
+    **dict.fromkeys([f"width/o5?_fjord_{kind}" for kind in ("aggregate_*", "forward*", "step_*")], "FjORD is not built"),
+    "depth/depthfl_*": "DepthFL is not built",
+    "depth/feddyn_*": "FedDyn is not built",
+    "depth/inclusivefl_*": "InclusiveFL is not built",
+    **dict.fromkeys(
+        [f"selection/{kind}" for kind in ("qffl_*", "divfl_*", "power_of_choice*", "qsgd_*", "fairness_metrics*",
+         "synthetic_alpha_beta*", "lag_*")], "selection, fairness and compression are not built"),
+    "cluster/ifca_*": "IFCA is not built",
+    "cluster/cfl_*": "CFL is not built",
+}  # fmt: skip
+
+
+def present() -> list[str]:
+    """Names of all vector files, such as ``width/o1a_heterofl_conv_full``."""
+    return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/*.npz"))
+
+
+def of_kind(pattern: str) -> list:
+    """Parameters for one kind; none is no error."""
+    return [pytest.param(name, id=name) for name in present() if fnmatch.fnmatch(name, pattern)]
+
+
+def read(name: str) -> dict[str, np.ndarray]:
+    """All arrays of one file."""
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose name starts with ``prefix/``, without it."""
+    return {key[len(prefix) + 1 :]: value for key, value in arrays.items() if key.startswith(prefix + "/")}
