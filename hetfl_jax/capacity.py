@@ -67,7 +67,8 @@ def _path(keys: tuple[Any, ...]) -> Path:
     return tuple(str(getattr(key, "key", key)) for key in keys)
 
 
-def _flat(values: PyTree) -> dict[Path, Any]:
+def flat(values: PyTree) -> dict[Path, Any]:
+    """Leaves by path."""
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
 
 
@@ -113,11 +114,11 @@ def family(
         return jax.eval_shape(net.init, jax.random.key(0), ready)
 
     shapes = tuple(shapes_of(net) for net in nets)
-    flat = [_flat(s) for s in shapes]
+    leaves = [flat(s) for s in shapes]
     more = {}
     if hasattr(modules[0], "classes"):
-        more = _flat(shapes_of(adapt(modules[0].clone(classes=modules[0].classes + 1))))
-    windows = {path: _window(path, leaf, flat, more.get(path)) for path, leaf in flat[0].items()}
+        more = flat(shapes_of(adapt(modules[0].clone(classes=modules[0].classes + 1))))
+    windows = {path: _window(path, leaf, leaves, more.get(path)) for path, leaf in leaves[0].items()}
     names = dict.fromkeys(name for fields in levels for name in fields)
     table = {name: np.asarray([getattr(m, name) for m in modules]) for name in names}
     exits = np.asarray([_evaluate(net, s, ready)[0].shape[0] for net, s in zip(nets, shapes)])
@@ -144,17 +145,17 @@ def _is_struct(example: Any) -> bool:
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 
 
-def _window(path: Path, leaf: Any, flat: list[dict[Path, Any]], wider: Any) -> Window:
+def _window(path: Path, leaf: Any, levels: list[dict[Path, Any]], wider: Any) -> Window:
     extents = []
-    for level, leaves in enumerate(flat):
+    for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)
         if len(shape) != len(leaf.shape) or any(s > f for s, f in zip(shape, leaf.shape)):
             raise ValueError(f"level {level} has {'/'.join(path)} of shape {shape}, not inside {leaf.shape} (capacity.family)")
-        if extra := set(leaves) - set(flat[0]):
+        if extra := set(leaves) - set(levels[0]):
             raise ValueError(f"level {level} has {'/'.join(min(extra))}, which level 0 lacks (capacity.family)")
         extents.append(shape)
     grown = [] if wider is None else [i for i, (a, b) in enumerate(zip(leaf.shape, wider.shape)) if a != b]
-    return Window(np.asarray(extents, np.int32).reshape(len(flat), len(leaf.shape)), grown[0] if grown else -1)
+    return Window(np.asarray(extents, np.int32).reshape(len(levels), len(leaf.shape)), grown[0] if grown else -1)
 
 
 def base_of(level: Level) -> int:
@@ -199,22 +200,22 @@ def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
     >>> narrow(fam, tree.zeros(fam.shapes[0]), 1)["params"]["dense_0"]["kernel"].shape
     (3, 2)
     """
-    flat = _flat(values)
+    leaves = flat(values)
 
     def leaf(path: Path, shape: Any) -> Array:
-        return flat[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
+        return leaves[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
 
     return map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
 
 
 def widen(fam: Family, values: PyTree, level: int) -> PyTree:
     """The inverse of ``narrow``: zero outside the window."""
-    flat = _flat(values)
+    leaves = flat(values)
 
     def leaf(path: Path, shape: Any) -> Array:
-        if path not in flat:
+        if path not in leaves:
             return jnp.zeros(shape.shape, shape.dtype)
-        value = flat[path]
+        value = leaves[path]
         return jnp.pad(value, [(0, full - own) for full, own in zip(shape.shape, value.shape)])
 
     return map_leaves(leaf, {name: fam.shapes[0][name] for name in values})
@@ -222,12 +223,12 @@ def widen(fam: Family, values: PyTree, level: int) -> PyTree:
 
 def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
     """``old`` with the level's window replaced by ``new``; entries outside it survive."""
-    flat = _flat(new)
+    leaves = flat(new)
 
     def leaf(path: Path, value: Array) -> Array:
-        if path not in flat:
+        if path not in leaves:
             return value
-        return value.at[tuple(slice(0, extent) for extent in flat[path].shape)].set(flat[path])
+        return value.at[tuple(slice(0, extent) for extent in leaves[path].shape)].set(leaves[path])
 
     return map_leaves(leaf, old)
 

@@ -85,13 +85,32 @@ def load_config(arguments: Sequence[str]) -> Any:
 
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = [f"--config={DEFAULT_CONFIG}", *arguments]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    def parse(given: Sequence[str]) -> Any:
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["hetfl", *given])
+        values(["hetfl", *given])
+        return holder.value
+
     try:
-        values(["hetfl", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(str(error)) from error
-    return holder.value
+        _check_keys(parse([a for a in arguments if a.startswith("--config=")]), arguments)
+        return parse(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # An error inside the config file comes wrapped in its traceback; its last line is the message.
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        text = lines[-1].partition("Error: ")[2] or lines[-1] if "Traceback" in str(error) else " ".join(lines)
+        raise ValueError(text) from error
+
+
+def _check_keys(config: Any, arguments: Sequence[str]) -> None:
+    """Every ``--config.KEY`` must name a value that the config has."""
+    for argument in arguments:
+        name = argument.removeprefix("--config").partition("=")[0].removeprefix(".")
+        place = config
+        for key in filter(None, name.split(".")):
+            if not hasattr(place, "keys") or key not in place:
+                allowed = ", ".join(place.keys()) if hasattr(place, "keys") else "nothing below it"
+                raise ValueError(f"unknown config key {name!r}: {key!r} is not one of {allowed}")
+            place = place[key]
 
 
 def _train(given: argparse.Namespace, rest: list[str]) -> None:

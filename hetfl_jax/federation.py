@@ -16,6 +16,7 @@ from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, held_classes, joined, population
 from hetfl_jax.models import build as build_net
+from hetfl_jax.models.layers import active_channels
 from hetfl_jax.parts.local import Local, local
 from hetfl_jax.types import Algorithm, Population
 
@@ -178,16 +179,20 @@ def split(data: Any, source: sources.Source, seed: int) -> Partition:
     return getattr(partition, data.split)(labels, clients, data.concentration, seed)
 
 
-def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
+def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
+    """Fields of the global model's net, by name; its hidden sizes are cut to the global level."""
     fields = config.family.to_dict()
-    for name in ("mix", "net"):
-        fields.pop(name)
-    rate = mix.global_rate
-    fields["hidden"] = tuple(int(np.ceil(width * rate)) for width in fields["hidden"])
-    module = build_net(config.family.net, classes=classes, **fields)
+    del fields["mix"]
+    hidden = tuple(active_channels(width, mix.global_rate) for width in fields["hidden"])
+    return {**fields, "hidden": hidden, "classes": classes}
+
+
+def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
     image = source.x_train.ndim == 4
     prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment) if image else preprocess.features
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
+    fields = net_fields(config, mix, classes)
+    module = build_net(fields.pop("net"), **fields)
     return capacity.family(module, [{"width": width} for width in mix.widths], example, prepare)
 
 

@@ -149,6 +149,10 @@ class Checkpoints:
             return found["state"], found["extra"]
         return None
 
+    def rounds(self) -> list[int]:
+        """Rounds of the checkpoints there are."""
+        return sorted(self._manager.all_steps())
+
     def best(self) -> int | None:
         """The round of the best checkpoint."""
         return self._manager.best_step()

@@ -119,7 +119,7 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
     devices = lab.executor.mesh.size if lab.executor.mesh else 1
     write_json(folder / "environment.json", report.environment(devices))
     write_json(folder / "partition.json", about)
-    np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size)
+    np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
     report.say(f"{report.headline(config, fed)}\n{report.describe(about)}", quiet)
 
     checkpoints = Checkpoints(folder, config.run.keep)
@@ -130,7 +130,7 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
     done = int(state.round)
     metrics = Metrics(folder, done)
     if done == 0 and not metrics.lines:
-        scores = _evaluate(lab, state)
+        scores = evaluate_levels(lab, state.server)
         metrics.append([{"round": 0, **scores}])
     scores = {k: v for k, v in metrics.lines[-1].items() if k in _SCORES} if metrics.lines else scores
 
@@ -149,7 +149,7 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
             lines, totals = _lines(jax.device_get(pending), round + 2 - len(pending), totals, fed)
             pending = []
             if last or _due(round + 1, config.run.eval_every):
-                scores = _evaluate(lab, state)
+                scores = evaluate_levels(lab, state.server)
                 lines[-1] |= scores
             for line in lines:
                 line["seconds"] = round_seconds(clock, len(lines))
@@ -177,10 +177,10 @@ def _due(round: int, every: int) -> bool:
     return round % every == 0
 
 
-def _evaluate(lab: Lab, state: State) -> dict[str, dict[str, float]]:
+def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
     """Scores of every level: global accuracy and loss, and local accuracy where clients have test data."""
     letters = lab.federation.mix.letters
-    found = {letter: jax.device_get(lab.evaluate(level, state.server)) for level, letter in enumerate(letters)}
+    found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
     scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
     if all(np.isnan(v) for v in scores["local_accuracy"].values()):
         del scores["local_accuracy"]

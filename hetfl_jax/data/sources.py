@@ -1,6 +1,7 @@
 """Data sets by name: ``digits``, ``npz:<path>``, ``tfds:<name>``, ``synthetic``. Arrays come back on the host."""
 
 import importlib
+import importlib.util
 import io
 import os
 from pathlib import Path
@@ -101,7 +102,7 @@ def _tfds(name: str) -> Source:
     """Through ``tfds.data_source`` (array_record, no TensorFlow), else ``tfds.load`` where only TFRecords are there."""
     tfds = importlib.import_module("tensorflow_datasets")
     try:
-        splits = tfds.data_source(name, split=["train", "test"])
+        splits = tfds.data_source(name, split=["train", "test"], download=False)
     except Exception as error:
         splits = _tfds_records(tfds, name, error)
 

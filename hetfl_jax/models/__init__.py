@@ -28,8 +28,8 @@ NETS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, **fields: Any) -> nn.Module:
-    """The net called ``name`` with the given fields.
+def build(net: str, **fields: Any) -> nn.Module:
+    """The net called ``net`` with the given fields.
 
     Raises:
       ValueError: an unknown name.
@@ -37,6 +37,6 @@ def build(name: str, **fields: Any) -> nn.Module:
     >>> build("mlp", hidden=(8,), classes=3).hidden
     (8,)
     """
-    if name not in NETS:
-        raise ValueError(f"net {name!r} is not one of {', '.join(NETS)} (family.net)")
-    return NETS[name](**fields)
+    if net not in NETS:
+        raise ValueError(f"net {net!r} is not one of {', '.join(NETS)} (family.net)")
+    return NETS[net](**fields)

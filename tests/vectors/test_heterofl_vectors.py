@@ -30,7 +30,7 @@ def shard_of(label_split, classes=10, x=None, y=None):
 
 
 def assert_trees(found, wanted, atol, relative_to_largest=0.0):
-    found, wanted = capacity._flat(found), capacity._flat(wanted)
+    found, wanted = capacity.flat(found), capacity.flat(wanted)
     assert set(found) == set(wanted)
     for path, value in wanted.items():
         largest = float(np.abs(value).max())
@@ -59,12 +59,12 @@ def test_cut_and_combine(name):
     mean, coverage = rule.settle(total)
     combined = jax.tree.map(lambda v, m, c: jnp.where(c > 0, v + m, v), variables, mean, coverage)
     assert_trees(combined["params"], official.to_tree(below(z, "global_out")), 1e-6)
-    count = capacity._flat(official.to_tree(below(z, "derived_count")))
-    for path, covered in capacity._flat(coverage["params"]).items():
+    count = capacity.flat(official.to_tree(below(z, "derived_count")))
+    for path, covered in capacity.flat(coverage["params"]).items():
         np.testing.assert_array_equal(covered, count[path], err_msg=str(path))
         untouched = np.asarray(count[path]) == 0
-        old = np.asarray(capacity._flat(variables["params"])[path])
-        new = np.asarray(capacity._flat(combined["params"])[path])
+        old = np.asarray(capacity.flat(variables["params"])[path])
+        new = np.asarray(capacity.flat(combined["params"])[path])
         np.testing.assert_array_equal(new[untouched], old[untouched])
 
 
