@@ -35,7 +35,10 @@ def get_config(arg=""):
             scaler=False,
             lowering="auto",
         ),
-        method=dict(name="fedprox", args=dict(cohort=15, proximal_weight=1e-4, server_optimizer=dict(name="sgd", learning_rate=1.0))),
+        method=dict(
+            name="fedprox",
+            args=dict(cohort=15, proximal_weight=1e-4, server_optimizer=dict(name="sgd", learning_rate=1.0)),
+        ),
         train=dict(
             rounds=300,
             epochs=5,

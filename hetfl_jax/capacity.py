@@ -150,7 +150,9 @@ def _window(path: Path, leaf: Any, levels: list[dict[Path, Any]], wider: Any) ->
     for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)
         if len(shape) != len(leaf.shape) or any(s > f for s, f in zip(shape, leaf.shape)):
-            raise ValueError(f"level {level} has {'/'.join(path)} of shape {shape}, not inside {leaf.shape} (capacity.family)")
+            raise ValueError(
+                f"level {level} has {'/'.join(path)} of shape {shape}, not inside {leaf.shape} (capacity.family)"
+            )
         if extra := set(leaves) - set(levels[0]):
             raise ValueError(f"level {level} has {'/'.join(min(extra))}, which level 0 lacks (capacity.family)")
         extents.append(shape)

@@ -85,6 +85,7 @@ def load_config(arguments: Sequence[str]) -> Any:
 
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = [f"--config={DEFAULT_CONFIG}", *arguments]
+
     def parse(given: Sequence[str]) -> Any:
         values = flags.FlagValues()
         holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["hetfl", *given])

@@ -1,4 +1,4 @@
-"""Configs: a locked ConfigDict with the blocks ``data, family, method, train, run``, every value standing in its file."""
+"""Configs: a locked ConfigDict of five blocks, with every value standing in its file."""
 
 from typing import Any
 

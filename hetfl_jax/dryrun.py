@@ -41,13 +41,22 @@ def describe(config: Any) -> str:
     bodies = {"bucketed": len(buckets) or fed.family.levels}.get(config.train.executor, 1)
     evaluations = 1 if config.run.eval_masked else fed.family.levels
     rows = (
-        ("data on each device", f"{(shared + per_client) / 1e6:,.1f} MB ({shared / 1e6:,.1f} pool, {per_client / 1e6:,.1f} index)"),
+        (
+            "data on each device",
+            f"{(shared + per_client) / 1e6:,.1f} MB ({shared / 1e6:,.1f} pool, {per_client / 1e6:,.1f} index)",
+        ),
         ("state on each device", f"{tree.nbytes(state) / 1e6:,.1f} MB"),
         ("programs", f"1 round with {bodies} client bodies, {evaluations} evaluation"),
         ("client work a round", f"{macs / 1e9:,.2f} GMACs expected"),
         ("bytes a round", f"{one_way / 1e6:,.2f} MB each way expected"),
-        ("training", f"about {seconds * config.train.rounds:,.0f} s for {config.train.rounds} rounds, compilation and evaluation apart"),
-        ("estimate from", f"a matrix product timed here, {ASSUMED_EFFICIENCY:.0%} of its rate, at least {1e3 * SMALLEST_STEP:g} ms a client step"),
+        (
+            "training",
+            f"about {seconds * config.train.rounds:,.0f} s for {config.train.rounds} rounds, compile, evaluate apart",
+        ),
+        (
+            "estimate from",
+            f"{ASSUMED_EFFICIENCY:.0%} of a matrix product's rate, at least {1e3 * SMALLEST_STEP:g} ms a client step",
+        ),
     )
     text = "\n".join(f"{name:22s}{value}" for name, value in rows)
     about = report.describe(partition.summary(fed.labels, fed.partition))

@@ -63,11 +63,12 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: B
     chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 16)
     if name == "debugging":
         return debugging()
-    inner = {
+    makers: dict[str, Callable[[], Executor]] = {
         "vmapped": vmapped,
         "chunked": partial(chunked, chunk),
         "bucketed": partial(bucketed, chunk, buckets),
-    }[name]()
+    }
+    inner = makers[name]()
     if devices == 1:
         return inner
     return sharded(jax.make_mesh((devices,), (_AXIS,), axis_types=(AxisType.Auto,)), inner)
@@ -149,9 +150,7 @@ def _order(items: Items, levels: Array) -> Array:
     return jnp.lexsort((-items.shard.size, levels))
 
 
-def _loops(
-    algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets
-) -> Outcome:
+def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets) -> Outcome:
     """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
     if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
         raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
@@ -227,7 +226,7 @@ def sharded(mesh: Mesh, inner: Executor) -> Executor:
             on_device,
             mesh=mesh,
             in_specs=(everywhere, everywhere, split),
-            out_specs=Outcome(everywhere, split, split, split),
+            out_specs=Outcome(everywhere, split, split, split),  # type: ignore[arg-type]
             check_vma=False,
         )
         outcome = mapped(sent, pool, tree.take(padded, deal))
@@ -252,7 +251,9 @@ def debugging() -> Executor:
             level = int(item.level)
             reply, member, row = _run_item(algorithm, sent, pool, item, level)
             if item.valid and not row[2]:
-                raise FloatingPointError(f"client {int(item.ids)} at level {level} replied with values that are not finite")
+                raise FloatingPointError(
+                    f"client {int(item.ids)} at level {level} replied with values that are not finite"
+                )
             empty = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *jnp.shape(t)), t.dtype), reply)
             wide = _widen(algorithm, _add(reply, member, empty), level)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
@@ -267,8 +268,13 @@ def debugging() -> Executor:
 
 def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State:
     """The state before the first round."""
-    server, one = algorithm.init(purpose_key(key, INIT))
-    return State(server, store.init(one, clients), jnp.int32(0))
+
+    @jax.jit  # op by op, drawing a net's start values takes seconds
+    def init(key: Array) -> State:
+        server, one = algorithm.init(purpose_key(key, INIT))
+        return State(server, store.init(one, clients), jnp.int32(0))
+
+    return init(key)
 
 
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
@@ -319,7 +325,7 @@ def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Call
     def run(*args: Any) -> Any:
         return jax.block_until_ready(jitted(*args))
 
-    run._cache_size = jitted._cache_size
+    run._cache_size = jitted._cache_size  # type: ignore[attr-defined]
     return run
 
 

@@ -54,7 +54,7 @@ def with_statistics(
     """``variables`` with the batch statistics of one pass over ``data``, whose "clients" are single batches.
 
     Mean := plain average over batches of batch means, variance := plain average of unbiased batch variances; each batch
-    weighs the same, the short last one too (HeteroFL's static batch norm). Unchanged where the net tracks or needs none.
+    weighs the same, the short last one too (HeteroFL's static batch norm). Unchanged where nothing is to be collected.
     """
     if algorithm.statistics is None:
         return variables

@@ -63,8 +63,8 @@ def plot_run(folder: Path) -> list[Path]:
 def export_level(folder: Path, level: str, round: int | None = None, output: Path | None = None) -> Path:
     """Write one level's variables as a .npz of plain arrays named ``params/layer/leaf``; returns the file.
 
-    Statistics that the net collects before evaluation are collected and written too, and ``net`` holds the fields of the
-    net and the normalisation as JSON, so that the file evaluates without the training code; see ``load_exported``.
+    Statistics that the net collects before evaluation are collected and written too, and ``net`` holds the net's
+    fields and the normalisation as JSON: the file evaluates without the training code, see ``load_exported``.
 
     Raises:
       ValueError: a level that the run lacks, or no such checkpoint.
@@ -86,7 +86,8 @@ def export_level(folder: Path, level: str, round: int | None = None, output: Pat
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in capacity.flat(variables).items()}
     net = net_fields(config, mix, fed.train.classes.shape[1]) | {"width": mix.widths[number]}
     path = output or folder / f"level_{level}.npz"
-    np.savez(path, **arrays, net=json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))
+    arrays["net"] = np.asarray(json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))
+    np.savez(path, **arrays)  # type: ignore[arg-type]
     return path
 
 

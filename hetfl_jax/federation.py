@@ -63,12 +63,16 @@ def parse_mix(text: str) -> Mix:
         if part[:1] not in RATES:
             raise ValueError(f"level {part[:1]!r} in mix {text!r} is not one of {', '.join(RATES)} (family.mix)")
         if not part[1:].isdigit() or int(part[1:]) < 1:
-            raise ValueError(f"part {part!r} in mix {text!r}: need a letter and a proportion >= 1, as in a1-b1 (family.mix)")
+            raise ValueError(
+                f"part {part!r} in mix {text!r}: need a letter and a proportion >= 1, as in a1-b1 (family.mix)"
+            )
     letters = tuple(part[0] for part in parts)
     if not letters or len(set(letters)) != len(letters):
         raise ValueError(f"mix {text!r}: need at least one level, each letter once (family.mix)")
     if above := [letter for letter in letters if letter < letters[0]]:
-        raise ValueError(f"level {above[0]!r} in mix {text!r} is above the global level {letters[0]!r}, the first (family.mix)")
+        raise ValueError(
+            f"level {above[0]!r} in mix {text!r} is above the global level {letters[0]!r}, the first (family.mix)"
+        )
     first = RATES[letters[0]]
     widths = tuple(RATES[letter] / first for letter in letters)
     return Mix(letters, widths, tuple(int(part[1:]) for part in parts), first)
@@ -174,7 +178,9 @@ def split(data: Any, source: sources.Source, seed: int) -> Partition:
         return partition.shards(labels, clients, data.classes_per_client, seed, source.y_test)
     if data.split == "natural":
         if source.writer is None:
-            raise ValueError(f"source {data.source!r} has no client ids: split 'natural' needs data.writers=<npz>:<array>")
+            raise ValueError(
+                f"source {data.source!r} has no client ids: split 'natural' needs data.writers=<npz>:<array>"
+            )
         return partition.natural(source.writer, seed, data.test_fraction)
     return getattr(partition, data.split)(labels, clients, data.concentration, seed)
 
@@ -189,7 +195,9 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
 
 def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
     image = source.x_train.ndim == 4
-    prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment) if image else preprocess.features
+    prepare = (
+        preprocess.images(config.data.mean, config.data.std, config.data.augment) if image else preprocess.features
+    )
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
     fields = net_fields(config, mix, classes)
     module = build_net(fields.pop("net"), **fields)
@@ -197,7 +205,7 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
 
 
 def _test(train: Population, first: int, part: Partition, held: np.ndarray, batch: int) -> Population:
-    """Batches of the global test set (rows from ``first`` on), then the clients' own test shares where there are any."""
+    """Batches of the global test set (rows from ``first`` on), then the clients' own test shares, if they have any."""
     rows = np.arange(first, len(train.y))
     classes = held.shape[1]
     whole = population(train.x, train.y, rows, np.array([rows.size]), classes=classes)
@@ -222,5 +230,7 @@ def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
         return ()
     groups = text.split("-")
     if sorted("".join(groups)) != sorted(mix.letters) or not all(groups):
-        raise ValueError(f"buckets {text!r}: allowed 'each' or groups of {''.join(mix.letters)}, each once (train.buckets)")
+        raise ValueError(
+            f"buckets {text!r}: allowed 'each' or groups of {''.join(mix.letters)}, each once (train.buckets)"
+        )
     return tuple(tuple(mix.letters.index(letter) for letter in group) for group in groups)

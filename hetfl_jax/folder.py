@@ -1,4 +1,4 @@
-"""A run's folder: config, metrics, checkpoints. Nothing in it is lost by a kill, and nothing is overwritten by accident."""
+"""A run's folder: config, metrics, checkpoints. A kill loses nothing in it, and nothing is overwritten by accident."""
 
 import json
 import math
@@ -45,7 +45,9 @@ def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: b
     if saved.exists() and overwrite:
         shutil.rmtree(folder)
     elif saved.exists() and not resume:
-        raise ValueError(f"{folder} already holds a run: give --resume to go on, --overwrite to start over, or another --config.run.name")
+        raise ValueError(
+            f"{folder} already holds a run: --resume goes on, --overwrite starts over, or choose another run.name"
+        )
     elif saved.exists():
         _same_config(json.loads(saved.read_text()), plain(config), folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,8 @@ def describe(about: Mapping[str, Any]) -> str:
     """One line on the partition."""
     size, held = about["size"], about["classes per client"]
     return (
-        f"partition: {about['examples']} examples, {size['min']} to {size['max']} a client (median {size['median']:g}), "
+        f"partition: {about['examples']} examples, {size['min']} to {size['max']} a client "
+        f"(median {size['median']:g}), "
         f"{held['min']} to {held['max']} classes (median {held['median']:g})"
     )
 
@@ -64,7 +65,7 @@ def warn_failures(lines: Sequence[Line]) -> None:
             clients = ", ".join(map(str, line["failed_ids"][:10]))
             rest = "; every client failed, the model is unchanged" if not line["clients"] else ""
             warnings.warn(
-                f"round {line['round']}: {line['failed']} replies were not finite and left out (clients {clients}){rest}",
+                f"round {line['round']}: {line['failed']} replies not finite, left out (clients {clients}){rest}",
                 stacklevel=2,
             )
 
@@ -174,7 +175,9 @@ def plot(folder: Path, lines: Sequence[Line], counts: np.ndarray) -> list[Path]:
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
         for color, letter in zip(_COLORS, points[0]["accuracy"]):
-            axes.plot(x, [100 * p["accuracy"][letter] for p in points], color=color, label=f"level {letter}", marker=".")
+            axes.plot(
+                x, [100 * p["accuracy"][letter] for p in points], color=color, label=f"level {letter}", marker="."
+            )
         first = next(iter(points[0]["accuracy"]))
         if "local_accuracy" in points[-1]:
             local = [100 * (p["local_accuracy"][first] or np.nan) for p in points]

@@ -1,7 +1,7 @@
 """A run from config to result, readable from top to bottom like a lab protocol."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,9 +201,10 @@ def _lines(infos: list[Any], first: int, totals: Totals, fed: Federation) -> tup
             totals.client_macs + macs,
             totals.full_size_bytes + int(items.sum() * fed.costs.bytes[0]),
         )
-        line = {"round": number, "train_loss": float(info["train_loss"]), "train_accuracy": float(info["train_accuracy"]),
-                "clients": int(info["clients"]), "failed": len(failed), **totals._asdict(),
-                "items": dict(zip(fed.mix.letters, items.tolist()))}  # fmt: skip
+        line: dict[str, Any] = {"round": number}
+        line |= {name: float(info[name]) for name in ("train_loss", "train_accuracy")}
+        line |= {"clients": int(info["clients"]), "failed": len(failed), **totals._asdict()}
+        line["items"] = dict(zip(fed.mix.letters, items.tolist()))
         if failed:
             line["failed_ids"] = failed
         lines.append(line)
@@ -221,7 +222,9 @@ def _finish(
     text = report.render(table, summary)
     (folder / "table.txt").write_text(text)
     plots = report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
-    files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")] + plots
+    files = [
+        folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")
+    ] + plots
     report.say(text + report.list_files(folder, files), quiet)
     return Result(
         jax.device_get(state.server.variables["params"]) if hasattr(state.server, "variables") else state.server,
@@ -233,7 +236,7 @@ def _finish(
     )
 
 
-def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Result], list[Mapping[str, Any]]]:
+def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Result], list[dict[str, Any]]]:
     """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best accuracy."""
     results = []
     for seed in seeds:

@@ -26,7 +26,7 @@ class Population(NamedTuple):
 
     x: Array  #: [M, ...] examples as stored, e.g. uint8 images
     y: Array  #: [M] int32 labels
-    index: Array  #: [n] int32 pool rows, client after client
+    index: Array  # type: ignore[assignment]  #: [n] int32 pool rows, client after client
     offset: Array  #: [N] int32 first position of a client in ``index``
     size: Array  #: [N] int32 examples per client
     level: Array  #: [N] int32 capacity level of the client, 0 is the largest
@@ -34,11 +34,11 @@ class Population(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one client sees of the population: the shared pool and its own row of the index."""
+    """What one client sees of the population: the shared pool (left out where it travels apart) and its own row."""
 
-    x: Array
-    y: Array
-    index: Array
+    x: Array | Any
+    y: Array | Any
+    index: Array | Any  # type: ignore[assignment]
     offset: Array  #: int32 scalar
     size: Array  #: int32 scalar
     classes: Array  #: [C] bool
@@ -119,8 +119,8 @@ class Algorithm(NamedTuple):
     nothing to ``total`` and arrive as ``ok`` false.
 
     ``model(server, level, shard=None) -> variables`` and ``predict(variables, level, x, shard=None) -> [E, B, C]``
-    serve evaluation, of a client's own data if ``shard`` is given; ``statistics(variables, level, x, valid)`` returns the batch statistics of one batch where the net
-    collects them only before evaluation, else it is ``None``.
+    serve evaluation, of a client's own data if ``shard`` is given; ``statistics(variables, level, x, valid)`` returns
+    the statistics of one batch where the net collects them only before evaluation, else it is ``None``.
 
     ``between(server, info) -> server`` runs on the host between rounds (e.g. splitting a cluster).
     """

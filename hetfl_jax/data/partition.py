@@ -12,7 +12,7 @@ import numpy as np
 class Partition(NamedTuple):
     """Rows of the training and of the local test data, client after client."""
 
-    index: np.ndarray  #: [n] int
+    index: np.ndarray  # type: ignore[assignment]  #: [n] int
     size: np.ndarray  #: [N] int
     test_index: np.ndarray | None = None
     test_size: np.ndarray | None = None
@@ -85,16 +85,16 @@ def shards(
         return _grouped(owner, clients)
 
     train = split(labels)
-    test = (None, None) if test_labels is None else split(test_labels)
-    return Partition(*train, *test, classes=held)
+    test_index, test_size = (None, None) if test_labels is None else split(test_labels)
+    return Partition(*train, test_index, test_size, held)
 
 
 def dirichlet_per_class(labels: np.ndarray, clients: int, concentration: float, seed: int) -> Partition:
     """For each class, proportions over clients ~ Dirichlet(concentration); used by DepthFL's code.
 
     Clients that already hold ``n / clients`` examples get none of the further classes; the whole draw repeats until
-    the smallest client has 10 (or its fair share, if that is less). NumPy's legacy generator in the official call order,
-    so the index sets equal the official ones.
+    the smallest client has 10 (or half its fair share, if that is less). NumPy's legacy generator in the official call
+    order, so the index sets equal the official ones.
     """
     _need(concentration > 0, f"Dirichlet concentration {concentration}, allowed > 0")
     _need(1 <= clients <= labels.size, f"{clients} clients, allowed 1..{labels.size} (one example each)")
@@ -113,7 +113,9 @@ def dirichlet_per_class(labels: np.ndarray, clients: int, concentration: float, 
             held += taken
         if held.min() >= least:
             return Partition(*_grouped(owner, clients))
-    raise ValueError(f"no Dirichlet({concentration}) draw gave {clients} clients {least} examples each (data.partition)")
+    raise ValueError(
+        f"no Dirichlet({concentration}) draw gave {clients} clients {least} examples each (data.partition)"
+    )
 
 
 def dirichlet_per_client(labels: np.ndarray, clients: int, concentration: float, seed: int) -> Partition:
@@ -151,7 +153,7 @@ def natural(writer: np.ndarray, seed: int, test_fraction: float = 0.2, min_examp
     [1, 2]
     """
     _need(0 <= test_fraction < 1, f"local test fraction {test_fraction}, allowed 0 <= f < 1")
-    ids, client, count = np.unique(writer, return_inverse=True, return_counts=True)
+    _, client, count = np.unique(writer, return_inverse=True, return_counts=True)
     keep = count >= min_examples
     _need(bool(keep.any()), f"no client has {min_examples} examples; the largest has {count.max()}")
     renumbered = np.where(keep, np.cumsum(keep) - 1, -1)[client]

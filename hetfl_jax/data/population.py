@@ -46,19 +46,21 @@ def population(
     _check(total == index.size, f"sizes sum to {total}, but the index has {index.size} entries")
     _check(max(total, len(x)) < _INT32, f"{max(total, len(x))} examples: at most {_INT32 - 1}")
     low, high = int(index.min()), int(index.max())
-    _check(0 <= low and high < len(x), f"index has rows {low}..{high}, allowed 0..{len(x) - 1}")
+    _check(low >= 0 and high < len(x), f"index has rows {low}..{high}, allowed 0..{len(x) - 1}")
     _check(np.issubdtype(y.dtype, np.integer), f"labels of dtype {y.dtype}: need integers")
-    count = int(y.max()) + 1 if classes is None else int(classes if np.ndim(classes) == 0 else np.shape(classes)[1])
+    table = classes if isinstance(classes, np.ndarray) else None
+    count = table.shape[1] if table is not None else int(y.max()) + 1 if classes is None else int(classes)
     _check(int(y.min()) >= 0 and int(y.max()) < count, f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}")
     level = np.zeros(size.size, np.int32) if level is None else np.asarray(level)
     _check(level.shape == size.shape, f"{level.size} levels for {size.size} clients")
     bad = np.flatnonzero((level < 0) | (level >= levels))
     _check(not bad.size, lambda: f"client {bad[0]} has level {level[bad[0]]}, allowed 0..{levels - 1}")
-    held = np.asarray(classes, bool) if np.ndim(classes) == 2 else held_classes(y[index], size, count)
+    held = held_classes(y[index], size, count) if table is None else table.astype(bool)
     _check(held.shape == (size.size, count), f"class table of shape {held.shape}, need {(size.size, count)}")
     offset = np.cumsum(size, dtype=np.int64) - size
-    ints = [jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level)]
-    return Population(jnp.asarray(x), jnp.asarray(stored, jnp.int32), *ints, classes=jnp.asarray(held))
+    rows, start, count_of, level_of = (jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level))
+    labels = jnp.asarray(stored, jnp.int32)
+    return Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held))
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import io
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +82,10 @@ def _npz(path: str) -> Source:
         if "jpeg_bytes" in file:
             return _jpeg_npz(file)
         if missing := {"x_train", "y_train", "x_test", "y_test"} - set(file.files):
-            raise ValueError(f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(file.files)} (data.source)")
-        writer = file["writer_train"] if "writer_train" in file else None
+            raise ValueError(
+                f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(file.files)} (data.source)"
+            )
+        writer = file.get("writer_train")
         arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
     return Source(_stored(arrays[0]), _labels(arrays[1]), _stored(arrays[2]), _labels(arrays[3]), writer)
 
@@ -92,7 +95,7 @@ def _jpeg_npz(file: Any) -> Source:
     from PIL import Image
 
     head, scans, offsets = file["jpeg_header"].tobytes(), file["jpeg_bytes"].tobytes(), file["offsets"]
-    scan = [scans[a:b] for a, b in zip(offsets[:-1], offsets[1:])]
+    scan = [scans[a:b] for a, b in pairwise(offsets)]
     x = np.stack([np.asarray(Image.open(io.BytesIO(head + s + b"\xff\xd9"))) for s in scan])
     y, split = _labels(file["labels"]), int(file["n_train"])
     return Source(x[:split], y[:split], x[split:], y[split:])
@@ -112,7 +115,9 @@ def _tfds(name: str) -> Source:
     first = next(iter(splits[0]))
     feature = next((key for key in ("image", "features", "x") if key in first), None)
     if feature is None or "label" not in first:
-        raise ValueError(f"tfds:{name} has {', '.join(first)}; needs 'label' and one of image, features, x (data.source)")
+        raise ValueError(
+            f"tfds:{name} has {', '.join(first)}; needs 'label' and one of image, features, x (data.source)"
+        )
     train, test = splits
     return Source(
         _stored(stack(train, feature)),
@@ -131,7 +136,7 @@ def _tfds_records(tfds: Any, name: str, error: Exception) -> list[Any]:
             error = second
     raise FileNotFoundError(
         f"tfds:{name} is not prepared in {os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}: run "
-        f"`tfds build {name} --file_format=array_record` once, on a machine with network (data.source; {type(error).__name__})"
+        f"`tfds build {name} --file_format=array_record` once, online (data.source; {type(error).__name__})"
     ) from error
 
 

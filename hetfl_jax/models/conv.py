@@ -55,18 +55,13 @@ def _canonical_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> 
     return _canonical(x, w, strides, pads), (x, w)
 
 
-def _canonical_bwd(
-    strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
+def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     dilated = [(g.shape[1 + i] - 1) * strides[i] + 1 for i in range(2)]
     input_pads = [
-        (k - 1 - low, h - d - (k - 1 - low) + k - 1)
-        for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)
+        (k - 1 - low, h - d - (k - 1 - low) + k - 1) for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)
     ]
-    kernel_pads = [
-        (low, k - 1 + d - h - low) for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)
-    ]
+    kernel_pads = [(low, k - 1 + d - h - low) for k, h, d, (low, _) in zip(w.shape, x.shape[1:3], dilated, pads)]
 
     @sequential_vmap
     def input_gradient(g: Array, w: Array) -> Array:

@@ -84,8 +84,9 @@ class Norm(nn.Module):
 
     ``bn`` is HeteroFL's static batch norm: the biased statistics of the batch while training, nothing tracked. If the
     collection ``batch_stats`` is mutable, it receives the batch mean and the *unbiased* batch variance; evaluation
-    uses that collection where it is given and the batch otherwise (which is how statistics are collected). ``bn_tracked`` keeps running statistics. ``in``,
-    ``ln`` and ``gn`` are group norms of one channel a group, one group, and four groups of the *active* channels.
+    uses that collection where it is given and the batch otherwise (which is how statistics are collected).
+    ``bn_tracked`` keeps running statistics. ``in``, ``ln`` and ``gn`` are group norms of one channel a group, one
+    group, and four groups of the *active* channels.
     """
 
     kind: str

@@ -19,7 +19,9 @@ class Drift(NamedTuple):
 def none() -> Drift:
     """No correction."""
     return Drift(
-        lambda params: {}, lambda gradient, params, received, memory: gradient, lambda memory, params, received, steps: memory
+        lambda params: {},
+        lambda gradient, params, received, memory: gradient,
+        lambda memory, params, received, steps: memory,
     )
 
 

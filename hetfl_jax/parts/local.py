@@ -64,11 +64,11 @@ def local(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"local optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)} (train.optimizer)")
-    for name, value, low in (("learning_rate", learning_rate, 1e-12), ("batch_size", batch_size, 1), ("epochs", epochs, 0),
-                             ("steps", steps, 0), ("momentum", momentum, 0), ("weight_decay", weight_decay, 0),
-                             ("clip_norm", clip_norm, 0)):  # fmt: skip
-        if not value >= low:
-            raise ValueError(f"{name} {value}, allowed >= {low} (train.{name})")
+    least = {"learning_rate": 1e-12, "batch_size": 1, "epochs": 0, "steps": 0, "momentum": 0, "weight_decay": 0}
+    given = dict(learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, steps=steps, momentum=momentum)
+    for name, value in (given | dict(weight_decay=weight_decay, clip_norm=clip_norm)).items():
+        if not value >= least.get(name, 0):
+            raise ValueError(f"{name} {value}, allowed >= {least.get(name, 0)} (train.{name})")
 
     def schedule(round: Array) -> Array:
         passed = sum((round >= m for m in milestones), jnp.int32(0))

@@ -19,7 +19,7 @@ class Total(NamedTuple):
     """What is summed over clients."""
 
     delta: PyTree  #: weighted change of the variables, narrow until the engine widens it
-    count: Array  #: [L] weight of the replies of each level
+    count: Array  # type: ignore[assignment]  #: [L] weight of the replies of each level
     rows: Array  #: [L, C] the same, split by the classes that the clients hold
 
 

@@ -50,17 +50,15 @@ def from_optax(transform: optax.GradientTransformation) -> Server:
     def keep(new: PyTree, old: PyTree, coverage: PyTree) -> PyTree:
         return jax.tree.map(lambda n, o, c: jnp.where(c > 0, n, o), new, old, coverage)
 
-    def update(
-        slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array
-    ) -> tuple[PyTree, PyTree]:
+    def update(slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array) -> tuple[PyTree, PyTree]:
         params, covered = variables["params"], coverage["params"]
         gradient = jax.tree.map(jnp.negative, mean["params"])
         step, new_slot = transform.update(gradient, slot, params)
         moved = {name: jax.tree.map(jnp.add, variables[name], mean[name]) for name in variables}
         moved["params"] = optax.apply_updates(params, step)
-        moments = optax.tree.map_params(
-            transform, lambda n, o, c: jnp.where(c > 0, n, o), new_slot, slot, covered, transform_non_params=None
-        )
+        # Coverage in the shape of the optimizer's state: where a moment belongs to an entry that nobody held, keep it.
+        held = optax.tree.map_params(transform, lambda _, c: c, slot, covered, transform_non_params=jnp.ones_like)
+        moments = keep(new_slot, slot, held)
         # A round in which every client failed counts for nothing, not even for Adam's step count.
         return tree.select(any_ok, moments, slot), keep(moved, variables, coverage)
 

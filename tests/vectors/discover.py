@@ -1,4 +1,4 @@
-"""Reference vectors are found by kind: every file of a kind runs through its handler, whatever else is in the folder."""
+"""Reference vectors are found by kind: every file of a kind runs through its handler."""
 
 import fnmatch
 import os
@@ -15,7 +15,8 @@ NOT_BUILT = {
     **dict.fromkeys(
         [f"width/o4?_splitmix_{kind}" for kind in ("ensemble_*", "aggregate*", "sheterofl_aggregate*", "dbn_lambda*",
          "masked_ce*", "pgd*", "base_sampling_trace*", "lr*")], "Split-Mix is not built"),
-    **dict.fromkeys([f"width/o5?_fjord_{kind}" for kind in ("aggregate_*", "forward*", "step_*")], "FjORD is not built"),
+    **dict.fromkeys(
+        [f"width/o5?_fjord_{kind}" for kind in ("aggregate_*", "forward*", "step_*")], "FjORD is not built"),
     "depth/depthfl_*": "DepthFL is not built",
     "depth/feddyn_*": "FedDyn is not built",
     "depth/inclusivefl_*": "InclusiveFL is not built",

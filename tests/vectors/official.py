@@ -45,7 +45,9 @@ def images(x: np.ndarray) -> jnp.ndarray:
 def family(params: dict[str, np.ndarray], hidden: np.ndarray, rates, image: tuple[int, int, int], **fields):
     """A family whose level 0 is the official global model and whose level 1 + i has ``rates[i]``."""
     full, rate = _global_rate(params, hidden)
-    classes = next(v.shape[0] for k, v in params.items() if k.endswith(("linear.weight", "blocks.21.weight")) or _is_head(k))
+    classes = next(
+        v.shape[0] for k, v in params.items() if k.endswith(("linear.weight", "blocks.21.weight")) or _is_head(k)
+    )
     if "conv1.weight" in params:
         stages = [int(m[1]) for m in (re.match(r"layer(\d)\.\d+\.conv1", k) for k in params) if m]
         module = PreResNet(hidden=full, blocks=tuple(np.bincount(stages)[1:].tolist()), classes=classes, **fields)

@@ -115,7 +115,9 @@ def test_statistics_pass_and_evaluation(name, devices):
     z = read(name)
     start = below(z, "global")
     x, test_x = official.images(z["train_x"]), official.images(z["test_x"])
-    hidden = [v.shape[0] for k, v in start.items() if re.fullmatch(r"blocks\.\d*[05]\.weight|layer\d\.0\.conv1\.weight", k)]
+    hidden = [
+        v.shape[0] for k, v in start.items() if re.fullmatch(r"blocks\.\d*[05]\.weight|layer\d\.0\.conv1\.weight", k)
+    ]
     fam = official.family(start, np.array(hidden), [1.0], x.shape[1:])
     algorithm = heterofl.make(fam, local(learning_rate=0.1, batch_size=4), cohort=1, proportions=(1, 1))
     y = z["train_y"].astype(np.int32)
@@ -145,7 +147,9 @@ def test_local_training_of_one_client(name):
     z = read(name)
     start = below(z, "global")
     x, y = official.images(z["x"]), z["y"].astype(np.int32)
-    hidden = [v.shape[0] for k, v in start.items() if re.fullmatch(r"blocks\.\d*[05]\.weight|layer\d\.0\.conv1\.weight", k)]
+    hidden = [
+        v.shape[0] for k, v in start.items() if re.fullmatch(r"blocks\.\d*[05]\.weight|layer\d\.0\.conv1\.weight", k)
+    ]
     fam = official.family(start, np.array(hidden), [float(z["rate"])], x.shape[1:])
     view = capacity.view(fam, {"params": official.to_tree(start)}, 1)
     assert_trees(view.variables["params"], official.to_tree(below(z, "given")), 0)

@@ -1,0 +1,267 @@
+"""The contract table: every method x executor x family. Adding a method is adding a row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetfl_jax import engine
+from hetfl_jax.compose import compose
+from hetfl_jax.engine import executor, make_round, start
+from hetfl_jax.methods import fedavg, fedprox, heterofl
+from hetfl_jax.parts import drift, select
+from hetfl_jax.store import device_store
+from hetfl_jax.types import Algorithm
+from tests.toys import conv_family, mlp_family, sgd, toy_population, worst
+
+
+def visits(family, settings, *, cohort):
+    """FedAvg whose clients pull towards a private average of what they saw: a drift with memory, at every level."""
+
+    def gradient(gradient, params, received, memory):
+        return jax.tree.map(lambda g, d: g - 0.1 * d, gradient, memory["params"])
+
+    def update(memory, params, received, steps):
+        return {"params": jax.tree.map(lambda d, p, r: d + p - r, memory["params"], params, received)}
+
+    rule = drift.Drift(lambda params: {"params": jax.tree.map(jnp.zeros_like, params)}, gradient, update)
+    return compose(family, local=settings, select=select.uniform(cohort), drift=rule)
+
+
+class Row(NamedTuple):
+    name: str
+    make: object
+    kwargs: dict
+    family: object = mlp_family
+    image: bool = False
+
+
+ROWS = [
+    Row("fedavg", fedavg.make, {}),
+    Row("fedavg_adam", fedavg.make, {"server_optimizer": {"name": "adam", "learning_rate": 0.01}}),
+    Row("fedprox", fedprox.make, {"proximal_weight": 0.1}),
+    Row("heterofl_dynamic", heterofl.make, {"proportions": (1, 1)}),
+    Row("heterofl_fixed", heterofl.make, {"proportions": (1, 1), "assignment": "fixed"}),
+    Row("private_memory", visits, {}),
+    Row("heterofl_conv", heterofl.make, {"proportions": (1, 1)}, conv_family, True),
+    Row("fedavg_tracked_bn", fedavg.make, {}, lambda: conv_family(norm="bn_tracked"), True),
+]
+
+EXECUTORS = {
+    "vmapped": ("vmapped", 0, 1),
+    "chunked3": ("chunked", 3, 1),
+    "bucketed_each": ("bucketed", 1, 1),
+    "debugging": ("debugging",),
+    "bucketed3": ("bucketed", 3, 1),
+    "bucketed_shared": ("bucketed", 1, 1, ((0, 1),)),
+    "sharded8": ("bucketed", 1, 8),
+    "sharded4_chunks": ("chunked", 2, 4),
+}
+COHORT, ROUNDS = 5, 3
+
+
+def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
+    """Final state and the info of each round, with the number of compilations after each."""
+    store = device_store()
+    key = jax.random.key(7)
+    state, population, key = run.place((start(algorithm, store, population.size.shape[0], key), population, key))
+    step = make_round(algorithm, run, store)
+    infos, compilations = [], []
+    for _ in range(rounds):
+        state, info = step(state, population, key)
+        infos.append(jax.device_get(info))
+        compilations.append(step._cache_size() if run.jit else 0)
+    return jax.device_get(state), infos, compilations
+
+
+@pytest.fixture(scope="module")
+def references():
+    """What one item at a time at true shapes says, once a row."""
+    made = {}
+
+    def of(row):
+        if row.name not in made:
+            algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+            made[row.name] = (algorithm, *play(algorithm, executor("bucketed"), toy_population(image=row.image))[:2])
+        return made[row.name]
+
+    return of
+
+
+# Compilation is what a cell costs: convolutions and op-by-op execution run where they differ from the rest.
+CELLS = [
+    pytest.param(row, how, id=f"{row.name}-{how}")
+    for row in ROWS
+    for how in EXECUTORS
+    if how != "bucketed_each"  # the reference
+    if (how in ("vmapped", "sharded8") if row.image else how != "debugging" or row.name == "private_memory")
+]
+
+
+@pytest.mark.parametrize(("row", "how"), CELLS)
+def test_same_answer_under_every_executor(row, how, references):
+    algorithm, wanted, wanted_infos = references(row)
+    state, infos, compilations = play(algorithm, executor(*EXECUTORS[how]), toy_population(image=row.image))
+    assert worst(state, wanted) < 1e-5
+    for info, reference in zip(infos, wanted_infos):
+        assert worst(info, reference) < 1e-4
+    assert compilations == [int(how != "debugging")] * ROUNDS
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def poisoned(population, client):
+    """The population with one client's features made NaN."""
+    rows = population.index[population.offset[client] : population.offset[client] + population.size[client]]
+    return population._replace(x=population.x.at[rows].set(jnp.nan))
+
+
+def cohort_of(algorithm, population, round=0):
+    key = engine.purpose_key(jax.random.key(7), engine.PLAN, round)
+    state = start(algorithm, device_store(), population.size.shape[0], jax.random.key(7))
+    return algorithm.plan(key, jnp.int32(round), state.server, population, None)
+
+
+@pytest.mark.parametrize("how", ["vmapped", "bucketed3", "sharded8"])
+@pytest.mark.parametrize("row", ROWS[3:6], ids=lambda row: row.name)
+def test_a_client_that_is_not_finite_is_left_out_counted_and_named(row, how):
+    algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+    population = toy_population()
+    bad = int(cohort_of(algorithm, population).ids[2])
+    run = executor(*EXECUTORS[how])
+    state, infos, _ = play(algorithm, run, poisoned(population, bad), rounds=1)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert infos[0]["failed"] == 1
+    assert infos[0]["clients"] == COHORT - 1
+    assert [i for i in infos[0]["failed_ids"] if i >= 0] == [bad]
+    for leaf in jax.tree.leaves(state.memory):
+        assert (leaf[bad] == 0).all()
+
+
+@pytest.mark.parametrize("row", [ROWS[1], ROWS[3], ROWS[5]], ids=lambda row: row.name)
+def test_a_round_in_which_every_client_fails_changes_nothing(row):
+    algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+    population = toy_population()
+    population = population._replace(x=jnp.full_like(population.x, jnp.nan))
+    before = jax.device_get(start(algorithm, device_store(), population.size.shape[0], jax.random.key(7)))
+    state, infos, _ = play(algorithm, executor("bucketed"), population, rounds=1)
+    for old, new in zip(jax.tree.leaves(before[:2]), jax.tree.leaves(state[:2]), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert infos[0]["clients"] == 0
+    assert infos[0]["failed"] == COHORT
+
+
+@pytest.mark.parametrize("how", ["vmapped", "bucketed3", "sharded8"])
+def test_padding_adds_nothing_even_if_it_is_nan(how):
+    """A cohort with items that are not valid equals the cohort without them, also when their data is NaN."""
+    family, population = mlp_family(), toy_population()
+    whole = visits(family, sgd(), cohort=4)
+    ids = cohort_of(whole, population).ids
+    ghost = int(next(i for i in range(12) if i not in ids))
+
+    def padded_plan(*args):
+        plan = whole.plan(*args)
+        extra = [jnp.concatenate([v, jnp.array([fill] * 2, v.dtype)])
+                 for v, fill in ((plan.ids, ghost), (plan.valid, False), (plan.level, 0))]  # fmt: skip
+        return plan._replace(ids=extra[0], valid=extra[1], level=extra[2])
+
+    run = executor(*EXECUTORS[how])
+    wanted, _, _ = play(whole, run, population, rounds=1)
+    found, infos, _ = play(whole._replace(plan=padded_plan), run, poisoned(population, ghost), rounds=1)
+    assert worst(found, wanted) < 1e-6
+    assert infos[0]["failed"] == 0
+
+
+@pytest.mark.parametrize("how", ["chunked3", "bucketed_each", "sharded8"])
+def test_memory_of_absent_clients_and_dead_entries_survives(how):
+    algorithm = visits(mlp_family(), sgd(), cohort=COHORT)
+    population = toy_population()
+    state, _, _ = play(algorithm, executor(*EXECUTORS[how]), population, rounds=1)
+    plan = cohort_of(algorithm, population)
+    kernel = state.memory["params"]["dense_0"]["kernel"]
+    for client in range(12):
+        if client not in plan.ids:
+            assert (kernel[client] == 0).all()
+        elif population.level[client] == 1:
+            assert (kernel[client][:, 4:] == 0).all()
+            assert (kernel[client][:, :4] != 0).any()
+
+
+def test_debugging_names_the_first_client_that_is_not_finite():
+    algorithm = fedavg.make(mlp_family(), sgd(), cohort=COHORT)
+    population = toy_population()
+    bad = int(cohort_of(algorithm, population).ids[1])
+    with pytest.raises(FloatingPointError, match=f"client {bad} at level"):
+        play(algorithm, executor("debugging"), poisoned(population, bad), rounds=1)
+
+
+def test_members_of_a_bank_get_their_own_row():
+    """Replies are added to the row of the member that they trained; two members, chosen by the client's id."""
+
+    def client(key, sent, level, ticket, shard, memory):
+        reply = base.client(key, sent, level, ticket, shard, memory)
+        return reply._replace(member=shard.offset % 2)
+
+    base = fedavg.make(mlp_family(), sgd(), cohort=6)
+
+    def server(state, plan, total, report, ok):
+        return state, {"rows": total.count, "offset": toy.offset[plan.ids]}
+
+    toy = toy_population()
+    bank = base._replace(members=2, client=client, server=server)
+    found = {}
+    for how in ("vmapped", "chunked3", "bucketed_each", "sharded8"):
+        _, infos, _ = play(bank, executor(*EXECUTORS[how]), toy, rounds=1)
+        found[how] = infos[0]["rows"]
+        odd = np.asarray(infos[0]["offset"]) % 2 == 1
+        sizes = np.asarray(toy.size)[np.asarray(cohort_of(bank, toy).ids)]
+        np.testing.assert_allclose(found[how].sum(1), [sizes[~odd].sum(), sizes[odd].sum()], err_msg=how)
+
+
+def test_survey_asks_through_the_executor():
+    family, population = mlp_family(), toy_population()
+    base = fedavg.make(family, sgd(), cohort=3)
+    for how in ("vmapped", "bucketed3", "sharded8"):
+
+        def plan(key, round, server, population, survey):
+            sizes = survey(lambda key, sent, shard: sent * shard.size, jnp.int32(2), jnp.arange(12))
+            return base.plan(key, round, server, population, survey)._replace(ticket=jnp.broadcast_to(sizes[:3], (3,)))
+
+        def server(state, plan, total, report, ok):
+            return state, {"asked": plan.ticket}
+
+        _, infos, _ = play(base._replace(plan=plan, server=server), executor(*EXECUTORS[how]), population, rounds=1)
+        np.testing.assert_array_equal(infos[0]["asked"], 2 * population.size[:3])
+
+
+def test_one_all_reduce_of_totals_and_no_repeated_work_across_devices():
+    """Over 8 devices nothing but the totals, reports and the cohort's rows crosses: no gather of the pool."""
+    algorithm = fedavg.make(mlp_family(), sgd(), cohort=8)
+    run, population, key = executor("bucketed", 1, 8), toy_population(), jax.random.key(7)
+    state, population, key = run.place((start(algorithm, device_store(), 12, key), population, key))
+    text = make_round(algorithm, run, device_store()).__wrapped__.lower(state, population, key).compile().as_text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    pool = f"f32[{population.x.shape[0]},"
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") >= 1
+    assert not any(pool in line for line in gathers)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nope",), "'nope' is not one of vmapped, chunked, bucketed, debugging"),
+        (("bucketed", -1), "clients_per_chunk -1, allowed >= 0"),
+        (("bucketed", 1, 9), "9 devices, allowed 1..8"),
+    ],
+)
+def test_executor_errors(args, message):
+    with pytest.raises(ValueError, match=message):
+        executor(*args)
+
+
+def test_buckets_must_name_every_level_once():
+    algorithm = fedavg.make(mlp_family(), sgd(), cohort=2)
+    with pytest.raises(ValueError, match=r"need each of the levels 0\.\.1 once"):
+        play(algorithm, executor("bucketed", 1, 1, ((0,), (0, 1))), toy_population(), rounds=1)

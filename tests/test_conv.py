@@ -1,0 +1,86 @@
+"""The convolution of our own against ``lax.conv_general_dilated`` and its gradients."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetfl_jax.models.conv import conv, depthwise_conv, lowered, max_pool
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+PADDINGS = ("SAME", "VALID", ((0, 2), (3, 1)))
+
+
+def reference(x, w, stride, padding, groups=1):
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=NHWC, feature_group_count=groups
+    )
+
+
+def assert_same(ours, theirs, x, w):
+    """Values and gradients to 1e-5, relative to the largest entry."""
+    wanted = theirs(x, w)
+    g = jax.random.normal(jax.random.key(2), wanted.shape)
+    found, pull = jax.vjp(ours, x, w)
+    _, pull_wanted = jax.vjp(theirs, x, w)
+    for a, b in zip((found, *pull(g)), (wanted, *pull_wanted(g)), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("lowering", ["canonical", "rows"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+def test_equal_to_lax_with_gradients(lowering, kernel):
+    for stride, padding, size in itertools.product((1, 2, 3), PADDINGS, ((8, 9),)):
+        x = jax.random.normal(jax.random.key(0), (2, *size, 4))
+        w = jax.random.normal(jax.random.key(1), (kernel, kernel, 4, 3))
+        assert_same(
+            lambda x, w, s=stride, p=padding: conv(x, w, s, p, lowering),
+            lambda x, w, s=stride, p=padding: reference(x, w, s, p),
+            x,
+            w,
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_input_channels_are_padded_without_effect(channels):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 7, channels))
+    w = jax.random.normal(jax.random.key(1), (3, 3, channels, 5))
+    assert_same(lambda x, w: conv(x, w, 2, "SAME", "canonical"), lambda x, w: reference(x, w, 2, "SAME"), x, w)
+
+
+@pytest.mark.parametrize("lowering", ["canonical", "rows", "lax"])
+def test_vmap_with_kernels_of_their_own(lowering):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6, 6, 4))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 3, 4, 5))
+    gradient = jax.grad(lambda w, x: jnp.sum(jnp.sin(conv(x, w, 1, "SAME", lowering))))
+    one_by_one = jnp.stack([gradient(w[i], x[i]) for i in range(3)])
+    np.testing.assert_allclose(jax.vmap(gradient)(w, x), one_by_one, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+def test_depthwise_is_a_grouped_convolution(stride, padding):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 9, 4))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 1, 4))
+    assert_same(
+        lambda x, w: depthwise_conv(x, w, stride, padding), lambda x, w: reference(x, w, stride, padding, 4), x, w
+    )
+
+
+def test_max_pool_equals_reduce_window():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 3))
+    wanted = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_array_equal(max_pool(x), wanted)
+
+
+def test_errors_name_the_value_and_what_is_allowed():
+    x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    with pytest.raises(ValueError, match="'fast' is not one of auto, canonical, rows, lax"):
+        conv(x, w, lowering="fast")
+    with pytest.raises(ValueError, match="dilation"):
+        lowered("lax")(x, w, (1, 1), "SAME", rhs_dilation=(2, 2))
+    with pytest.raises(ValueError, match="feature_group_count 2 is not 1 or 4"):
+        lowered("lax")(jnp.ones((1, 4, 4, 4)), w, (1, 1), "SAME", feature_group_count=2)

@@ -1,0 +1,47 @@
+"""Small federations for tests: a two-level MLP with 8 hidden units on random data, ragged clients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import capacity
+from hetfl_jax.data.population import population
+from hetfl_jax.models import build
+from hetfl_jax.parts.local import local
+
+LEVELS = ({"width": 1.0}, {"width": 0.5})
+
+
+def toy_population(clients=12, features=6, classes=3, seed=0, image=False):
+    """Clients of 3 to 11 examples; class 2 is held by few."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(3, 12, clients)
+    n = int(size.sum())
+    y = rng.integers(0, classes - 1, n)
+    y[: size[0]] = classes - 1
+    x = (
+        rng.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8)
+        if image
+        else rng.normal(size=(n, features)).astype(np.float32)
+    )
+    return population(x, y, np.arange(n), size, level=np.arange(clients) % 2, levels=2, classes=classes)
+
+
+def mlp_family(levels=LEVELS, features=6, classes=3, **fields):
+    return capacity.family(build("mlp", hidden=(8,), classes=classes, **fields), levels, jnp.zeros((1, features)))
+
+
+def conv_family(levels=LEVELS, classes=3, **fields):
+    module = build("conv", hidden=(8, 8), classes=classes, **fields)
+    prepare = lambda x, key: x.astype(jnp.float32) / 255  # noqa: E731
+    return capacity.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
+
+
+def sgd(**changes):
+    return local(**({"learning_rate": 0.1, "batch_size": 4, "epochs": 2, "momentum": 0.5, "clip_norm": 1.0} | changes))
+
+
+def worst(a, b):
+    """Largest absolute difference between two trees of one structure."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(jnp.asarray(u, jnp.float32) - jnp.asarray(v, jnp.float32)).max()) for u, v in pairs)
