@@ -11,7 +11,7 @@ from hetfl_jax.types import Array
 
 INIT, PLAN, CLIENT, SURVEY, DATA = range(5)  #: purposes
 
-_ROUNDS = 8
+_ROUNDS = 24  # of the shuffle; pairs of places are uniform from 16 on
 
 
 def purpose_key(key: Array, purpose: int, *folds: Array | int) -> Array:
@@ -29,9 +29,9 @@ def purpose_key(key: Array, purpose: int, *folds: Array | int) -> Array:
 def permute(key: Array, position: Array, size: Array | int) -> Array:
     """The entry at ``position`` of a random permutation of ``0 .. size - 1``, without building the permutation.
 
-    An unbalanced Feistel network on the smallest power of two >= ``size`` (xor one half of the bits with a keyed hash
-    of the other, eight times); values outside the range walk the cycle until they are inside, fewer than two tries on
-    average. ``size`` may be traced, so the order depends on no padded length.
+    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): in each round, ``v`` and its partner ``k - v mod size``
+    change places if a keyed bit of the pair says so. It works at every size, so ``size`` may be traced and the order
+    depends on no padded length.
 
     Args:
       key: one key; the same key gives the same permutation.
@@ -45,28 +45,19 @@ def permute(key: Array, position: Array, size: Array | int) -> Array:
     [0, 1, 2, 3, 4]
     """
     size = jnp.asarray(size, jnp.uint32)
-    bits = 32 - jax.lax.clz(jnp.maximum(size, 1) - 1)  # of the domain, 0 when size is 1
-    low_bits = bits // 2
-    low_mask = (jnp.uint32(1) << low_bits) - 1
-    high_mask = (jnp.uint32(1) << (bits - low_bits)) - 1
-    salt = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+    salt = jax.random.bits(key, (2, _ROUNDS), jnp.uint32)
+    mirror = salt[0] % size
+    value = jnp.asarray(position).astype(jnp.uint32)
+    for i in range(_ROUNDS):
+        partner = jnp.where(value <= mirror[i], mirror[i] - value, mirror[i] + size - value)
+        swap = _mix(jnp.maximum(value, partner) + salt[1, i]) >> 31
+        value = jnp.where(swap == 1, partner, value)
+    return value.astype(jnp.int32)
 
-    def mix(value: Array, salt: Array) -> Array:
-        value = (value + salt) * jnp.uint32(0x9E3779B1)
-        value = (value ^ (value >> 15)) * jnp.uint32(0x85EBCA77)
-        value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE3D)
-        return value ^ (value >> 16)
 
-    def shuffle(value: Array) -> Array:
-        low, high = value & low_mask, value >> low_bits
-        for i in range(0, _ROUNDS, 2):
-            high = high ^ (mix(low, salt[i]) & high_mask)
-            low = low ^ (mix(high, salt[i + 1]) & low_mask)
-        return (high << low_bits) | low
-
-    def walk(value: Array) -> Array:
-        return jnp.where(value >= size, shuffle(value), value)
-
-    start = shuffle(jnp.asarray(position).astype(jnp.uint32))
-    inside = jax.lax.while_loop(lambda v: (v >= size).any(), walk, start)
-    return inside.astype(jnp.int32)
+def _mix(value: Array) -> Array:
+    """Every bit of a 32-bit word depends on every other."""
+    value = value * jnp.uint32(0x9E3779B1)
+    value = (value ^ (value >> 15)) * jnp.uint32(0x85EBCA77)
+    value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE3D)
+    return value ^ (value >> 16)

@@ -45,7 +45,8 @@ def official_flops(module, image):
         nonlocal total
         out = run(*args, **kwargs)
         layer, elements = context.module, math.prod(out.shape[1:])
-        if context.method_name != "__call__" or (not isinstance(layer, nn.Conv | nn.Dense) and "norm" not in layer.name):
+        counted = isinstance(layer, nn.Conv | nn.Dense) or "norm" in layer.name
+        if context.method_name != "__call__" or not counted:
             return out
         if isinstance(layer, nn.Conv | nn.Dense):
             fan_in = (

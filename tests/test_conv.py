@@ -1,6 +1,7 @@
 """The convolution of our own against ``lax.conv_general_dilated`` and its gradients."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +20,40 @@ def reference(x, w, stride, padding, groups=1):
     )
 
 
-def assert_same(ours, theirs, x, w):
-    """Values and gradients to 1e-5, relative to the largest entry."""
-    wanted = theirs(x, w)
-    g = jax.random.normal(jax.random.key(2), wanted.shape)
-    found, pull = jax.vjp(ours, x, w)
-    _, pull_wanted = jax.vjp(theirs, x, w)
-    for a, b in zip((found, *pull(g)), (wanted, *pull_wanted(g)), strict=True):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+def results(run, x, w):
+    """Value and gradients under a fixed random cotangent."""
+    out, pull = jax.vjp(run, x, w)
+    return (out, *pull(jax.random.normal(jax.random.key(2), out.shape)))
+
+
+def assert_same(*cases):
+    """Values and gradients of (ours, theirs, x, w) to 1e-5 relative to the largest entry; one program for all cases."""
+    both = jax.jit(lambda arrays: [(results(o, x, w), results(t, x, w)) for (o, t, *_), (x, w) in zip(cases, arrays)])
+    for found, wanted in both([(x, w) for *_, x, w in cases]):
+        for a, b in zip(found, wanted, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 @pytest.mark.parametrize("lowering", ["canonical", "rows"])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 def test_equal_to_lax_with_gradients(lowering, kernel):
-    for stride, padding, size in itertools.product((1, 2, 3), PADDINGS, ((8, 9),)):
-        x = jax.random.normal(jax.random.key(0), (2, *size, 4))
-        w = jax.random.normal(jax.random.key(1), (kernel, kernel, 4, 3))
-        assert_same(
-            lambda x, w, s=stride, p=padding: conv(x, w, s, p, lowering),
-            lambda x, w, s=stride, p=padding: reference(x, w, s, p),
-            x,
-            w,
+    x = jax.random.normal(jax.random.key(0), (2, 8, 9, 4))
+    w = jax.random.normal(jax.random.key(1), (kernel, kernel, 4, 3))
+    assert_same(
+        *(
+            (partial(conv, strides=s, padding=p, lowering=lowering), partial(reference, stride=s, padding=p), x, w)
+            for s, p in itertools.product((1, 2, 3), PADDINGS)
         )
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_few_input_channels_are_padded_without_effect(channels):
     x = jax.random.normal(jax.random.key(0), (2, 7, 7, channels))
     w = jax.random.normal(jax.random.key(1), (3, 3, channels, 5))
-    assert_same(lambda x, w: conv(x, w, 2, "SAME", "canonical"), lambda x, w: reference(x, w, 2, "SAME"), x, w)
+    ours = partial(conv, strides=2, padding="SAME", lowering="canonical")
+    assert_same((ours, partial(reference, stride=2, padding="SAME"), x, w))
 
 
 @pytest.mark.parametrize("lowering", ["canonical", "rows", "lax"])
@@ -60,13 +65,14 @@ def test_vmap_with_kernels_of_their_own(lowering):
     np.testing.assert_allclose(jax.vmap(gradient)(w, x), one_by_one, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("padding", PADDINGS, ids=str)
-def test_depthwise_is_a_grouped_convolution(stride, padding):
+def test_depthwise_is_a_grouped_convolution():
     x = jax.random.normal(jax.random.key(0), (2, 8, 9, 4))
     w = jax.random.normal(jax.random.key(1), (3, 3, 1, 4))
     assert_same(
-        lambda x, w: depthwise_conv(x, w, stride, padding), lambda x, w: reference(x, w, stride, padding, 4), x, w
+        *(
+            (partial(depthwise_conv, strides=s, padding=p), partial(reference, stride=s, padding=p, groups=4), x, w)
+            for s, p in itertools.product((1, 2, 3), PADDINGS)
+        )
     )
 
 

@@ -1,0 +1,60 @@
+"""Every config runs in its quick form, and real MNIST is learned."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetfl_jax import run
+from hetfl_jax.cli import load_config
+from hetfl_jax.config import blocks
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+DATA = Path(os.environ.get("HETFL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def need(name):
+    if not (DATA / name).exists():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs {name} in {DATA} (HETFL_DATA)")
+        pytest.skip(f"no {name} in {DATA}; HETFL_DATA names its folder")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quick(name, tmp_path, monkeypatch):
+    """Each config end to end on a few clients; CIFAR-10's on random images of its shape."""
+    monkeypatch.setenv("HETFL_DATA", str(DATA))
+    source = ""
+    if "mnist" in name:
+        need("mnist.npz")
+    if "cifar10" in name:
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (120, 32, 32, 3)).astype(np.uint8), np.arange(120) % 10
+        np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+        source = f"source=npz:{tmp_path}/cifar10.npz,"
+    config = load_config([f"--config={ROOT}/configs/{name}:{source}quick", f"--config.run.folder={tmp_path}"])
+    result = run.train(config, quiet=True)
+    assert result.summary["rounds"] == 2
+    assert all(0 <= row["last"] <= 1 for row in result.table)
+
+
+def test_mnist_is_learned(tmp_path, monkeypatch):
+    """FedAvg and HeteroFL with an MLP on all of real MNIST: far above chance in eight rounds."""
+    need("mnist.npz")
+    monkeypatch.setenv("HETFL_DATA", str(DATA))
+    changes = ["--config.train.rounds=8", "--config.train.epochs=1", "--config.run.eval_every=8"]
+    changes.append(f"--config.run.folder={tmp_path}")
+    base = f"--config={ROOT}/configs/fedavg_mnist.py:net=mlp"
+    plain = run.train(load_config([base, *changes]), quiet=True)
+    assert plain.table[0]["last"] > 0.9
+    net = ["--config.family.net=mlp", "--config.family.hidden=(64,)", "--config.family.norm=none"]
+    base = f"--config={ROOT}/configs/heterofl_mnist.py:mix=a1-b1"
+    levels = run.train(load_config([base, *changes, *net, "--config.train.learning_rate=0.05"]), quiet=True).table
+    assert all(row["last"] > 0.85 > 0.3 > row["start"] for row in levels)
+
+
+def test_blocks_must_be_the_five():
+    with pytest.raises(ValueError, match="need exactly data, family, method, train, run"):
+        blocks(data={}, model={})

@@ -1,0 +1,131 @@
+"""Methods that must coincide, and what the server must leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetfl_jax import capacity
+from hetfl_jax.engine import executor
+from hetfl_jax.methods import fedavg, fedprox, heterofl
+from hetfl_jax.parts import merge, server
+from hetfl_jax.types import Shard
+from tests.test_contract import play
+from tests.toys import LEVELS, mlp_family, sgd, toy_population, worst
+
+
+def equal_clients(classes=3):
+    """Equal sizes and all classes everywhere."""
+    population = toy_population(clients=8)
+    size = jnp.full(8, 6, jnp.int32)
+    return population._replace(
+        size=size, offset=jnp.arange(8, dtype=jnp.int32) * 4, classes=jnp.ones((8, classes), bool), level=size * 0
+    )
+
+
+def final(algorithm, population):
+    return play(algorithm, executor("bucketed"), population, rounds=3)[0].server.variables
+
+
+def test_fedprox_without_a_proximal_weight_is_fedavg():
+    fam = mlp_family()
+    plain = final(fedavg.make(fam, sgd(), cohort=4), toy_population())
+    assert worst(final(fedprox.make(fam, sgd(), cohort=4, proximal_weight=0.0), toy_population()), plain) == 0
+    assert worst(final(fedprox.make(fam, sgd(), cohort=4, proximal_weight=1.0), toy_population()), plain) > 1e-4
+
+
+def test_heterofl_with_one_level_equal_sizes_and_all_classes_is_fedavg():
+    fam = mlp_family(LEVELS[:1])
+    found = final(heterofl.make(fam, sgd(), cohort=4, proportions=(1,)), equal_clients())
+    assert worst(found, final(fedavg.make(fam, sgd(), cohort=4), equal_clients())) < 1e-6
+
+
+def test_heterofl_assignments_agree_when_there_is_nothing_to_draw():
+    fam = mlp_family(LEVELS[:1])
+    dynamic = heterofl.make(fam, sgd(), cohort=4, proportions=(3,))
+    fixed = heterofl.make(fam, sgd(), cohort=4, proportions=(3,), assignment="fixed")
+    assert worst(final(dynamic, equal_clients()), final(fixed, equal_clients())) == 0
+
+
+def test_the_order_of_clients_does_not_matter():
+    """Randomness follows the client's id: permuting the items of a plan moves the result by rounding only."""
+    base = heterofl.make(mlp_family(), sgd(), cohort=5, proportions=(1, 1))
+
+    def reversed_plan(*args):
+        plan = base.plan(*args)
+        return plan._replace(ids=plan.ids[::-1], valid=plan.valid[::-1], level=plan.level[::-1])
+
+    assert worst(final(base._replace(plan=reversed_plan), toy_population()), final(base, toy_population())) < 1e-6
+
+
+def test_unchanged_copies_return_the_global_model_bit_for_bit():
+    fam = mlp_family()
+    variables = capacity.init(fam, jax.random.key(0))
+    rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
+    shard = Shard(None, None, None, 0, jnp.int32(5), jnp.array([True, True, False]))
+    total = rule.lift(jax.tree.map(jnp.zeros_like, variables), 0, shard)
+    mean, coverage = rule.settle(total)
+    for name in server.OPTIMIZERS:
+        step = server.optimizer(name, 0.5)
+        _, moved = step.update(step.init(variables), variables, mean, coverage, jnp.bool_(True))
+        assert worst(moved, variables) == 0, name
+
+
+@pytest.mark.parametrize("name", server.OPTIMIZERS)
+def test_entries_that_nobody_held_keep_value_and_moments(name):
+    """One client at the smaller level without class 2: the rest stays bit-identical under every server optimizer."""
+    fam = mlp_family()
+    variables = capacity.init(fam, jax.random.key(0))
+    rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
+    step = server.optimizer(name, 0.1)
+    noise = jax.tree.map(lambda v: jax.random.normal(jax.random.key(1), v.shape), variables)
+    everyone = Shard(None, None, None, 0, jnp.int32(5), jnp.ones(3, bool))
+    slot, start = step.update(
+        step.init(variables), variables, *rule.settle(rule.lift(noise, 0, everyone)), jnp.bool_(True)
+    )
+    few = everyone._replace(classes=jnp.array([True, True, False]))
+    small = rule.lift(capacity.narrow(fam, noise, 1), 1, few)
+    mean, coverage = rule.settle(small._replace(delta=capacity.widen(fam, small.delta, 1)))
+    new_slot, moved = step.update(slot, start, mean, coverage, jnp.bool_(True))
+    head = moved["params"]["head"]["kernel"] != start["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(head, jnp.outer(jnp.arange(8) < 4, jnp.array([True, True, False])))
+    hidden = moved["params"]["dense_0"]["bias"] != start["params"]["dense_0"]["bias"]
+    np.testing.assert_array_equal(hidden, jnp.arange(8) < 4)
+    for old, new in zip(jax.tree.leaves(slot), jax.tree.leaves(new_slot), strict=True):
+        if old.shape == (8, 3):
+            np.testing.assert_array_equal(old[:, 2], new[:, 2])
+            np.testing.assert_array_equal(old[4:], new[4:])
+
+
+def test_a_class_that_nobody_holds_keeps_its_row():
+    population = toy_population()
+    population = population._replace(classes=population.classes.at[:, 2].set(False))
+    algorithm = heterofl.make(mlp_family(), sgd(), cohort=5, proportions=(1, 1))
+    rows = []
+    for rounds in (1, 3):
+        state, _, _ = play(algorithm, executor("bucketed"), population, rounds=rounds)
+        rows.append(state.server.variables["params"]["head"]["kernel"])
+    np.testing.assert_array_equal(rows[0][:, 2], rows[1][:, 2])
+    assert (rows[0][:, :2] != rows[1][:, :2]).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: fedprox.make(mlp_family(), sgd(), cohort=4, proximal_weight=-1.0),
+            "proximal weight -1.0, allowed >= 0",
+        ),
+        (lambda: fedavg.make(mlp_family(), sgd(), cohort=0), "cohort of 0 clients, allowed >= 1"),
+        (lambda: heterofl.make(mlp_family(), sgd(), cohort=4, proportions=(1,)), "need 2 positive numbers"),
+        (lambda: heterofl.make(mlp_family(), sgd(), cohort=4, proportions=(1, 1), assignment="x"), "'x' is not one of"),
+        (lambda: server.optimizer("lion"), "'lion' is not one of sgd"),
+        (lambda: server.optimizer("sgd", 0.0), "server learning rate 0.0, allowed > 0"),
+        (lambda: sgd(batch_size=0), "batch_size 0, allowed >= 1"),
+        (lambda: sgd(optimizer="lbfgs"), "'lbfgs' is not one of sgd, adam"),
+        (lambda: sgd(learning_rate=float("nan")), "learning_rate nan"),
+    ],
+)
+def test_errors_before_anything_compiles(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

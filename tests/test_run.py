@@ -1,0 +1,209 @@
+"""Runs that last: files, resume bit for bit after a kill, failures, and what the user is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hetfl_jax import run
+from hetfl_jax.cli import load_config, main
+from hetfl_jax.export import evaluate_run, export_level, load_exported, plot_run
+from hetfl_jax.folder import read_metrics
+from hetfl_jax.models import build
+from hetfl_jax.parts import drift
+
+ROOT = Path(__file__).parents[1]
+DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
+# An MLP compiles fastest; everything else is the default experiment.
+SMALL = (DIGITS, "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.devices=1")
+
+
+def config(folder, *changes):
+    return load_config([*SMALL, f"--config.run.folder={folder}", *changes])
+
+
+def same_but_time(first, second):
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(f)] for f in (first, second)]
+    assert lines[0] == lines[1]
+
+
+def same_bits(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of five rounds."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run.train(config(folder, "--config.train.rounds=5"), quiet=True)
+
+
+def test_a_run_writes_what_it_names_and_returns_it(finished):
+    assert all(path.stat().st_size for path in finished.files)
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "partition.npz", "environment.json", "checkpoints", "tensorboard"} <= names
+    assert any((finished.folder / "tensorboard").iterdir())
+    lines = read_metrics(finished.folder)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert finished.metrics["accuracy/a"].shape == (6,)
+    assert [row["level"] for row in finished.table] == ["a", "b"]
+    assert finished.table[0]["last"] == pytest.approx(finished.metrics["accuracy/a"][-1])
+    sizes = [finished.table[0]["bytes"], finished.table[1]["bytes"]]
+    sent = sum(line["items"]["a"] * sizes[0] + line["items"]["b"] * sizes[1] for line in lines[1:])
+    assert finished.summary["down_bytes"] == sent == finished.summary["up_bytes"]
+    assert finished.summary["full_size_bytes"] == 5 * 4 * sizes[0]
+    assert "all-full-size FedAvg" in (finished.folder / "table.txt").read_text()
+
+
+def test_resuming_gives_the_same_bits_as_going_through(finished, tmp_path):
+    run.train(config(tmp_path, "--config.train.rounds=2"), quiet=True)
+    resumed = run.train(config(tmp_path, "--config.train.rounds=5"), resume=True, quiet=True)
+    same_bits(resumed.params, finished.params)
+    same_but_time(resumed.folder, finished.folder)
+
+
+def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
+    """A real process, killed twice without warning, then resumed; against one that was left alone."""
+    command = [sys.executable, "-m", "hetfl_jax.train", *SMALL, "--config.train.rounds=60", "--config.run.eval_every=3",
+               "--config.run.checkpoint_every=2"]  # fmt: skip
+    env = os.environ | {"HETFL_CACHE": str(tmp_path / "cache")}
+
+    def go(folder, *flags, kill_after=None):
+        process = subprocess.Popen(
+            [*command, f"--config.run.folder={folder}", *flags], env=env, cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        if kill_after is None:
+            assert process.wait(timeout=300) == 0
+            return
+        metrics = folder / "heterofl_digits_quick" / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < kill_after):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+    go(tmp_path / "whole")
+    for kill_after in (5, 20):
+        go(tmp_path / "killed", "--resume", kill_after=kill_after)
+    go(tmp_path / "killed", "--resume")
+    folders = [tmp_path / name / "heterofl_digits_quick" for name in ("whole", "killed")]
+    same_but_time(*folders)
+    same_bits(*(load_exported(export_level(folder, "a", 60, folder / "a.npz"))[1] for folder in folders))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    run.train(config(tmp_path, "--config.train.rounds=3"), quiet=True)
+    folder = tmp_path / "heterofl_digits_quick"
+    newest = folder / "checkpoints" / "3"
+    for path in newest.rglob("*"):
+        if path.is_file() and "state" in path.parts:
+            path.write_bytes(b"")
+    (folder / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint 3 cannot be read and is passed over"):
+        resumed = run.train(config(tmp_path, "--config.train.rounds=5"), resume=True, quiet=True)
+    same_bits(resumed.params, finished.params)
+    same_but_time(resumed.folder, finished.folder)
+
+
+def test_nothing_is_overwritten_by_accident(finished):
+    root = finished.folder.parent
+    before = (finished.folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run: --resume goes on, --overwrite starts over"):
+        run.train(config(root, "--config.train.rounds=5"), quiet=True)
+    with pytest.raises(ValueError, match=r"cannot resume .*: train.learning_rate was 0.05, now 0.5"):
+        run.train(config(root, "--config.train.learning_rate=0.5"), resume=True, quiet=True)
+    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_clients_that_fail_are_named_and_the_run_goes_on(tmp_path, monkeypatch):
+    """A gradient that is NaN for every client: the model stays, every round says so, the run ends well."""
+    broken = drift.none()._replace(gradient=lambda g, *_: jax.tree.map(lambda v: v * np.nan, g))
+    monkeypatch.setattr(drift, "none", lambda: broken)
+    with pytest.warns(
+        UserWarning, match="4 replies not finite, left out .*every client failed, the model is unchanged"
+    ):
+        result = run.train(config(tmp_path), quiet=True)
+    assert result.summary["failed"] == 8
+    assert result.table[0]["start"] == result.table[0]["last"]
+    lines = read_metrics(result.folder)
+    assert len(lines[1]["failed_ids"]) == 4
+
+
+def test_a_finished_run_evaluates_plots_and_exports(finished):
+    best = finished.summary["best_round"]
+    assert f"round {best}" in evaluate_run(finished.folder)
+    with pytest.raises(ValueError, match="has no checkpoint of round 77; it has "):
+        evaluate_run(finished.folder, 77)
+    assert {p.name for p in plot_run(finished.folder)} == {"accuracy.png", "bytes.png", "partition.png"}
+    with pytest.raises(ValueError, match="level 'e' is not one of a, b"):
+        export_level(finished.folder, "e")
+    fields, variables = load_exported(export_level(finished.folder, "b", 5))
+    mean, std = fields.pop("mean"), fields.pop("std")
+    net = build(**fields)
+    fed = run.prepare(config(finished.folder.parent)).federation
+    x = (fed.test.x[len(fed.labels) :].astype(np.float32) / 255 - np.array(mean)) / np.array(std)
+    hits = (net.apply(variables, x).argmax(-1) == fed.test.y[len(fed.labels) :]).mean()
+    assert float(hits) == pytest.approx(finished.table[1]["last"], abs=1e-6)
+
+
+def test_seeds_give_mean_and_deviation(tmp_path):
+    results, rows = run.over_seeds(config(tmp_path, "--config.train.rounds=1"), [0, 1], quiet=True)
+    values = [r.table[0]["last"] for r in results]
+    assert rows[0]["last"] == pytest.approx(np.mean(values))
+    assert rows[0]["last_deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert {r.folder.name for r in results} == {"seed0", "seed1"}
+
+
+def test_a_dry_run_trains_nothing(tmp_path, capsys):
+    assert main(["train", *SMALL, f"--config.run.folder={tmp_path}", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "GMACs expected" in text
+    assert "data on each device" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.foo=1"], "'foo' is not one of batch_size"),
+        (["--config.train.rounds=x"], "invalid literal for int"),
+        (["--config.train.rounds=0"], "rounds 0, allowed >= 1 (train.rounds)"),
+        (
+            [f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-z1"],
+            "level 'z' in mix 'a1-z1' is not one of a, b, c, d, e",
+        ),
+        (
+            [f"--config={ROOT}/configs/heterofl_digits.py:mix=b1-a1"],
+            "level 'a' in mix 'b1-a1' is above the global level",
+        ),
+        ([f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-a2"], "each letter once"),
+        ([f"--config={ROOT}/configs/heterofl_digits.py:mix=a0"], "need a letter and a proportion >= 1"),
+        ([f"--config={ROOT}/configs/heterofl_digits.py:colour=1"], "'colour' is not one of mix, quick"),
+        (["--config.method.args.cohort=101"], "cohort of 101 clients, allowed 1..100"),
+        (["--config.family.norm=gn"], "4 groups, which do not divide a layer of 2 channels"),
+        (["--config.method.name=fedsgd"], "method 'fedsgd' is not one of fedavg, fedprox, heterofl"),
+        (["--config.train.buckets=a-b"], "groups of abcde, each once"),
+        (["--config.data.split=natural"], "split 'natural' needs data.writers"),
+        (["--config.data.split=random"], "split 'random' is not one of iid, shards"),
+        (["--config.data.clients=5000"], "5000 clients, allowed 1..1437"),
+        (["--config.train.executor=fast"], "executor 'fast' is not one of"),
+        (["--config=nowhere.py"], "nowhere.py"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--seeds=3..1"], "allowed A..B"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_compiles(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run.engine, "start", lambda *a: pytest.fail("the run began"))
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("hetfl: ")
+    assert message in error[0]

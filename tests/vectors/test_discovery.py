@@ -1,0 +1,34 @@
+"""Every file in the vector folder is known: it has a handler, or stands in the table of methods not built yet."""
+
+import fnmatch
+import os
+
+import pytest
+
+from tests.vectors.discover import FOLDER, NOT_BUILT, present
+
+pytestmark = pytest.mark.vectors
+
+HANDLED = (
+    "width/o1?_heterofl_*",
+    "width/o2?_heterofl_*_forward",
+    "width/o2?_heterofl_sbn_*",
+    "width/o2?_heterofl_local_train_*",
+)
+
+
+def unknown(names):
+    return [n for n in names if not any(fnmatch.fnmatch(n, kind) for kind in (*HANDLED, *NOT_BUILT))]
+
+
+def test_every_file_has_a_handler_or_a_reason():
+    if not FOLDER.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs the reference vectors in {FOLDER} (HETFL_VECTORS)")
+        pytest.skip(f"no reference vectors in {FOLDER}; HETFL_VECTORS names their folder")
+    assert present(), FOLDER
+    assert not unknown(present())
+
+
+def test_an_unknown_kind_is_found():
+    assert unknown(["width/o9a_new_thing", "width/o1z_heterofl_mlp_full"]) == ["width/o9a_new_thing"]
