@@ -311,6 +311,8 @@ def count_macs(jaxpr: Any) -> int:
             kernel = equation.invars[1].aval.shape
             out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += out.size * math.prod(kernel) // out_channels
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += count_macs(inner)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                total += count_macs(inner) if hasattr(inner, "eqns") else 0
     return total

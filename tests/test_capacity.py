@@ -96,7 +96,7 @@ CASES = [
 
 @pytest.mark.parametrize(("net", "norm"), CASES)
 def test_masked_equals_dense(net, norm):
-    """Training loss and gradients, new statistics and evaluation, at every level, masked inside every larger level."""
+    """Training loss and gradients, new statistics and evaluation, at every level."""
     hidden = {"mlp": (16, 8), "cnn": (8, 16, 16), "conv": (8, 16), "preresnet_1112": (8, 8, 16, 16)}[net]
     levels = [{"width": w} for w in (1.0, 0.5)] + ([] if norm == "gn" else [{"width": 0.25}])
     module = build(net, hidden=hidden, classes=3, norm=norm, scaler=norm != "bn_tracked", lowering="lax")
@@ -107,19 +107,22 @@ def test_masked_equals_dense(net, norm):
     noise = lambda v: v + 0.1 * jax.random.normal(jax.random.key(2), v.shape)  # noqa: E731
     variables["params"] = jax.tree.map(noise, variables["params"])
 
+    # Inside the full shape everywhere; inside every larger shape for one net, since compilation is what this costs.
+    bases = range(fam.levels) if (net, norm) == ("conv", "bn") else (0,)
+
     @jax.jit
     def everything(variables, number):
-        views = [capacity.view(fam, variables, Within(base, number)) for base in range(fam.levels)]
+        views = [capacity.view(fam, variables, Within(base, number)) for base in bases]
         return [_outcome(fam, view, x, y, valid, base) for base, view in enumerate(views)]
 
     for level in range(fam.levels):
-        view = capacity.view(fam, variables, level)
-        wanted = _outcome(fam, view, x, y, valid, level)
+        wanted = jax.jit(lambda v, at=level: _outcome(fam, capacity.view(fam, v, at), x, y, valid, at))(variables)
         masked = everything(variables, jnp.int32(level))
-        for base in range(level + 1):
+        for base in bases[: level + 1]:
             for dense, other in zip(wanted, masked[base], strict=True):
                 # both at full shape, zero outside the window
-                assert worst(dense, other) < 2e-5, (net, norm, level, base)
+                largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(dense))
+                assert worst(dense, other) < 1e-5 * max(1.0, largest), (net, norm, level, base)
 
 
 def _outcome(fam, view, x, y, valid, base):

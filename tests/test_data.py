@@ -157,7 +157,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     name = "hetfl_tiny"
 
     def _info(self):
-        image = tfds.features.Image(shape=(4, 4, 1))
+        image = tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8)  # Image needs TensorFlow to encode
         features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=3)})
         return self.dataset_info_from_configs(features=features)
 
