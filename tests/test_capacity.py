@@ -37,22 +37,24 @@ PUBLISHED = {
 
 
 def official_flops(module, image):
-    """The official counter: multiply-adds of convolutions and linear layers plus their bias adds, twice the elements
+    """The official counter: multiply-adds of convolutions and linear layers, convolutions' bias adds, twice the elements
     for a norm, each module's number added once per named parameter (so weight and bias count it twice)."""
     total = 0
 
     def count(run, args, kwargs, context):
         nonlocal total
         out = run(*args, **kwargs)
-        layer, elements = context.module, math.prod(out.shape[1:])
+        layer = context.module
         counted = isinstance(layer, nn.Conv | nn.Dense) or "norm" in layer.name
         if context.method_name != "__call__" or not counted:
             return out
+        elements = math.prod(out.shape[1:])
         if isinstance(layer, nn.Conv | nn.Dense):
             fan_in = (
                 math.prod(layer.kernel_size) * args[0].shape[-1] if isinstance(layer, nn.Conv) else args[0].shape[-1]
             )
-            total += (elements * fan_in + elements * layer.use_bias) * (1 + layer.use_bias)
+            bias_adds = elements * (layer.use_bias and isinstance(layer, nn.Conv))
+            total += (elements * fan_in + bias_adds) * (1 + layer.use_bias)
         else:
             total += 2 * 2 * elements
         return out
@@ -122,7 +124,7 @@ def test_masked_equals_dense(net, norm):
             for dense, other in zip(wanted, masked[base], strict=True):
                 # both at full shape, zero outside the window
                 largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(dense))
-                assert worst(dense, other) < 1e-5 * max(1.0, largest), (net, norm, level, base)
+                assert worst(dense, other) < 3e-5 * max(1.0, largest), (net, norm, level, base)
 
 
 def _outcome(fam, view, x, y, valid, base):

@@ -27,7 +27,7 @@ def adapt(module: nn.Module) -> Net:
     ``apply(variables, x, train=False, collect=False, valid=None, key=None, capacity=None)`` returns the exits and,
     while training or collecting, the collection ``batch_stats`` as the module left it (empty if it has none).
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> net = adapt(nn.Dense(3))
     >>> net.apply(net.init(jax.random.key(0), jnp.ones((2, 4))), jnp.ones((2, 4)))[0].shape
     (1, 2, 3)

@@ -59,8 +59,8 @@ def local(
     Raises:
       ValueError: a value out of range.
 
-    >>> local(learning_rate=0.1, batch_size=10, milestones=(5,)).learning_rate(jnp.int32(5)).round(4)
-    Array(0.01, dtype=float32)
+    >>> round(float(local(learning_rate=0.1, batch_size=10, milestones=(5,)).learning_rate(jnp.int32(5))), 4)
+    0.01
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"local optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)} (train.optimizer)")
