@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def official_flops(module, image):
-    """The official counter: multiply-adds of convolutions and linear layers, convolutions' bias adds, twice the elements
+    """The official counter: multiply-adds of convolutions and linear layers, conv bias adds, twice the elements
     for a norm, each module's number added once per named parameter (so weight and bias count it twice)."""
     total = 0
 
