@@ -138,11 +138,12 @@ def train(
         after = {**variables, "params": optax.apply_updates(params, update)}
         if "batch_stats" in variables:
             after["batch_stats"] = view.cut({"batch_stats": stats})["batch_stats"]
-        count = valid.sum().astype(jnp.float32)
-        hits = (valid & (logits.argmax(-1) == y)).sum().astype(jnp.float32)
+        count = valid.sum().astype(dtype)
+        hits = (valid & (logits.argmax(-1) == y)).sum().astype(dtype)
         return after, slot, Tally(seen.loss + value * count, seen.correct + hits, seen.examples + count)
 
-    zero = Tally(*(jnp.float32(0) for _ in Tally._fields))
+    dtype = jnp.result_type(*jax.tree.leaves(start["params"]))
+    zero = Tally(*(jnp.zeros((), dtype) for _ in Tally._fields))
     carry = (start, transform.init(start["params"]), zero)
     variables, _, seen = jax.lax.fori_loop(0, local_steps(settings, shard.size), step, carry)
     return variables, seen
