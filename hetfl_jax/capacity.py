@@ -6,7 +6,7 @@ here is derived from that table: ``mask``, ``narrow``, ``widen``, ``overlay``, `
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,7 @@ class Costs(NamedTuple):
     parameters: np.ndarray  #: [L] trainable entries
     bytes: np.ndarray  #: [L] bytes of all variables: what travels one way
     macs: np.ndarray  #: [L] multiply-adds of one example's forward pass (convolutions and matrix products)
+    first_macs: np.ndarray  #: [L] those of the first layer, whose input needs no gradient
 
 
 class View(NamedTuple):
@@ -289,30 +290,31 @@ def costs(fam: Family) -> Costs:
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     batch = jax.tree.leaves(fam.example)[0].shape[0]
 
-    def macs(net: Net, shapes: PyTree) -> int:
-        return count_macs(jax.make_jaxpr(lambda v, x: net.counted(v, x))(shapes, ready).jaxpr) // batch
+    def macs(net: Net, shapes: PyTree) -> list[int]:
+        return [n // batch for n in products(jax.make_jaxpr(lambda v, x: net.counted(v, x))(shapes, ready).jaxpr)]
 
+    layers = [macs(net, s) for net, s in zip(fam.nets, fam.shapes)]
     return Costs(
         np.asarray([sum(leaf.size for leaf in jax.tree.leaves(s["params"])) for s in fam.shapes], np.int64),
         np.asarray([tree.nbytes(s) for s in fam.shapes], np.int64),
-        np.asarray([macs(net, s) for net, s in zip(fam.nets, fam.shapes)], np.int64),
+        np.asarray([sum(each) for each in layers], np.int64),
+        np.asarray([each[0] if each else 0 for each in layers], np.int64),
     )
 
 
-def count_macs(jaxpr: Any) -> int:
-    """Multiply-adds of the convolutions and matrix products of a jaxpr, loops counted once."""
-    total = 0
+def products(jaxpr: Any) -> Iterator[int]:
+    """Multiply-adds of each convolution and matrix product, in the order of the program."""
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
         if equation.primitive.name == "dot_general":
             contract = equation.params["dimension_numbers"][0][0]
-            total += out.size * math.prod(equation.invars[0].aval.shape[a] for a in contract)
+            yield out.size * math.prod(equation.invars[0].aval.shape[a] for a in contract)
         elif equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += out.size * math.prod(kernel) // out_channels
+            yield out.size * math.prod(kernel) // out_channels
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
-                total += count_macs(inner) if hasattr(inner, "eqns") else 0
-    return total
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)

@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from hetfl_jax import machine
+
 DEFAULT_CONFIG = "configs/heterofl_digits.py"
 
 
@@ -17,12 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_config = given.command == "train"
     if rest and not (wants_config and all(r.startswith("--config") for r in rest)):
         parser.error(f"unknown argument {rest[0]!r}")
-    _use_all_cores()
+    machine.use_all_cores()
+    machine.use_cache()
     try:
         given.run(given, rest)
     except KeyboardInterrupt:
         print("hetfl: stopped; go on with --resume", file=sys.stderr)
         return 130
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # The others wait for a process that is gone; leaving them in an orderly way would wait for it too.
+        text = " ".join(str(error).split())[:300]
+        print(
+            f"hetfl: a process of the run was lost, start all again with --resume: {text}", file=sys.stderr, flush=True
+        )
+        os._exit(3)
     except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, OSError) as error:
         if os.environ.get("HETFL_TRACEBACK"):
             raise
@@ -46,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
     train.add_argument("--dry-run", action="store_true", help="print memory, programs and cost without training")
+    train.add_argument("--profile", action="store_true", help="trace one round and print where its time went")
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: the first one's address, or auto")
+    train.add_argument("--processes", type=int, help="several hosts: how many")
+    train.add_argument("--process", type=int, help="several hosts: the number of this one, from 0")
     train.add_argument("--seeds", metavar="A..B", help="one run a seed, then mean and deviation")
     for name, run, text in (
         ("eval", _eval, "Evaluate a checkpoint of a run."),
@@ -60,18 +78,6 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--level", required=True, help="level letter, e.g. c")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
     return parser
-
-
-def _use_all_cores() -> None:
-    """One CPU device a core, before jax starts; on an accelerator this changes nothing."""
-    import jax
-
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
-    cache = Path(os.environ.get("HETFL_CACHE", Path.home() / ".cache" / "hetfl_jax"))
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def load_config(arguments: Sequence[str]) -> Any:
@@ -119,7 +125,8 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.folder import write_json
 
     config = load_config(rest)
-    options = {"resume": given.resume, "overwrite": given.overwrite}
+    machine.connect(given.coordinator, given.processes, given.process)
+    options = {"resume": given.resume, "overwrite": given.overwrite, "trace": given.profile}
     if given.resume and given.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if given.dry_run:

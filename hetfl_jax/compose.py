@@ -54,7 +54,7 @@ def compose(
 
     Returns:
       An ``Algorithm``; its info has the loss and accuracy of the local training, how many items failed and which, and
-      items and examples per level, from which costs are counted.
+      level and examples seen of every item and per level, from which costs are counted.
     """
     capacity_of = capacity_of or selects.own_level()
     objective = objective or objectives.cross_entropy()
@@ -113,6 +113,8 @@ def round_info(plan: Plan, report: Tally, ok: Array, levels: int) -> dict[str, A
         "clients": ok.sum(),
         "failed": failed.sum(),
         "failed_ids": jnp.where(failed, plan.ids, -1),
+        "level": plan.level,
+        "seen": jnp.where(plan.valid, report.examples, 0),
         "items": at_level.sum(0),
         "examples": (at_level * jnp.where(plan.valid, report.examples, 0)[:, None]).sum(0),
     }

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import report, tree
+from hetfl_jax import engine, report, tree
 from hetfl_jax.data import partition
 from hetfl_jax.federation import Federation, parse_buckets
 from hetfl_jax.run import TRAINING_PASSES, prepare
@@ -32,7 +32,8 @@ def describe(config: Any) -> str:
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
     macs = float(share @ fed.costs.macs) * cohort * examples * TRAINING_PASSES
     one_way = float(share @ fed.costs.bytes) * cohort
-    devices = lab.executor.mesh.size if lab.executor.mesh else 1
+    devices = lab.executor.devices
+    moved = engine.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
     seconds = max(2 * macs / (matmul_rate() * ASSUMED_EFFICIENCY), cohort * steps * SMALLEST_STEP) / devices
     shared = tree.nbytes((fed.train.x, fed.train.y))
@@ -49,6 +50,12 @@ def describe(config: Any) -> str:
         ("programs", f"1 round with {bodies} client bodies, {evaluations} evaluation"),
         ("client work a round", f"{macs / 1e9:,.2f} GMACs expected"),
         ("bytes a round", f"{one_way / 1e6:,.2f} MB each way expected"),
+        (
+            "between devices",
+            ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items()) + " a round"
+            if moved
+            else "nothing, one device",
+        ),
         (
             "training",
             f"about {seconds * config.train.rounds:,.0f} s for {config.train.rounds} rounds, compile, evaluate apart",

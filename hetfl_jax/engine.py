@@ -1,10 +1,11 @@
-"""Running a round: the only library file, apart from the run itself, that knows of devices and client axes.
+"""Rounds and queries, on one device or over a mesh; with ``runners``, all that knows of devices and client axes.
 
-An executor is a value, chosen by configuration: ``run(algorithm, sent, pool, items) -> Outcome``. Where and how clients
-run cannot change the answer, because everything they send passes through a sum or is a small stacked report.
+An executor is a value, chosen by configuration. Over a mesh three things cross devices, each in one collective: totals
+(an all-reduce), reports (an all-gather), and, where clients keep memory, the cohort's rows of it (a reduce-scatter to
+the devices that run them, an all-gather back to those that keep them).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -16,27 +17,61 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hetfl_jax import tree
 from hetfl_jax.data.population import shards
 from hetfl_jax.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
-from hetfl_jax.store import Store
-from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, Population, PyTree, Reply, Shard, State, Within
+from hetfl_jax.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
+from hetfl_jax.store import Store, device_store
+from hetfl_jax.types import Algorithm, Array, Items, Outcome, Plan, Population, PyTree, Reply, Shard, State
 
-Buckets = Sequence[Sequence[int]]
-Pool = tuple[Array, Array, Array]  #: x, y, index: shared by all items, never mapped
 Step = Callable[[State, Population, Array], tuple[State, PyTree]]
 
 EXECUTORS = ("vmapped", "chunked", "bucketed", "debugging")
 _AXIS = "clients"
+_EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(_AXIS)
 
 
 class Executor(NamedTuple):
     """How the items of a round are run."""
 
-    run: Callable[[Algorithm, PyTree, Pool, Items], Outcome]
+    run: Runner
     jit: bool = True
     mesh: Mesh | None = None
 
+    @property
+    def devices(self) -> int:
+        """Over how many devices the items are spread."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def place(self, values: PyTree) -> PyTree:
-        """Replicate a tree over the mesh (a no-op on one device), so that the first round compiles like the others."""
-        return values if self.mesh is None else jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
+        """Put values where the first round expects them, so that it compiles like the others.
+
+        Over a mesh everything is replicated, but for the client memory of a ``State``: its rows are split by client id,
+        padded to a multiple of the devices. On one device nothing moves.
+        """
+        mesh = self.mesh
+        if mesh is None:
+            return values
+
+        def put(values: PyTree, spec: PartitionSpec) -> PyTree:
+            return jax.tree.map(lambda v: _put(v, NamedSharding(mesh, spec)), values)
+
+        def split(rows: Array) -> Array:
+            return jnp.pad(rows, [(0, -rows.shape[0] % mesh.size), *[(0, 0)] * (rows.ndim - 1)])
+
+        def one(value: PyTree) -> PyTree:
+            if not isinstance(value, State):
+                return put(value, _EVERYWHERE)
+            memory = put(jax.tree.map(split, value.memory), _SPLIT)
+            return State(put(value.server, _EVERYWHERE), memory, put(value.round, _EVERYWHERE))
+
+        return jax.tree.map(one, values, is_leaf=lambda v: isinstance(v, State))
+
+
+def _put(value: Array, sharding: NamedSharding) -> Array:
+    """``device_put``; with several processes from the host, since no device of one reaches those of another."""
+    if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, sharding)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
+    return jax.device_put(np.asarray(value), sharding)
 
 
 def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = ()) -> Executor:
@@ -59,211 +94,123 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: B
     if clients_per_chunk < 0:
         raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
     if not 1 <= devices <= jax.device_count():
-        raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()} on this host (train.devices)")
+        raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()}, those of all hosts (train.devices)")
+    if devices < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(f"{devices} devices, need all {jax.device_count()} of {jax.process_count()} processes, or 0")
     chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 16)
     if name == "debugging":
-        return debugging()
-    makers: dict[str, Callable[[], Executor]] = {
+        return Executor(debugging(), jit=False)
+    makers: dict[str, Callable[[], Runner]] = {
         "vmapped": vmapped,
         "chunked": partial(chunked, chunk),
         "bucketed": partial(bucketed, chunk, buckets),
     }
     inner = makers[name]()
     if devices == 1:
-        return inner
+        return Executor(inner)
     return sharded(jax.make_mesh((devices,), (_AXIS,), axis_types=(AxisType.Auto,)), inner)
 
 
-# ---------------------------------------------------------------------------------------------- one item
+def sharded(mesh: Mesh, inner: Runner) -> Executor:
+    """``inner`` on each device of the mesh axis ``clients``, on its equal share of items that ``deal`` put in order.
 
-
-def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: Level) -> tuple[PyTree, ...]:
-    """Run one client; a reply that is not finite, or an item that is not valid, adds nothing and keeps its memory."""
-    shard = Shard(*pool, *item.shard[3:])
-    reply = algorithm.client(item.key, sent, level, item.ticket, shard, item.memory)
-    ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))
-    total = tree.select(ok, reply.total, jax.tree.map(jnp.zeros_like, reply.total))
-    return total, reply.member, (tree.select(ok, reply.memory, item.memory), reply.report, ok)
-
-
-def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tuple[PyTree, ...]]:
-    """``_run_item`` dense at the one level of a bucket, or masked inside the largest of several."""
-
-    def run(sent: PyTree, pool: Pool, item: Items) -> tuple[PyTree, ...]:
-        level = levels[0] if len(levels) == 1 else Within(min(levels), item.level)
-        return _run_item(algorithm, sent, pool, item, level)
-
-    return run
-
-
-def _add(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
-    """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
-    members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
-    if members > 1:
-        return jax.tree.map(lambda a, t: a.at[member].add(t), accumulated, total)
-    summed = tree.axis_sum(total) if jnp.ndim(member) else total
-    return jax.tree.map(lambda a, t: a + t[None], accumulated, summed)
-
-
-def _widen(algorithm: Algorithm, total: PyTree, level: int) -> PyTree:
-    return jax.vmap(lambda t: algorithm.widen(t, level), axis_size=algorithm.members)(total)
-
-
-# ---------------------------------------------------------------------------------------------- executors
-
-
-def vmapped() -> Executor:
-    """One vmap over all items, at full shape with traced levels."""
-
-    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        run_item = _client_at(algorithm, range(algorithm.levels))
-        total, member, rows = jax.vmap(run_item, (None, None, 0))(sent, pool, items)
-        member = jnp.broadcast_to(member, items.valid.shape)
-        zero = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *t.shape[1:]), t.dtype), total)
-        return Outcome(_add(total, member, zero), *rows)
-
-    return Executor(run)
-
-
-def chunked(clients_per_chunk: int) -> Executor:
-    """A loop over chunks of vmapped items, at full shape with traced levels."""
-
-    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        return _loops(algorithm, sent, pool, items, clients_per_chunk, (tuple(range(algorithm.levels)),))
-
-    return Executor(run)
-
-
-def bucketed(clients_per_chunk: int, buckets: Buckets = ()) -> Executor:
-    """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once."""
-
-    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        each = tuple((level,) for level in range(algorithm.levels))
-        # A query has one level, whatever the buckets of the training.
-        return _loops(algorithm, sent, pool, items, clients_per_chunk, buckets if len(each) > 1 and buckets else each)
-
-    return Executor(run)
-
-
-def _order(items: Items, levels: Array) -> Array:
-    """Items sorted by level, then by size descending (chunks of like step counts); those not valid come last."""
-    return jnp.lexsort((-items.shard.size, levels))
-
-
-def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets) -> Outcome:
-    """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
-    if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
-        raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
-    bucket_of = np.zeros(algorithm.levels, np.int32)
-    for number, levels in enumerate(buckets):
-        bucket_of[list(levels)] = number
-    bucket = jnp.where(items.valid, jnp.asarray(bucket_of)[items.level], len(buckets))
-    order = _order(items, bucket)
-    counts = jnp.zeros(len(buckets) + 1, jnp.int32).at[bucket].add(1)
-    starts = jnp.cumsum(counts) - counts
-
-    # One inner jit a bucket: its trace is made once and serves both the shapes and the loop.
-    runs = [jax.jit(_client_at(algorithm, levels)) for levels in buckets]
-    shapes = [jax.eval_shape(run, sent, pool, tree.take(items, 0)) for run in runs]
-    slots = items.valid.shape[0]
-    report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
-    rows = (items.memory, report, jnp.zeros(slots, bool))
-    total: PyTree = None
-    for number, levels in enumerate(buckets):
-        empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
-        one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunk)
-        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunk), one, (empty, rows))
-        part = _widen(algorithm, part, min(levels))
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    return Outcome(total, *rows)
-
-
-def _chunk(
-    run: Any, sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array, chunk: int,
-    i: Array, carry: tuple[PyTree, PyTree],
-) -> tuple[PyTree, PyTree]:  # fmt: skip
-    """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item)."""
-    accumulated, rows = carry
-    slots = order.shape[0]
-    if chunk == 1:
-        slot: Array = order[start + i]
-        reply, member, row = run(sent, pool, tree.take(items, slot))
-    else:
-        place = i * chunk + jnp.arange(chunk)
-        inside = place < count
-        slot = order[jnp.minimum(start + place, slots - 1)]
-        item = tree.take(items, slot)
-        item = item._replace(valid=item.valid & inside)
-        reply, member, row = jax.vmap(run, (None, None, 0))(sent, pool, item)
-        member = jnp.broadcast_to(member, slot.shape)
-        slot = jnp.where(inside, slot, slots)  # what lies past the bucket's end is written nowhere
-    rows = jax.tree.map(lambda whole, new: whole.at[slot].set(new, mode="drop"), rows, row)
-    return _add(reply, member, accumulated), rows
-
-
-def sharded(mesh: Mesh, inner: Executor) -> Executor:
-    """Items dealt over the mesh axis ``clients``, ``inner`` on each device, one sum over devices at the end.
-
-    Items are sorted by (level, size) and device d of D takes ``order[d::D]``, so no device waits for one that got all
-    the wide clients. Cohorts that do not divide are padded with items that are not valid.
+    Totals cross devices in one sum at the end, reports in one gather; memory rows stay with the device that ran them.
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        slots = items.valid.shape[0]
-        missing = -slots % mesh.size
-        padded = jax.tree.map(lambda v: jnp.concatenate([v, jnp.repeat(v[:1], missing, 0)]), items)
-        padded = padded._replace(valid=padded.valid & (jnp.arange(slots + missing) < slots))
-        level = jnp.where(padded.valid, padded.level, algorithm.levels)
-        deal = _order(padded, level).reshape(-1, mesh.size).T.reshape(-1)
-
         def on_device(sent: PyTree, pool: Pool, items: Items) -> Outcome:
-            outcome = inner.run(algorithm, sent, pool, items)
-            return outcome._replace(total=jax.lax.psum(outcome.total, _AXIS))
+            outcome = inner(algorithm, sent, pool, items)
+            with jax.named_scope("collective"):
+                total, whole = tree.packed(outcome.total)
+                rows, stacked = tree.packed((outcome.report, outcome.ok), lead=1)
+                report, ok = stacked([jax.lax.all_gather(v, _AXIS, tiled=True) for v in rows])
+                return Outcome(whole([jax.lax.psum(v, _AXIS) for v in total]), outcome.memory, report, ok)
 
-        everywhere, split = PartitionSpec(), PartitionSpec(_AXIS)
+        specs = Outcome(_EVERYWHERE, _SPLIT, _EVERYWHERE, _EVERYWHERE)  # type: ignore[arg-type]
         # check_vma would sum gradients of the replicated model over devices; here the one psum is ours.
-        mapped = jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(everywhere, everywhere, split),
-            out_specs=Outcome(everywhere, split, split, split),  # type: ignore[arg-type]
-            check_vma=False,
-        )
-        outcome = mapped(sent, pool, tree.take(padded, deal))
-        back = jnp.argsort(deal)[:slots]
-        return Outcome(outcome.total, *tree.take(tuple(outcome[1:]), back))
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=(_EVERYWHERE, _EVERYWHERE, _SPLIT), out_specs=specs, check_vma=False
+        )(sent, pool, items)
 
     return Executor(run, mesh=mesh)
 
 
-def debugging() -> Executor:
-    """No jit, one item at a time, dense; raises at the first client whose reply is not finite.
+def deal(level: Array, size: Array, valid: Array, devices: int) -> Array:
+    """[K'] which item each place runs, place after place and device after device; K' is K padded to equal shares.
 
-    Raises:
-      FloatingPointError: naming the client, its level and the leaf.
+    Items are sorted by (level, size descending) and device d of D takes ``order[d::D]``, so that no device waits for
+    one that got all the wide clients. Numbers from K on are padding.
+
+    >>> deal(jnp.array([1, 0, 0]), jnp.array([5, 5, 9]), jnp.ones(3, bool), 2).tolist()
+    [2, 0, 1, 3]
     """
-
-    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        total: PyTree = None
-        rows = []
-        for slot in range(items.valid.shape[0]):
-            item = tree.take(items, slot)
-            level = int(item.level)
-            reply, member, row = _run_item(algorithm, sent, pool, item, level)
-            if item.valid and not row[2]:
-                raise FloatingPointError(
-                    f"client {int(item.ids)} at level {level} replied with values that are not finite"
-                )
-            empty = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *jnp.shape(t)), t.dtype), reply)
-            wide = _widen(algorithm, _add(reply, member, empty), level)
-            total = wide if total is None else jax.tree.map(jnp.add, total, wide)
-            rows.append(row)
-        return Outcome(total, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
-
-    return Executor(run, jit=False)
+    missing = -valid.shape[0] % devices
+    absent = jnp.pad(~valid, (0, missing), constant_values=True)
+    order = jnp.lexsort((-jnp.pad(size, (0, missing)), jnp.pad(level, (0, missing)), absent))
+    return order.reshape(-1, devices).T.reshape(-1)
 
 
-# ---------------------------------------------------------------------------------------------- rounds and queries
+def _execute(
+    executor: Executor, algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, store: Store, memory: PyTree
+) -> tuple[Outcome, PyTree, Array]:
+    """Run items with the rows of ``memory``: (outcome in the order of the items, memory, device of each item)."""
+    slots = items.valid.shape[0]
+    mesh = executor.mesh
+    if mesh is None:
+        items = items._replace(memory=store.gather(memory, items.ids))
+        outcome = executor.run(algorithm, sent, pool, items)
+        kept = store.scatter(memory, items.ids, items.valid, outcome.memory)
+        return outcome._replace(memory=()), kept, jnp.zeros(slots, jnp.int32)
+
+    order = deal(items.level, items.shard.size, items.valid, mesh.size)
+    dealt = tree.take(items, jnp.where(order < slots, order, 0))
+    dealt = dealt._replace(valid=dealt.valid & (order < slots))
+    with jax.named_scope("collective"):
+        dealt = dealt._replace(memory=_fetch(mesh, store, memory, dealt.ids))
+    outcome = executor.run(algorithm, sent, pool, dealt)
+    with jax.named_scope("collective"):
+        kept = _hand_back(mesh, store, memory, dealt, outcome.memory)
+    place = jnp.argsort(order)[:slots]
+    report, ok = tree.take((outcome.report, outcome.ok), place)
+    return Outcome(outcome.total, (), report, ok), kept, place // (order.shape[0] // mesh.size)
+
+
+def _block(store_rows: PyTree, ids: Array) -> tuple[Array, Array]:
+    """Which ids live in this device's block of the memory, and their rows in it."""
+    rows = jax.tree.leaves(store_rows)[0].shape[0]
+    local = ids - jax.lax.axis_index(_AXIS) * rows
+    mine = (local >= 0) & (local < rows)
+    return mine, jnp.where(mine, local, 0)
+
+
+def _fetch(mesh: Mesh, store: Store, memory: PyTree, ids: Array) -> PyTree:
+    """Rows of ``ids`` from the devices that keep them to those that run them, in one reduce-scatter."""
+    if not jax.tree.leaves(memory):
+        return memory
+
+    def on_device(block: PyTree, ids: Array) -> PyTree:
+        mine, local = _block(block, ids)
+        rows, back = tree.packed(store.gather(block, local), lead=1)
+        return back([jax.lax.psum_scatter(jnp.where(mine[:, None], v, 0), _AXIS, tiled=True) for v in rows])
+
+    specs = (_SPLIT, _EVERYWHERE)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)(memory, ids)
+
+
+def _hand_back(mesh: Mesh, store: Store, memory: PyTree, items: Items, rows: PyTree) -> PyTree:
+    """Rows from the devices that ran them to those that keep them, in one all-gather."""
+    if not jax.tree.leaves(memory):
+        return memory
+
+    def on_device(block: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
+        own, back = tree.packed(rows, lead=1)
+        everyone = back([jax.lax.all_gather(v, _AXIS, tiled=True) for v in own])
+        mine, local = _block(block, ids)
+        return store.scatter(block, local, valid & mine, everyone)
+
+    specs = (_SPLIT, _EVERYWHERE, _EVERYWHERE, _SPLIT)
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
+    return mapped(memory, items.ids, items.valid, rows)
 
 
 def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State:
@@ -280,33 +227,37 @@ def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     """``step(state, population, key) -> (state, info)``: one round, compiled once; the state's buffers are reused.
 
-    ``key`` is the run's constant key. Place state, population and key with ``executor.place`` first.
+    ``key`` is the run's constant key. Place state, population and key with ``executor.place`` first. ``info`` is the
+    algorithm's, and ``device`` [K], which device ran each item.
     """
 
     def step(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
-        def survey(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
-            asking = purpose_key(key, SURVEY, state.round)
-            return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, asking).report
-
-        plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, survey)
-        keys = _client_keys(purpose_key(key, CLIENT, state.round), plan.ids)
-        if jax.tree.leaves(plan.ticket):
-            keys = jax.vmap(jax.random.fold_in)(keys, jax.tree.leaves(plan.ticket)[0].astype(jnp.uint32))
-        items = Items(
-            plan.ids,
-            keys,
-            plan.valid,
-            plan.level,
-            plan.ticket,
-            shards(population, plan.ids),
-            store.gather(state.memory, plan.ids),
+        plan, items = _planned(algorithm, executor, state, population, key)
+        outcome, memory, device = _execute(
+            executor, algorithm, plan.sent, _pool(population), items, store, state.memory
         )
-        outcome = executor.run(algorithm, plan.sent, _pool(population), items)
-        server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
-        memory = store.scatter(state.memory, plan.ids, plan.valid, outcome.memory)
-        return State(server, memory, state.round + 1), info
+        with jax.named_scope("server"):
+            server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
+        return State(server, memory, state.round + 1), {**info, "device": device}
 
     return compiled(step, executor, donate_argnums=0)
+
+
+def _planned(
+    algorithm: Algorithm, executor: Executor, state: State, population: Population, key: Array
+) -> tuple[Plan, Items]:
+    """A round's plan, and its items without their memory."""
+
+    def survey(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
+        asking = purpose_key(key, SURVEY, state.round)
+        return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, asking).report
+
+    with jax.named_scope("plan"):
+        plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, survey)
+    keys = _client_keys(purpose_key(key, CLIENT, state.round), plan.ids)
+    if jax.tree.leaves(plan.ticket):
+        keys = jax.vmap(jax.random.fold_in)(keys, jax.tree.leaves(plan.ticket)[0].astype(jnp.uint32))
+    return plan, Items(plan.ids, keys, plan.valid, plan.level, plan.ticket, shards(population, plan.ids), ())
 
 
 def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Callable[..., Any]:
@@ -325,8 +276,37 @@ def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Call
     def run(*args: Any) -> Any:
         return jax.block_until_ready(jitted(*args))
 
-    run._cache_size = jitted._cache_size  # type: ignore[attr-defined]
+    run.jitted, run._cache_size = jitted, jitted._cache_size  # type: ignore[attr-defined]
     return run
+
+
+def program(step: Callable[..., Any], *args: Any) -> str:
+    """The compiled text of a function that ``compiled`` made."""
+    jitted: Any = getattr(step, "jitted", step)
+    return jitted.lower(*args).compile().as_text()
+
+
+def moved_bytes(
+    executor: Executor, algorithm: Algorithm, state: State, population: Population, key: Array
+) -> dict[str, int]:
+    """Bytes that a round puts through each collective on every device; empty on one device.
+
+    ``totals`` are summed (all-reduce), ``memory`` goes to the devices that run it (reduce-scatter) and back
+    (all-gather); reports, a few numbers an item, are not counted.
+    """
+    if executor.mesh is None:
+        return {}
+
+    def outcome(state: State, population: Population, key: Array) -> tuple[PyTree, Array]:
+        plan, items = _planned(algorithm, executor, state, population, key)
+        done = _execute(executor, algorithm, plan.sent, _pool(population), items, device_store(), state.memory)
+        return done[0].total, plan.ids
+
+    total, ids = jax.eval_shape(outcome, state, population, key)
+    places = -(-ids.shape[0] // executor.devices) * executor.devices
+    row = sum(tree.nbytes(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(state.memory))
+    rows = {"memory to clients": places * row, "memory back": places * row} if row else {}
+    return {"totals": tree.nbytes(total), **rows}
 
 
 def query(
@@ -352,7 +332,7 @@ def query(
     asked = Algorithm(1, 1, absent, absent, client, lambda total, level: total, absent, absent, absent)
     some = jnp.ones(ids.shape, bool)
     items = Items(ids, _client_keys(key, ids), some, jnp.zeros_like(ids), (), shards(population, ids), ())
-    return executor.run(asked, sent, _pool(population), items)
+    return _execute(executor, asked, sent, _pool(population), items, device_store(), ())[0]
 
 
 def _client_keys(key: Array, ids: Array) -> Array:

@@ -96,6 +96,7 @@ def evaluator(
         one program a level, at its true shape.
     """
 
+    @jax.named_scope("evaluation")
     def evaluate(level: Level, server: PyTree, train: Population, test: Population) -> Scores:
         variables = algorithm.model(server, level)
         variables = with_statistics(algorithm, executor, variables, level, train, statistics_batch)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from hetfl_jax import machine
 from hetfl_jax.types import State
 
 MAY_CHANGE = ("train.rounds", "run.keep", "run.folder", "run.name")  #: settings that a resumed run may set anew
@@ -36,22 +37,25 @@ def plain(value: Any) -> Any:
 
 
 def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's own.
+    """Make the folder this run's own. Several processes check together, then the first one writes.
 
     Raises:
       ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, or its config is another.
     """
     saved = folder / "config.json"
-    if saved.exists() and overwrite:
-        shutil.rmtree(folder)
-    elif saved.exists() and not resume:
+    if saved.exists() and not resume and not overwrite:
         raise ValueError(
             f"{folder} already holds a run: --resume goes on, --overwrite starts over, or choose another run.name"
         )
-    elif saved.exists():
+    if saved.exists() and not overwrite:
         _same_config(json.loads(saved.read_text()), plain(config), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(saved, config)
+    machine.wait_for_all("checked")
+    if machine.is_first():
+        if saved.exists() and overwrite:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(saved, config)
+    machine.wait_for_all("claimed")
 
 
 def _same_config(old: Any, new: Any, folder: Path) -> None:
@@ -73,12 +77,19 @@ def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
 class Metrics:
     """``metrics.jsonl``, one line a round, and the same as TensorBoard events."""
 
-    def __init__(self, folder: Path, done: int):
-        """Keep the lines of the first ``done`` rounds; later ones belong to rounds that will be run again."""
+    def __init__(self, folder: Path, done: int, write: bool = True):
+        """Keep the lines of the first ``done`` rounds; later ones belong to rounds that will be run again.
+
+        A process that does not ``write`` keeps its lines to itself.
+        """
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         self.lines = [line for line in read_metrics(folder) if line["round"] <= done]
+        machine.wait_for_all("metrics")
+        self._write = write
+        if not write:
+            return
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(partial, self.path)
@@ -87,11 +98,13 @@ class Metrics:
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add whole lines and make sure that they are on disk."""
         new = [plain(line) for line in lines]
+        self.lines.extend(new)
+        if not self._write:
+            return
         with self.path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in new))
             file.flush()
             os.fsync(file.fileno())
-        self.lines.extend(new)
         for line in new:
             for name, value in _leaves(line).items():
                 if isinstance(value, int | float) and name != "round":
@@ -100,7 +113,8 @@ class Metrics:
 
     def close(self) -> None:
         """Close the event file."""
-        self._events.close()
+        if self._write:
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

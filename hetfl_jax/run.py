@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hetfl_jax import engine, report
+from hetfl_jax import engine, machine, profile, report
 from hetfl_jax.data import partition
 from hetfl_jax.evaluate import Scores, evaluator
 from hetfl_jax.federation import Federation, build, parse_buckets
@@ -60,6 +61,7 @@ def prepare(config: Any) -> Lab:
       ValueError: a value that is out of range.
     """
     _check_run(config)
+    machine.warn_of_idle_cores()
     fed = build(config)
     train = config.train
     devices = train.devices or jax.device_count()
@@ -96,7 +98,9 @@ def _check_run(config: Any) -> None:
             raise ValueError(f"{name} {config.run[name]}, allowed >= 1 (run.{name})")
 
 
-def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+def train(
+    config: Any, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, trace: bool = False
+) -> Result:
     """Run the experiment that ``config`` describes.
 
     Args:
@@ -104,6 +108,9 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
       resume: go on from the last checkpoint of ``run.folder/run.name``, bit for bit, on the same device count.
       overwrite: delete what is there and start over.
       quiet: print nothing.
+      trace: profile the second round and an evaluation into the folder, and print where the time went.
+
+    With several processes (``machine.connect``) all of them call this; the first one writes and prints.
 
     Returns:
       A ``Result``; the folder holds config, metrics, TensorBoard events, checkpoints, plots and the final table.
@@ -114,31 +121,36 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
     folder = Path(config.run.folder) / config.run.name
     lab = prepare(config)
     fed = lab.federation
+    first = machine.is_first()
+    quiet = quiet or not first
     claim(folder, config.to_dict(), resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
-    devices = lab.executor.mesh.size if lab.executor.mesh else 1
-    write_json(folder / "environment.json", report.environment(devices))
-    write_json(folder / "partition.json", about)
-    np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
+    if first:
+        write_json(folder / "environment.json", report.environment(lab.executor.devices))
+        write_json(folder / "partition.json", about)
+        np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
+    state, totals, scores = lab.start(), Totals(0, 0, 0, 0), {}
     report.say(f"{report.headline(config, fed)}\n{report.describe(about)}", quiet)
 
     checkpoints = Checkpoints(folder, config.run.keep)
-    state, totals, scores = lab.start(), Totals(0, 0, 0, 0), {}
     if resume and (found := checkpoints.restore(state)):
         state, extra = lab.place(found[0]), found[1]
         totals = Totals(**extra["totals"])
     done = int(state.round)
-    metrics = Metrics(folder, done)
+    metrics = Metrics(folder, done, write=first)
     if done == 0 and not metrics.lines:
         scores = evaluate_levels(lab, state.server)
         metrics.append([{"round": 0, **scores}])
-    scores = {k: v for k, v in metrics.lines[-1].items() if k in _SCORES} if metrics.lines else scores
+    for line in metrics.lines:
+        scores = {k: line[k] for k in _SCORES if k in line} or scores
 
+    block = partial(_lines, fed=fed, devices=lab.executor.devices)
     clock = time.perf_counter()
     pending: list[PyTree] = []
     with Progress(config.train.rounds, done, quiet) as progress:
         for round in range(done, config.train.rounds):
-            state, info = lab.step(state, lab.population, lab.key)
+            step = _traced_step(lab, folder, quiet) if trace and round == done + 1 else lab.step
+            state, info = step(state, lab.population, lab.key)
             pending.append(info)
             # At most two rounds are under way, so that the bar tells the truth and the device never waits.
             jax.block_until_ready(pending[-2:][0])
@@ -146,7 +158,7 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
             if not (last or _due(round + 1, config.run.eval_every) or _due(round + 1, config.run.checkpoint_every)):
                 progress.advance(round + 1)
                 continue
-            lines, totals = _lines(jax.device_get(pending), round + 2 - len(pending), totals, fed)
+            lines, totals = block(jax.device_get(pending), round + 2 - len(pending), totals)
             pending = []
             if last or _due(round + 1, config.run.eval_every):
                 scores = evaluate_levels(lab, state.server)
@@ -163,6 +175,24 @@ def train(config: Any, *, resume: bool = False, overwrite: bool = False, quiet: 
     checkpoints.close()
     metrics.close()
     return _finish(config, lab, state, metrics.lines, best, folder, quiet)
+
+
+def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
+    """A round that is profiled together with an evaluation after it."""
+
+    def step(state: State, population: PyTree, key: jax.Array) -> tuple[State, PyTree]:
+        program = engine.program(lab.step, state, population, key)
+
+        def run() -> tuple[State, PyTree]:
+            after, info = lab.step(state, population, key)
+            evaluate_levels(lab, after.server)
+            return after, info
+
+        out = profile.profiled(run, folder / "profile")
+        report.say(profile.render(profile.breakdown(folder / "profile", program), folder / "profile"), quiet)
+        return out
+
+    return step
 
 
 _SCORES = ("accuracy", "loss", "local_accuracy")
@@ -187,7 +217,15 @@ def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _lines(infos: list[Any], first: int, totals: Totals, fed: Federation) -> tuple[list[dict[str, Any]], Totals]:
+def _imbalance(info: Any, macs: np.ndarray, devices: int) -> float:
+    """Multiply-adds of the busiest device over the mean of all."""
+    work = np.bincount(info["device"], macs[info["level"]] * np.asarray(info["seen"], np.float64), devices)
+    return round(float(work.max() / max(work.mean(), 1.0)), 4)
+
+
+def _lines(
+    infos: list[Any], first: int, totals: Totals, fed: Federation, devices: int
+) -> tuple[list[dict[str, Any]], Totals]:
     """Metrics lines of a block of rounds, with the costs so far."""
     lines = []
     for number, info in enumerate(infos, first):
@@ -204,6 +242,8 @@ def _lines(infos: list[Any], first: int, totals: Totals, fed: Federation) -> tup
         line: dict[str, Any] = {"round": number}
         line |= {name: float(info[name]) for name in ("train_loss", "train_accuracy")}
         line |= {"clients": int(info["clients"]), "failed": len(failed), **totals._asdict()}
+        if devices > 1:
+            line["imbalance"] = _imbalance(info, fed.costs.macs, devices)
         line["items"] = dict(zip(fed.mix.letters, items.tolist()))
         if failed:
             line["failed_ids"] = failed
@@ -218,14 +258,13 @@ def _finish(
     fed = lab.federation
     table = report.table(fed, lines, best)
     summary = report.totals(lines, best, fed)
-    write_json(folder / "table.json", {"levels": table, **summary})
-    text = report.render(table, summary)
-    (folder / "table.txt").write_text(text)
-    plots = report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
-    files = [
-        folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")
-    ] + plots
-    report.say(text + report.list_files(folder, files), quiet)
+    files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")]
+    if machine.is_first():
+        write_json(folder / "table.json", {"levels": table, **summary})
+        text = report.render(table, summary)
+        (folder / "table.txt").write_text(text)
+        files += report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
+        report.say(text + report.list_files(folder, files), quiet)
     return Result(
         jax.device_get(state.server.variables["params"]) if hasattr(state.server, "variables") else state.server,
         report.as_arrays(lines),

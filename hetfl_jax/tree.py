@@ -1,9 +1,11 @@
 """What ``jax.tree`` and ``optax.tree`` lack."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax.types import Array, PyTree
 
@@ -46,6 +48,34 @@ def axis_sum(tree: PyTree) -> PyTree:
         return jnp.einsum("c,c...->...", ones, leaf, precision=jax.lax.Precision.HIGHEST)
 
     return jax.tree.map(total, tree)
+
+
+def packed(values: PyTree, lead: int = 0) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
+    """Leaves joined into one array a dtype, and the way back: a collective on the pack is one, not one a leaf.
+
+    Args:
+      values: leaves [*same leading axes, ...].
+      lead: how many leading axes stay.
+
+    >>> joined, back = packed({"a": jnp.ones(2), "b": jnp.zeros((2, 3))}, lead=1)
+    >>> [v.shape for v in joined], back(joined)["b"].shape
+    ([(2, 4)], (2, 3))
+    """
+    leaves, structure = jax.tree.flatten(values)
+    dtypes = list(dict.fromkeys(leaf.dtype for leaf in leaves))
+    places = [[i for i, leaf in enumerate(leaves) if leaf.dtype == dtype] for dtype in dtypes]
+    rows = [leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves]
+
+    def back(joined: list[Array]) -> PyTree:
+        out = list(leaves)
+        for array, place in zip(joined, places):
+            cuts = np.cumsum([rows[i].shape[-1] for i in place])[:-1]
+            for i, part in zip(place, jnp.split(array, cuts, axis=-1)):
+                # The leading axes may have grown or shrunk on the way.
+                out[i] = part.reshape(*array.shape[:lead], *leaves[i].shape[lead:])
+        return jax.tree.unflatten(structure, out)
+
+    return [jnp.concatenate([rows[i] for i in place], axis=-1) for place in places], back
 
 
 def zeros(shapes: PyTree) -> PyTree:

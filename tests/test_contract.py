@@ -1,5 +1,8 @@
 """The contract table: every method x executor x family. Adding a method is adding a row."""
 
+import math
+import re
+from collections import defaultdict
 from typing import NamedTuple
 
 import jax
@@ -71,9 +74,13 @@ def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
     infos, compilations = [], []
     for _ in range(rounds):
         state, info = step(state, population, key)
+        info.pop("device")
         infos.append(jax.device_get(info))
         compilations.append(step._cache_size() if run.jit else 0)
-    return jax.device_get(state), infos, compilations
+    clients = population.size.shape[0]
+    state = jax.device_get(state)
+    # Over devices the rows are padded to equal blocks.
+    return state._replace(memory=jax.tree.map(lambda rows: rows[:clients], state.memory)), infos, compilations
 
 
 @pytest.fixture(scope="module")
@@ -237,16 +244,31 @@ def test_survey_asks_through_the_executor():
         np.testing.assert_array_equal(infos[0]["asked"], 2 * population.size[:3])
 
 
-def test_one_all_reduce_of_totals_and_no_repeated_work_across_devices():
-    """Over 8 devices nothing but the totals, reports and the cohort's rows crosses: no gather of the pool."""
-    algorithm = fedavg.make(mlp_family(), sgd(), cohort=8)
-    run, population, key = executor("bucketed", 1, 8), toy_population(), jax.random.key(7)
+def collectives(text):
+    """Bytes of each collective operation in a compiled program, by kind; of an all-gather what it gathers."""
+    found = defaultdict(list)
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for dtype, shape, kind in re.findall(rf"= (\w+)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text):
+        size = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+        found[kind].append(size)
+    return found
+
+
+def test_what_crosses_devices_is_one_sum_of_totals_and_the_rows_of_the_cohort():
+    """One all-reduce of the total's size; memory split by client id, its rows moved by two collectives of theirs."""
+    algorithm, devices = visits(mlp_family(), sgd(), cohort=8), 8
+    run, population, key = executor("bucketed", 1, devices), toy_population(), jax.random.key(7)
     state, population, key = run.place((start(algorithm, device_store(), 12, key), population, key))
-    text = make_round(algorithm, run, device_store()).__wrapped__.lower(state, population, key).compile().as_text()
-    gathers = [line for line in text.splitlines() if " all-gather(" in line]
-    pool = f"f32[{population.x.shape[0]},"
-    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") >= 1
-    assert not any(pool in line for line in gathers)
+    moved = engine.moved_bytes(run, algorithm, state, population, key)
+    found = collectives(engine.program(make_round(algorithm, run, device_store()), state, population, key))
+    assert found["all-reduce"] == [moved["totals"]]
+    assert [size * devices for size in found["reduce-scatter"]] == [moved["memory to clients"]]
+    assert moved["memory back"] in found["all-gather"]
+    found["all-gather"].remove(moved["memory back"])
+    assert sum(found["all-gather"]) < 8 * 4 * 8, "only reports and item numbers are left"
+    assert not found["all-to-all"] + found["collective-permute"]
+    for leaf in jax.tree.leaves(state.memory):
+        assert leaf.addressable_shards[0].data.shape[0] == 16 // devices
 
 
 @pytest.mark.parametrize(

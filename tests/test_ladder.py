@@ -9,10 +9,10 @@ ROOT = Path(hetfl_jax.__file__).parent
 #: layer of each file or folder; a file imports only from lower layers, or from its own folder
 LAYERS = {
     "types": 0, "tree": 1, "random": 1,
-    "models": 2, "data": 2, "capacity": 3, "store": 2, "engine": 3,
+    "models": 2, "data": 2, "capacity": 3, "store": 2, "runners": 2, "engine": 3,
     "parts": 4, "compose": 5, "methods": 6,
-    "config": 7, "evaluate": 7, "federation": 7, "folder": 7, "progress": 7,
-    "report": 8, "run": 9, "dryrun": 10, "export": 10, "cli": 11, "train": 12, "__init__": 13,
+    "config": 7, "evaluate": 7, "machine": 2, "federation": 7, "folder": 7, "progress": 7,
+    "profile": 7, "report": 8, "run": 9, "dryrun": 10, "export": 10, "cli": 11, "train": 12, "__init__": 13,
 }  # fmt: skip
 DEVICE_WORDS = ("device", "mesh", "shard_map", "pmap", "vmap", "psum", "donate", "jit")
 

@@ -34,7 +34,7 @@ class _Net(nn.Module):
     lowering: str = "auto"
 
     def __post_init__(self) -> None:
-        check_norm(self.norm, min(active_channels(full, self.width) for full in self.hidden))
+        check_norm(self.norm, min((active_channels(full, self.width) for full in self.hidden), default=0))
         super().__post_init__()
 
     def _channels(self, full: int) -> int:

@@ -1,0 +1,150 @@
+"""Masked means of client models: gigabytes a second, and the ratio to ``jnp.sum`` over the same bytes.
+
+    taskset -c 0 python -m experiments.throughput.aggregation
+    python -m experiments.throughput.aggregation --clients 10 100 --millions 0.1 1.66 10
+
+Rules: ``heterofl`` (five widths, class rows), ``mean`` (five widths), ``one level``, ``depth`` (four prefixes), and
+``clusters`` (k = 4 sums). ``stacked`` reads client models that lie in memory at their true shapes; ``streaming`` adds
+them one at a time, as a round does. Cells above half of the memory are skipped and named.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.throughput import common
+from experiments.throughput.compare import Residual
+from hetfl_jax import capacity, tree
+from hetfl_jax.parts.merge import mean_of_stacks
+from hetfl_jax.runners import add_reply
+
+CNN_MILLIONS = 1.66337  #: parameters of the FedAvg CNN, in millions
+CLUSTERS = 4
+
+
+def cnn(millions: float, mix: str) -> capacity.Family:
+    """The FedAvg CNN with its layers scaled to about this many million parameters."""
+    scale = (millions / CNN_MILLIONS) ** 0.5
+    return common.family("cnn", mix, hidden=tuple(max(16, round(h * scale / 16) * 16) for h in (32, 64, 512)))
+
+
+def depth(millions: float) -> capacity.Family:
+    """Four residual blocks, of which a level holds a prefix; its size is what it is."""
+    levels = [{"depth": d} for d in (4, 3, 2, 1)]
+    return capacity.family(Residual(), levels, jnp.zeros((1, 16, 16, 32)), masked=False)
+
+
+def stacks(fam: capacity.Family, clients: int) -> list[Any]:
+    """One stack a level, the clients dealt evenly."""
+    counts = [len(part) for part in np.array_split(np.arange(clients), fam.levels)]
+    return [jax.tree.map(lambda s, c=c: jnp.full((c, *s.shape), 0.5), fam.shapes[i]) for i, c in enumerate(counts)]
+
+
+def stacked(fam: capacity.Family, trees: list[Any], rows: bool) -> Callable[[], Any]:
+    """The masked mean of stacks."""
+    weights = [jnp.ones(jax.tree.leaves(t)[0].shape[0]) for t in trees]
+    classes = [jnp.ones((w.shape[0], 10), bool) for w in weights] if rows else None
+    mean = jax.jit(partial(mean_of_stacks, fam))
+    return lambda: mean(trees, weights, classes)
+
+
+def streaming(fam: capacity.Family, trees: list[Any]) -> Callable[[], Any]:
+    """The same sums, one client after the other, widened once a level."""
+
+    @jax.jit
+    def run(trees: list[Any]) -> Any:
+        total = None
+        for level, stack in enumerate(trees):
+            clients = jax.tree.leaves(stack)[0].shape[0]
+            zero = jax.tree.map(lambda s: jnp.zeros((1, *s.shape[1:]), s.dtype), stack)
+            part = jax.lax.fori_loop(0, clients, lambda i, acc, s=stack: add_reply(tree.take(s, i), 0, acc), zero)
+            wide = capacity.widen(fam, tree.take(part, 0), level)
+            total = wide if total is None else jax.tree.map(jnp.add, total, wide)
+        return total
+
+    return lambda: run(trees)
+
+
+def clusters(trees: list[Any], k: int) -> Callable[[], Any]:
+    """k sums over the clients of each cluster: one product with the one-hot membership."""
+    clients = jax.tree.leaves(trees[0])[0].shape[0]
+    member = jax.nn.one_hot(jnp.arange(clients) % k, k)
+
+    @jax.jit
+    def run(stack: Any, member: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: jnp.einsum("ck,c...->k...", member, leaf), stack)
+
+    return lambda: run(trees[0], member)
+
+
+def sides(millions: float, clients: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What is measured at one size: (function, bytes that it reads)."""
+    five, one, deep = cnn(millions, "a1-b1-c1-d1-e1"), cnn(millions, "a1"), depth(millions)
+    each = {name: stacks(fam, clients) for name, fam in (("five", five), ("one", one), ("deep", deep))}
+    size = {name: tree.nbytes(trees) for name, trees in each.items()}
+    return {
+        "one level, stacked": (stacked(one, each["one"], False), size["one"]),
+        "one level, streaming": (streaming(one, each["one"]), size["one"]),
+        "five levels, stacked": (stacked(five, each["five"], False), size["five"]),
+        "five levels, streaming": (streaming(five, each["five"]), size["five"]),
+        "HeteroFL with class rows, stacked": (stacked(five, each["five"], True), size["five"]),
+        "depth levels, stacked": (stacked(deep, each["deep"], False), size["deep"]),
+        "cluster sums, k = 1": (clusters(each["one"], 1), size["one"]),
+        f"cluster sums, k = {CLUSTERS}": (clusters(each["one"], CLUSTERS), size["one"]),
+    }
+
+
+def measure(millions: float, clients: int, repeats: int) -> list[common.Row]:
+    """All rules at one size, each in turn with a plain sum over as many bytes."""
+    rows = []
+    total = jax.jit(jnp.sum)
+    for name, (run, size) in sides(millions, clients).items():
+        flat = jnp.full(size // 4, 0.5)
+        s = common.medians({"rule": run, "sum": lambda flat=flat: total(flat)}, repeats)
+        rows.append(
+            {
+                "rule": name,
+                "clients": clients,
+                "parameters": millions,
+                "MB": size / 1e6,
+                "ms": 1e3 * s["rule"],
+                "GB/s": size / s["rule"] / 1e9,
+                "sum GB/s": size / s["sum"] / 1e9,
+                "ratio": s["sum"] / s["rule"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure every size that fits."""
+    parser = common.flags(__doc__)
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 128, 1000])
+    parser.add_argument("--millions", type=float, nargs="+", default=[0.1, 1.66, 10.0], help="parameters, in millions")
+    given = common.begin(parser)
+    stats = jax.devices()[0].memory_stats() or {}
+    memory = int(stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    rows: list[common.Row] = []
+    for millions in given.millions:
+        for clients in given.clients:
+            need = 4e6 * millions * clients * 3  # one level, five levels, and the plain sum's
+            if need > memory / 2:
+                print(f"skipped: {clients} clients of {millions} M parameters need {need / 1e9:.1f} GB")
+                continue
+            rows += measure(millions, clients, given.repeats)
+
+    def draw(axes: Any) -> None:
+        largest = [row for row in rows if row["MB"] > 50] or rows
+        labels = [f"{row['rule']}, {row['clients']} x {row['parameters']} M" for row in largest]
+        common.bars(axes, labels, [row["ratio"] for row in largest], "rate over that of a plain sum")
+
+    common.keep(given.name or "aggregation", "Aggregation", rows, {}, draw)
+
+
+if __name__ == "__main__":
+    main()

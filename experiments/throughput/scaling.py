@@ -1,0 +1,220 @@
+"""How a round's time and memory grow: with cohort, population, levels, devices, and uneven client sizes.
+
+    taskset -c 0 python -m experiments.throughput.scaling --only cohort population levels ragged
+    python -m experiments.throughput.scaling --only devices
+    python -m experiments.throughput.scaling --only cores
+
+``devices`` spreads one round over 1, 2, 4 and 8 virtual CPU devices of this machine (each in a process of its own);
+``cores`` compares one core with one device to all cores with a device each, which is what ``hetfl`` does.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.throughput import common
+from hetfl_jax import engine
+from hetfl_jax.data.population import shards
+from hetfl_jax.engine import executor
+from hetfl_jax.methods import fedavg
+from hetfl_jax.runners import executed_steps
+from hetfl_jax.store import device_store
+
+FIVE = "a1-b1-c1-d1-e1"
+CHUNKS = (1, 8, 16)
+
+
+def fedavg_bench(net: str, pop: Any, cohort: int, run: Any, **local: Any) -> common.Bench:
+    """FedAvg at full size."""
+    return common.bench(fedavg.make(common.family(net), common.settings(**local), cohort=cohort), pop, run)
+
+
+def cohort(repeats: int) -> list[common.Row]:
+    """Time and peak memory of chunked rounds of the CNN, one step a client."""
+    pop = common.data(common.SHAPES["cnn"], 1_000, 20)
+    rows: list[common.Row] = []
+    for size in (10, 100, 1_000):
+        common.reset_peak()
+        bench = fedavg_bench("cnn", pop, size, executor("chunked", 1))
+        s = common.medians({"round": bench.round}, repeats)
+        peak = common.peak_bytes()
+        del bench
+        rows.append(_row("cohort", f"{size} clients", s["round"], peak, rows))
+    return rows
+
+
+def population(repeats: int) -> list[common.Row]:
+    """The same cohort of 100 out of more and more clients; the sides take turns."""
+    counts = (1_000, 10_000, 100_000, 1_000_000)
+    benches = {n: fedavg_bench("mlp", common.data((784,), n, 60), 100, executor("bucketed")) for n in counts}
+    s = common.medians({str(n): bench.round for n, bench in benches.items()}, 5 * repeats)
+    rows: list[common.Row] = []
+    for n in counts:
+        rows.append(_row("population", f"{n:,} clients", s[str(n)], common.peak_bytes(), rows))
+    return rows
+
+
+def levels(repeats: int) -> list[common.Row]:
+    """HeteroFL with one to five width levels, drawn anew each round."""
+    rows: list[common.Row] = []
+    for count in range(1, 6):
+        mix = "-".join(FIVE.split("-")[:count])
+        fam = common.family("mlp", mix)
+        algorithm = common.method("heterofl", fam, common.settings(), 100, mix)
+        common.reset_peak()
+        bench = common.bench(algorithm, common.data((784,), 1_000, 60), executor("bucketed"))
+        s = common.medians({"round": bench.round}, 5 * repeats)
+        rows.append(_row("levels", mix, s["round"], common.peak_bytes(), rows))
+    return rows
+
+
+def sizes(kind: str, clients: int) -> np.ndarray:
+    """Examples of each client, about 100 on average."""
+    rng = np.random.default_rng(0)
+    draw = {
+        "equal": lambda: np.full(clients, 100.0),
+        "log-normal(1)": lambda: 60 * rng.lognormal(0, 1, clients),
+        "Pareto(1.2)": lambda: 17 * (1 + rng.pareto(1.2, clients)),
+    }[kind]()
+    return np.clip(draw, 1, 20_000).astype(int)
+
+
+def ragged(repeats: int) -> list[common.Row]:
+    """Uneven clients: steps executed over steps needed for chunks of clients under one vmap, and time a needed step."""
+    rows: list[common.Row] = []
+    for kind in ("equal", "log-normal(1)", "Pareto(1.2)"):
+        pop = common.data((784,), 1_000, sizes(kind, 1_000))
+        bench = fedavg_bench("mlp", pop, 100, executor("bucketed", 1))
+        s = common.medians({"round": bench.round}, 5 * repeats)
+        algorithm = fedavg.make(common.family("mlp"), common.settings(), cohort=100)
+        server = bench.state().server
+        needed, done = 0, dict.fromkeys(CHUNKS, 0)
+        for number in range(50):
+            plan = algorithm.plan(jax.random.key(number), np.int32(0), server, pop, None)
+            steps = -(-np.asarray(shards(pop, plan.ids).size) // 20)
+            needed += int(steps.sum())
+            for chunk in CHUNKS:
+                done[chunk] += executed_steps(steps, chunk)
+        row = _row("ragged", kind, s["round"], common.peak_bytes(), rows)
+        rows.append(row | {f"steps over needed, chunk {c}": done[c] / needed for c in CHUNKS})
+    return rows
+
+
+def _row(what: str, at: str, seconds: float, peak: int, before: list[common.Row]) -> common.Row:
+    first = before[0] if before else {"round s": seconds, "peak MB": peak / 1e6}
+    return {
+        "what": what,
+        "at": at,
+        "round s": seconds,
+        "over the first": seconds / first["round s"],
+        "peak MB": peak / 1e6,
+        "peak over the first": peak / 1e6 / first["peak MB"],
+    }
+
+
+# ------------------------------------------------------------------------------ several devices, a process each
+
+
+def child(net: str, count: int, cores: int, repeats: int) -> common.Row:
+    """One cell of ``devices`` or ``cores``, measured in a process of its own."""
+    command = [sys.executable, "-m", "experiments.throughput.scaling", "--child", net, str(count), str(cores)]
+    out = subprocess.run([*command, "--repeats", str(repeats)], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def measure_child(net: str, count: int, cores: int, repeats: int) -> None:
+    """Print one cell as JSON; called before jax has started."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    jax.config.update("jax_num_cpu_devices", count)
+    mix = FIVE if net == "mlp" else "a1"
+    fam, run = common.family(net, mix), executor("bucketed", 1, count)
+    algorithm = common.method("heterofl", fam, common.settings(), 100, mix)
+    pop = common.data(common.SHAPES[net], 1_000, 60)
+    bench = common.bench(algorithm, pop, run)
+    infos = []
+
+    def one_round() -> Any:
+        infos.append(bench.round())
+        return infos[-1]
+
+    s = common.medians({"round": one_round}, repeats * (5 if net == "mlp" else 1))
+    macs = common.capacity.costs(fam).macs
+    work = [np.bincount(i["device"], macs[i["level"]] * np.asarray(i["seen"]), count) for i in jax.device_get(infos)]
+    moved = engine.moved_bytes(run, algorithm, bench.state(), *run.place((pop, jax.random.key(0))))
+    text = engine.program(
+        engine.make_round(algorithm, run, device_store()), bench.state(), *run.place((pop, jax.random.key(0)))
+    )
+    row = {
+        "net": f"{net} {mix}",
+        "devices": count,
+        "cores": cores,
+        "round s": s["round"],
+        "imbalance": float(np.mean([w.max() / w.mean() for w in work])),
+        "all-reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
+        "all-reduce MB": moved.get("totals", 0) / 1e6,
+        "peak MB": common.peak_bytes() / 1e6,
+    }
+    print(json.dumps(row))
+
+
+def devices(repeats: int) -> list[common.Row]:
+    """The MLP with five levels over 1 to 8 virtual devices on all cores."""
+    cores = common.machine.cores()
+    return [child("mlp", count, cores, repeats) for count in (1, 2, 4, 8)]
+
+
+def cores(repeats: int) -> list[common.Row]:
+    """One core against all of them, a device each; the sides take turns."""
+    count = common.machine.cores()
+    rows = []
+    for net in ("mlp", "cnn"):
+        runs = [(child(net, 1, 1, repeats), child(net, count, count, repeats)) for _ in range(3)]
+        for side in range(2):
+            row = dict(runs[0][side])
+            row["round s"] = float(np.median([pair[side]["round s"] for pair in runs]))
+            row["faster"] = rows[-1]["round s"] / row["round s"] if side else 1.0
+            rows.append(row)
+    return rows
+
+
+PARTS: dict[str, Callable[[int], list[common.Row]]] = {
+    "cohort": cohort,
+    "population": population,
+    "levels": levels,
+    "ragged": ragged,
+    "devices": devices,
+    "cores": cores,
+}
+
+
+def main() -> None:
+    """Measure the parts that are asked for; each keeps a table of its own."""
+    parser = common.flags(__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--child", nargs=3, help="internal: one cell of devices or cores")
+    given = common.begin(parser)
+    if given.child:
+        net, *numbers = given.child
+        measure_child(net, *map(int, numbers), given.repeats)
+        return
+    for part in given.only:
+        rows = PARTS[part](given.repeats)
+        labels = [str(row.get("at", f"{row.get('net')}, {row.get('devices')} devices")) for row in rows]
+        values = [row["round s"] for row in rows]
+
+        def draw(axes: Any, labels: list[str] = labels, values: list[float] = values) -> None:
+            common.bars(axes, labels, values, "seconds a round")
+
+        common.keep(given.name or f"scaling_{part}", f"Scaling: {part}", rows, {}, draw)
+
+
+if __name__ == "__main__":
+    main()

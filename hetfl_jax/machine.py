@@ -1,0 +1,75 @@
+"""What a run may use of the machine: cores, the compilation cache, and other hosts. Called before jax starts."""
+
+import os
+import warnings
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+CACHE = "HETFL_CACHE"  #: environment variable: the folder of compiled programs
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_all_cores() -> None:
+    """One CPU device a core, over which clients are spread; on an accelerator this changes nothing."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cores())
+
+
+def warn_of_idle_cores() -> None:
+    """Tell users of the library what the command line does by itself."""
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 < cores():
+        warnings.warn(
+            f"one CPU device for {cores()} cores: call jax.config.update('jax_num_cpu_devices', {cores()}) before jax "
+            "starts, and clients are spread over them",
+            stacklevel=3,
+        )
+
+
+def use_cache() -> Path:
+    """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder."""
+    folder = Path(os.environ.get(CACHE, Path.home() / ".cache" / "hetfl_jax"))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    return folder
+
+
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other hosts of a run: every host starts the same command.
+
+    Args:
+      coordinator: ``HOST:PORT`` of the first host, with ``processes`` and ``process`` (this one's number, from 0);
+        ``auto`` on TPU pods, Slurm and Kubernetes, where jax finds the others by itself.
+
+    Raises:
+      ValueError: numbers that do not fit, before anything waits for another host.
+    """
+    if coordinator is None:
+        if processes is not None or process is not None:
+            raise ValueError("--processes and --process need --coordinator=HOST:PORT")
+        return
+    if coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator={coordinator}: allowed auto or HOST:PORT, the first host's address")
+    if processes is None or process is None or not 0 <= process < processes:
+        raise ValueError(f"--processes={processes} --process={process}: need 0 <= process < processes")
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def wait_for_all(name: str) -> None:
+    """Go on when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0

@@ -1,0 +1,71 @@
+"""Where a round's time goes: one round and one evaluation under jax's profiler, summed by named scope."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData
+
+SCOPES = ("plan", "local_training", "merge", "collective", "server", "evaluation")
+_CONTROL = ("while", "conditional", "call", "tuple", "async")  #: their time is that of the operations inside
+
+
+class Event(NamedTuple):
+    """One operation that ran."""
+
+    module: str
+    operation: str
+    seconds: float
+
+
+def profiled(run: Callable[[], Any], folder: Path) -> Any:
+    """``run()`` under the profiler; the trace in ``folder`` opens in TensorBoard and, unzipped, in Perfetto."""
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+        return jax.block_until_ready(run())
+
+
+def scopes_of(program: str) -> dict[str, str]:
+    """Scope of every operation of a compiled program's text: the first of ``SCOPES`` on its path, else ``other``.
+
+    >>> scopes_of('  %add.1 = f32[] add(x, y), metadata={op_name="jit(step)/plan/server/add"}')
+    {'add.1': 'plan'}
+    """
+    found = {}
+    for name, path in re.findall(r'%?([\w.\-]+) = [^\n]*?op_name="([^"]*)"', program):
+        found[name] = next((part for part in path.split("/") if part in SCOPES), "other")
+    return found
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """Operations in the newest trace of ``folder``: those of accelerators if there are any, else the host's."""
+    data = ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
+    planes = list(data.planes)
+    for plane in [p for p in planes if p.name.startswith("/device:")] or planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                operation = stats.get("hlo_op")
+                if operation and not str(operation).startswith(_CONTROL):
+                    yield Event(str(stats.get("hlo_module", "")), str(operation), event.duration_ns / 1e9)
+
+
+def breakdown(folder: Path, program: str) -> dict[str, float]:
+    """Busy seconds of each scope, over all cores and devices; ``program`` is the round's compiled text."""
+    of_round = re.search(r"HloModule ([\w.\-]+)", program)
+    scopes = scopes_of(program)
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events(folder):
+        inside = of_round is not None and event.module == of_round[1]
+        seconds[scopes.get(event.operation, "other") if inside else "evaluation"] += event.seconds
+    return {scope: seconds[scope] for scope in (*SCOPES, "other") if seconds[scope]}
+
+
+def render(seconds: dict[str, float], folder: Path) -> str:
+    """The breakdown as text."""
+    whole = sum(seconds.values()) or 1.0
+    rows = [f"  {scope.replace('_', ' '):16s}{1e3 * s:12.2f} ms {s / whole:7.1%}" for scope, s in seconds.items()]
+    head = f"busy time of one round and one evaluation, all cores (trace in {folder}/):"
+    return "\n".join([head, *rows])

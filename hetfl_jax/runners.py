@@ -1,0 +1,183 @@
+"""Running the items of a round on one device: one at a time, in chunks, level by level, or by hand.
+
+A runner is ``run(algorithm, sent, pool, items) -> Outcome``. How clients run cannot change the answer, because
+everything they send passes through a sum or is a small stacked report. Spreading items over devices is ``engine``'s.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import tree
+from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Shard, Within
+
+Buckets = Sequence[Sequence[int]]
+Pool = tuple[Array, Array, Array]  #: x, y, index: shared by all items, never mapped
+Runner = Callable[[Algorithm, PyTree, Pool, Items], Outcome]
+
+
+def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: Level) -> tuple[PyTree, ...]:
+    """Run one client; a reply that is not finite, or an item that is not valid, adds nothing and keeps its memory."""
+    shard = Shard(*pool, *item.shard[3:])
+    with jax.named_scope("local_training"):
+        reply = algorithm.client(item.key, sent, level, item.ticket, shard, item.memory)
+    ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))
+    total = tree.select(ok, reply.total, jax.tree.map(jnp.zeros_like, reply.total))
+    return total, reply.member, (tree.select(ok, reply.memory, item.memory), reply.report, ok)
+
+
+def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tuple[PyTree, ...]]:
+    """``_run_item`` dense at the one level of a bucket, or masked inside the largest of several."""
+
+    def run(sent: PyTree, pool: Pool, item: Items) -> tuple[PyTree, ...]:
+        level = levels[0] if len(levels) == 1 else Within(min(levels), item.level)
+        return _run_item(algorithm, sent, pool, item, level)
+
+    return run
+
+
+@jax.named_scope("merge")
+def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
+    """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
+    members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
+    if members > 1:
+        return jax.tree.map(lambda a, t: a.at[member].add(t), accumulated, total)
+    summed = tree.axis_sum(total) if jnp.ndim(member) else total
+    return jax.tree.map(lambda a, t: a + t[None], accumulated, summed)
+
+
+@jax.named_scope("merge")
+def _widen(algorithm: Algorithm, total: PyTree, level: int) -> PyTree:
+    return jax.vmap(lambda t: algorithm.widen(t, level), axis_size=algorithm.members)(total)
+
+
+def vmapped() -> Runner:
+    """One vmap over all items, at full shape with traced levels."""
+
+    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
+        run_item = _client_at(algorithm, range(algorithm.levels))
+        total, member, rows = jax.vmap(run_item, (None, None, 0))(sent, pool, items)
+        member = jnp.broadcast_to(member, items.valid.shape)
+        zero = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *t.shape[1:]), t.dtype), total)
+        return Outcome(add_reply(total, member, zero), *rows)
+
+    return run
+
+
+def chunked(clients_per_chunk: int) -> Runner:
+    """A loop over chunks of vmapped items, at full shape with traced levels."""
+
+    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
+        return _loops(algorithm, sent, pool, items, clients_per_chunk, (tuple(range(algorithm.levels)),))
+
+    return run
+
+
+def bucketed(clients_per_chunk: int, buckets: Buckets = ()) -> Runner:
+    """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once."""
+
+    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
+        each = tuple((level,) for level in range(algorithm.levels))
+        # A query has one level, whatever the buckets of the training.
+        return _loops(algorithm, sent, pool, items, clients_per_chunk, buckets if len(each) > 1 and buckets else each)
+
+    return run
+
+
+def _order(items: Items, levels: Array) -> Array:
+    """Items sorted by level, then by size descending (chunks of like step counts); those not valid come last."""
+    return jnp.lexsort((-items.shard.size, levels))
+
+
+def executed_steps(steps: np.ndarray, chunk: int) -> int:
+    """Local steps that one bucket's loop runs for items with these step counts; ``steps.sum()`` are needed.
+
+    A chunk runs as long as its longest item, and items come sorted.
+
+    >>> executed_steps(np.array([1, 5, 4, 2]), chunk=2), executed_steps(np.array([1, 5, 4, 2]), chunk=1)
+    (14, 12)
+    """
+    ordered = -np.sort(-steps)
+    return int(sum(ordered[i] * min(chunk, len(ordered)) for i in range(0, len(ordered), chunk)))
+
+
+def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets) -> Outcome:
+    """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
+    if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
+        raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
+    bucket_of = np.zeros(algorithm.levels, np.int32)
+    for number, levels in enumerate(buckets):
+        bucket_of[list(levels)] = number
+    bucket = jnp.where(items.valid, jnp.asarray(bucket_of)[items.level], len(buckets))
+    order = _order(items, bucket)
+    counts = jnp.zeros(len(buckets) + 1, jnp.int32).at[bucket].add(1)
+    starts = jnp.cumsum(counts) - counts
+
+    # One inner jit a bucket: its trace is made once and serves both the shapes and the loop.
+    runs = [jax.jit(_client_at(algorithm, levels)) for levels in buckets]
+    shapes = [jax.eval_shape(run, sent, pool, tree.take(items, 0)) for run in runs]
+    slots = items.valid.shape[0]
+    report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
+    rows = (items.memory, report, jnp.zeros(slots, bool))
+    total: PyTree = None
+    for number, levels in enumerate(buckets):
+        empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
+        one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunk)
+        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunk), one, (empty, rows))
+        part = _widen(algorithm, part, min(levels))
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return Outcome(total, *rows)
+
+
+def _chunk(
+    run: Any, sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array, chunk: int,
+    i: Array, carry: tuple[PyTree, PyTree],
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item)."""
+    accumulated, rows = carry
+    slots = order.shape[0]
+    if chunk == 1:
+        slot: Array = order[start + i]
+        reply, member, row = run(sent, pool, tree.take(items, slot))
+    else:
+        place = i * chunk + jnp.arange(chunk)
+        inside = place < count
+        slot = order[jnp.minimum(start + place, slots - 1)]
+        item = tree.take(items, slot)
+        item = item._replace(valid=item.valid & inside)
+        reply, member, row = jax.vmap(run, (None, None, 0))(sent, pool, item)
+        member = jnp.broadcast_to(member, slot.shape)
+        slot = jnp.where(inside, slot, slots)  # what lies past the bucket's end is written nowhere
+    rows = jax.tree.map(lambda whole, new: whole.at[slot].set(new, mode="drop"), rows, row)
+    return add_reply(reply, member, accumulated), rows
+
+
+def debugging() -> Runner:
+    """No jit, one item at a time, dense; raises at the first client whose reply is not finite.
+
+    Raises:
+      FloatingPointError: naming the client, its level and the leaf.
+    """
+
+    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
+        total: PyTree = None
+        rows = []
+        for slot in range(items.valid.shape[0]):
+            item = tree.take(items, slot)
+            level = int(item.level)
+            reply, member, row = _run_item(algorithm, sent, pool, item, level)
+            if item.valid and not row[2]:
+                raise FloatingPointError(
+                    f"client {int(item.ids)} at level {level} replied with values that are not finite"
+                )
+            empty = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *jnp.shape(t)), t.dtype), reply)
+            wide = _widen(algorithm, add_reply(reply, member, empty), level)
+            total = wide if total is None else jax.tree.map(jnp.add, total, wide)
+            rows.append(row)
+        return Outcome(total, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
+
+    return run

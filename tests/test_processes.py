@@ -1,0 +1,107 @@
+"""Several processes of one run, as on several hosts: the same figures, and nothing lost with a lost process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetfl_jax import machine
+from hetfl_jax.export import export_level, load_exported
+from hetfl_jax.folder import read_metrics
+from tests.toys import worst
+
+ROOT = Path(__file__).parents[1]
+COMMAND = (
+    sys.executable, "-m", "hetfl_jax.train", f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick",
+    "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.rounds=60",
+    "--config.run.checkpoint_every=2", "--config.run.eval_every=30",
+)  # fmt: skip
+NAME = "heterofl_digits_quick"
+
+
+def launch(folder, processes, *flags):
+    """The same command in every process, four CPU devices in all."""
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        "HETFL_CACHE": str(folder.parent / "cache"),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"] if processes > 1 else []
+
+    def one(number):
+        own = [*hosts, f"--process={number}"] if hosts else []
+        return subprocess.Popen(
+            [*COMMAND, f"--config.run.folder={folder}", *flags, *own],
+            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return [one(number) for number in range(processes)]
+
+
+def finish(started):
+    texts = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), texts
+    return texts
+
+
+def scores(folder):
+    """What two equal runs share to rounding: losses of every round, and the exact counts."""
+    lines = read_metrics(folder / NAME)
+    losses = [line["train_loss"] for line in lines[1:]]
+    return losses, [(line["round"], line.get("down_bytes"), line.get("items")) for line in lines]
+
+
+def test_two_processes_equal_one_and_a_lost_one_loses_nothing(tmp_path):
+    whole, single, lost = (tmp_path / name for name in ("whole", "single", "lost"))
+    finish(launch(single, 1))
+    outputs = finish(launch(whole, 2))
+    assert "after 60 rounds" in outputs[0][0]
+    assert "after 60 rounds" not in outputs[1][0], "the first process alone prints"
+    ours, counts = scores(whole)
+    theirs, theirs_counts = scores(single)
+    assert counts == theirs_counts
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+    started = launch(lost, 2)
+    metrics = lost / NAME / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+        assert all(process.poll() is None for process in started), [p.communicate() for p in started]
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGKILL)
+    _, error = started[0].communicate(timeout=120)
+    assert started[0].returncode == 3
+    assert "hetfl: a process of the run was lost, start all again with --resume" in error
+    started[1].communicate()
+    finish(launch(lost, 2, "--resume"))
+    again, again_counts = scores(lost)
+    assert again == ours
+    assert again_counts == counts
+
+    exported = {
+        folder.name: load_exported(export_level(folder / NAME, "a", 60, folder / "a.npz"))[1]
+        for folder in (whole, single, lost)
+    }
+    assert worst(exported["lost"], exported["whole"]) == 0
+    assert worst(exported["single"], exported["whole"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("here", 2, 0), "--coordinator=here: allowed auto or HOST:PORT"),
+        (("a:1", 2, 2), "need 0 <= process < processes"),
+        (("a:1", None, 0), "need 0 <= process < processes"),
+    ],
+)
+def test_mistakes_are_named_before_anything_waits(given, message):
+    with pytest.raises(ValueError, match=message):
+        machine.connect(*given)
