@@ -23,6 +23,7 @@ def get_config(arg=""):
             source=arg.source,
             writers="",
             examples=0,
+            validation=0.0,
             clients=100,
             split="iid" if iid else "shards",
             classes_per_client=2,

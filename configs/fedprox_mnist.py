@@ -17,6 +17,7 @@ def get_config(arg=""):
             source=arg.source,
             writers="",
             examples=0,
+            validation=0.0,
             clients=100,
             split=arg.split,
             classes_per_client=2,

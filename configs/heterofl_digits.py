@@ -14,6 +14,7 @@ def get_config(arg=""):
             source="digits",
             writers="",
             examples=0,
+            validation=0.1,
             clients=100,
             split="iid",
             classes_per_client=2,

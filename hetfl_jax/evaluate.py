@@ -24,6 +24,7 @@ class Scores(NamedTuple):
 
     accuracy: Array
     loss: Array
+    validation_accuracy: Array  #: NaN without a validation set
     local_accuracy: Array  #: over all clients' test examples, each judged as its client sees it
     client_accuracy: Array  #: [clients with test data]
 
@@ -83,6 +84,7 @@ def evaluator(
     executor: Executor,
     *,
     test_batches: int,
+    validation_batches: int = 0,
     statistics_batch: int,
     eval_batch: int,
     masked: bool = False,
@@ -90,8 +92,9 @@ def evaluator(
     """``evaluate(level, server, train_batches, test) -> Scores``, jitted.
 
     Args:
-      test_batches: how many leading "clients" of ``test`` are batches of the global test set; the others are clients'
-        own test shares, judged as their clients see them.
+      test_batches: how many leading "clients" of ``test`` are batches of the global test set.
+      validation_batches: how many after those are batches of the validation set; the others are clients' own test
+        shares, judged as their clients see them.
       masked: one program at full shape for all levels, which compiles once but costs a full-size pass a level; else
         one program a level, at its true shape.
     """
@@ -106,11 +109,14 @@ def evaluator(
             return (), tally(algorithm, sent[0], level_of(sent), eval_batch, shard)
 
         seen = query(executor, one, sent, test, jnp.arange(test.size.shape[0]), jax.random.key(0)).report
+        shared = test_batches + validation_batches
         everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
-        own = jax.tree.map(lambda v: v[test_batches:], seen)
+        validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
+        own = jax.tree.map(lambda v: v[shared:], seen)
         return Scores(
             everyone.correct / everyone.examples,
             everyone.loss / everyone.examples,
+            validation.correct / validation.examples,
             own.correct.sum() / own.examples.sum(),
             own.correct / own.examples,
         )

@@ -43,8 +43,9 @@ class Federation(NamedTuple):
     costs: Costs
     train: Population
     train_batches: Population  #: the same examples in batches, for the statistics pass
-    test: Population  #: the global test set in batches, then each client's own test share with its classes
+    test: Population  #: the test set in batches, the validation set in batches, each client's own test share
     test_batches: int  #: how many of them are batches of the global test set
+    validation_batches: int  #: how many after those are batches of the validation set
     labels: np.ndarray  #: of the training pool
     partition: Partition
 
@@ -106,10 +107,12 @@ def build(config: Any) -> Federation:
     if part.classes is not None and held.shape[1] < classes:
         held = np.pad(held, ((0, 0), (0, classes - held.shape[1])))
     # One pool on the device serves training, the statistics pass and all evaluation.
-    x = jnp.asarray(np.concatenate([source.x_train, source.x_test]))
-    y = jnp.asarray(np.concatenate([source.y_train, source.y_test]))
+    empty = source.x_test[:0], source.y_test[:0]
+    x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
+    x = jnp.asarray(np.concatenate([source.x_train, source.x_test, x_validation]))
+    y = jnp.asarray(np.concatenate([source.y_train, source.y_test, y_validation]))
     train = population(x, y, part.index, part.size, level=level, levels=fam.levels, classes=held)
-    test = _test(train, len(source.y_train), part, held, config.run.eval_batch_size)
+    test = _test(train, source, part, held, config.run.eval_batch_size)
     if "proportions" in method_arguments(config.method.name):
         args["proportions"] = mix.proportions
     return Federation(
@@ -122,6 +125,7 @@ def build(config: Any) -> Federation:
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
         test_batches=-(-len(source.y_test) // config.run.eval_batch_size),
+        validation_batches=-(-len(y_validation) // config.run.eval_batch_size),
         labels=source.y_train,
         partition=part,
     )
@@ -164,7 +168,7 @@ def _source(config: Any) -> sources.Source:
             y_test=source.y_test[: data.examples],
             writer=writer,
         )
-    return source
+    return sources.hold_out(source, data.validation)
 
 
 def split(data: Any, source: sources.Source, seed: int) -> Partition:
@@ -204,12 +208,18 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
     return capacity.family(module, [{"width": width} for width in mix.widths], example, prepare)
 
 
-def _test(train: Population, first: int, part: Partition, held: np.ndarray, batch: int) -> Population:
-    """Batches of the global test set (rows from ``first`` on), then the clients' own test shares, if they have any."""
-    rows = np.arange(first, len(train.y))
-    classes = held.shape[1]
-    whole = population(train.x, train.y, rows, np.array([rows.size]), classes=classes)
-    test = batches(whole, batch, order=np.arange(rows.size))
+def _test(train: Population, source: sources.Source, part: Partition, held: np.ndarray, batch: int) -> Population:
+    """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is."""
+    first, end, classes = len(source.y_train), len(source.y_train) + len(source.y_test), held.shape[1]
+
+    def in_batches(start: int, stop: int) -> Population:
+        rows = np.arange(start, stop)
+        whole = population(train.x, train.y, rows, np.array([rows.size]), classes=classes)
+        return batches(whole, batch, order=np.arange(rows.size))
+
+    test = in_batches(first, end)
+    if len(train.y) > end:
+        test = joined(test, in_batches(end, len(train.y)))
     if part.test_index is None or part.test_size is None or not part.test_size.any():
         return test
     some = part.test_size > 0

@@ -103,6 +103,7 @@ def totals(lines: Sequence[Line], best: int | None, fed: Federation) -> Line:
     return {
         "rounds": last["round"],
         "best_round": best,
+        "best_by": "validation" if "validation_accuracy" in _evaluated(lines)[-1] else "test",
         "down_bytes": last["down_bytes"],
         "up_bytes": last["up_bytes"],
         "full_size_bytes": last["full_size_bytes"],
@@ -122,7 +123,9 @@ def _megabytes(value: float) -> str:
 
 def render(rows: Sequence[Line], summary: Line) -> str:
     """The final table as text."""
-    out = Table(title=f"after {summary['rounds']} rounds (best by global accuracy: round {summary['best_round']})")
+    out = Table(
+        title=f"after {summary['rounds']} rounds (best by {summary['best_by']} accuracy: round {summary['best_round']})"
+    )
     for name in ("model", "untrained", "last", "best round", "local", "parameters", "MACs", "one way"):
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):

@@ -73,6 +73,7 @@ def prepare(config: Any) -> Lab:
         fed.algorithm,
         executor,
         test_batches=fed.test_batches,
+        validation_batches=fed.validation_batches,
         statistics_batch=config.run.statistics_batch_size,
         eval_batch=config.run.eval_batch_size,
         masked=config.run.eval_masked,
@@ -169,7 +170,8 @@ def train(
             metrics.append(lines)
             report.warn_failures(lines)
             if last or _due(round + 1, config.run.checkpoint_every):
-                checkpoints.save(round + 1, state, {"totals": totals._asdict()}, scores["accuracy"][fed.mix.letters[0]])
+                chosen_by = scores.get("validation_accuracy", scores["accuracy"])[fed.mix.letters[0]]
+                checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
             progress.advance(round + 1, lines[-1])
     best = checkpoints.best()
     checkpoints.close()
@@ -195,7 +197,7 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
     return step
 
 
-_SCORES = ("accuracy", "loss", "local_accuracy")
+_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy")
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -208,13 +210,11 @@ def _due(round: int, every: int) -> bool:
 
 
 def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
-    """Scores of every level: global accuracy and loss, and local accuracy where clients have test data."""
+    """Scores of every level: global accuracy and loss, and those on validation and clients' own data, if any."""
     letters = lab.federation.mix.letters
     found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
     scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
-    if all(np.isnan(v) for v in scores["local_accuracy"].values()):
-        del scores["local_accuracy"]
-    return scores
+    return {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
 
 
 def _imbalance(info: Any, macs: np.ndarray, devices: int) -> float:

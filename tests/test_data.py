@@ -184,6 +184,14 @@ def test_tfds_source_reads_array_records_without_tensorflow(tmp_path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_tfds_source_reads_the_catalogue_through_mock_data():
+    with tfds.testing.mock_data(num_examples=20):
+        source = sources.load("tfds:mnist")
+    assert source.x_train.shape == source.x_test.shape == (20, 28, 28, 1)
+    assert source.x_train.dtype == np.uint8
+    assert source.y_train.shape == (20,)
+
+
 def test_a_tfds_set_that_is_not_prepared_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run `tfds build mnist --file_format=array_record` once"):

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetfl_jax import machine
+from hetfl_jax import machine, run
+from hetfl_jax.cli import load_config
 from hetfl_jax.export import export_level, load_exported
 from hetfl_jax.folder import read_metrics
 from tests.toys import worst
@@ -25,25 +26,24 @@ COMMAND = (
 NAME = "heterofl_digits_quick"
 
 
-def launch(folder, processes, *flags):
-    """The same command in every process, four CPU devices in all."""
+def launch(folder, *flags):
+    """The same command in two processes of two CPU devices each."""
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "HETFL_CACHE": str(folder.parent / "cache"),
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    hosts = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"] if processes > 1 else []
 
     def one(number):
-        own = [*hosts, f"--process={number}"] if hosts else []
+        hosts = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={number}"]
         return subprocess.Popen(
-            [*COMMAND, f"--config.run.folder={folder}", *flags, *own],
+            [*COMMAND, f"--config.run.folder={folder}", *flags, *hosts],
             env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    return [one(number) for number in range(processes)]
+    return [one(number) for number in range(2)]
 
 
 def finish(started):
@@ -61,8 +61,9 @@ def scores(folder):
 
 def test_two_processes_equal_one_and_a_lost_one_loses_nothing(tmp_path):
     whole, single, lost = (tmp_path / name for name in ("whole", "single", "lost"))
-    finish(launch(single, 1))
-    outputs = finish(launch(whole, 2))
+    changes = [f"--config.run.folder={single}", "--config.train.devices=4"]
+    run.train(load_config([*COMMAND[3:], *changes]), quiet=True)
+    outputs = finish(launch(whole))
     assert "after 60 rounds" in outputs[0][0]
     assert "after 60 rounds" not in outputs[1][0], "the first process alone prints"
     ours, counts = scores(whole)
@@ -70,7 +71,7 @@ def test_two_processes_equal_one_and_a_lost_one_loses_nothing(tmp_path):
     assert counts == theirs_counts
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
-    started = launch(lost, 2)
+    started = launch(lost)
     metrics = lost / NAME / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
         assert all(process.poll() is None for process in started), [p.communicate() for p in started]
@@ -80,7 +81,7 @@ def test_two_processes_equal_one_and_a_lost_one_loses_nothing(tmp_path):
     assert started[0].returncode == 3
     assert "hetfl: a process of the run was lost, start all again with --resume" in error
     started[1].communicate()
-    finish(launch(lost, 2, "--resume"))
+    finish(launch(lost, "--resume"))
     again, again_counts = scores(lost)
     assert again == ours
     assert again_counts == counts

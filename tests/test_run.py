@@ -1,6 +1,7 @@
 """Runs that last: files, resume bit for bit after a kill, failures, and what the user is told."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,9 @@ def test_a_run_writes_what_it_names_and_returns_it(finished):
     lines = read_metrics(finished.folder)
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert finished.metrics["accuracy/a"].shape == (6,)
+    chosen = {line["round"]: line["validation_accuracy"]["a"] for line in lines[1:]}
+    assert finished.summary["best_by"] == "validation"
+    assert chosen[finished.summary["best_round"]] == max(chosen.values())
     assert [row["level"] for row in finished.table] == ["a", "b"]
     assert finished.table[0]["last"] == pytest.approx(finished.metrics["accuracy/a"][-1])
     sizes = [finished.table[0]["bytes"], finished.table[1]["bytes"]]
@@ -161,6 +165,23 @@ def test_seeds_give_mean_and_deviation(tmp_path):
     assert {r.folder.name for r in results} == {"seed0", "seed1"}
 
 
+def test_checkpoints_may_be_more_frequent_than_evaluations(tmp_path):
+    """A resumed run remembers the scores of its last evaluation, however long ago that was."""
+    seldom = "--config.run.eval_every=100"
+    run.train(config(tmp_path, "--config.train.rounds=2", seldom), quiet=True)
+    resumed = run.train(config(tmp_path, "--config.train.rounds=4", seldom), resume=True, quiet=True)
+    assert "accuracy" in read_metrics(resumed.folder)[-1]
+
+
+def test_a_profile_says_where_the_time_went(tmp_path, capsys):
+    result = run.train(config(tmp_path), trace=True)
+    text = capsys.readouterr().out
+    for scope in ("plan", "local training", "merge", "server", "evaluation"):
+        assert re.search(rf"  {scope} +[\d.]+ ms +[\d.]+%", text), scope
+    assert list((result.folder / "profile").rglob("*.xplane.pb"))
+    assert list((result.folder / "profile").rglob("perfetto_trace.json.gz"))
+
+
 def test_a_dry_run_trains_nothing(tmp_path, capsys):
     assert main(["train", *SMALL, f"--config.run.folder={tmp_path}", "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -197,6 +218,8 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
         (["--config=nowhere.py"], "nowhere.py"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--seeds=3..1"], "allowed A..B"),
+        (["--config.data.validation=1.5"], "validation fraction 1.5, allowed 0 <= f < 1"),
+        (["--process=1"], "--processes and --process need --coordinator"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_compiles(arguments, message, capsys, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.throughput import common
-from hetfl_jax import capacity
+from hetfl_jax import capacity, tree
 from hetfl_jax.engine import executor
 from hetfl_jax.federation import parse_buckets, parse_mix
 from hetfl_jax.methods import fedavg, heterofl
@@ -163,7 +163,8 @@ def aggregation_share(repeats: int) -> common.Row:
     def merge(variables: Any) -> Any:
         def one(i: Any, total: Any) -> Any:
             delta = jax.tree.map(lambda v: v * i, variables)  # another reply each time, made while it is weighed
-            return jax.tree.map(jnp.add, total, rule.lift(delta, 0, shard))
+            reply = tree.select(tree.finite(delta), rule.lift(delta, 0, shard), zero)
+            return jax.tree.map(jnp.add, total, reply)
 
         zero = jax.tree.map(jnp.zeros_like, rule.lift(variables, 0, shard))
         return rule.settle(jax.lax.fori_loop(0, COHORT, one, zero))

@@ -21,6 +21,34 @@ class Source(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     writer: np.ndarray | None = None  #: [M] client id of each training example, for natural partitions
+    x_validation: np.ndarray | None = None  #: held out of the training rows by ``hold_out``
+    y_validation: np.ndarray | None = None
+
+
+def hold_out(source: Source, fraction: float) -> Source:
+    """Move a fixed random share of the training rows to a validation set, for choosing a round.
+
+    Raises:
+      ValueError: a fraction outside [0, 1).
+
+    >>> data = hold_out(load("digits"), 0.1)
+    >>> data.x_train.shape[0], data.y_validation.shape
+    (1294, (143,))
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"validation fraction {fraction}, allowed 0 <= f < 1 (data.validation)")
+    count = int(fraction * len(source.y_train))
+    if not count:
+        return source
+    order = np.random.default_rng(1).permutation(len(source.y_train))
+    out, kept = np.sort(order[:count]), np.sort(order[count:])
+    return source._replace(
+        x_train=source.x_train[kept],
+        y_train=source.y_train[kept],
+        writer=None if source.writer is None else source.writer[kept],
+        x_validation=source.x_train[out],
+        y_validation=source.y_train[out],
+    )
 
 
 def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **options: Any) -> Source:

@@ -1,0 +1,67 @@
+"""The benchmarks run as they stand, at their smallest."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.throughput import aggregation, common, compare, scaling
+from hetfl_jax import capacity, machine
+from hetfl_jax.runners import executed_steps
+
+
+def test_a_benchmark_prints_and_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "use_cache", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--only", "zero_steps", "compilations", "--repeats", "1"])
+    compare.main()
+    kept = json.loads((tmp_path / "compare.json").read_text())
+    assert kept["command"] == "python -m experiments.throughput.compare --only zero_steps compilations --repeats 1"
+    assert {"date", "device", "jax", "cores"} <= set(kept)
+    assert kept["rows"][1]["value"] == 0, "nothing compiles after the first round"
+    assert (tmp_path / "compare.png").stat().st_size > 0
+    assert "Compilations in 20 rounds" in capsys.readouterr().out
+
+
+def test_every_aggregation_rule_reads_its_bytes():
+    rows = aggregation.measure(0.1, 6, repeats=1)
+    assert len(rows) == 8
+    assert all(row["GB/s"] > 0 and row["MB"] > 0 for row in rows)
+    sizes = {row["rule"]: row["MB"] for row in rows}
+    assert sizes["five levels, stacked"] < 0.5 * sizes["one level, stacked"]
+
+
+def test_stacked_and_streaming_sums_agree():
+    fam = aggregation.cnn(0.02, "a1-b1")
+    trees = aggregation.stacks(fam, 5)
+    mean, coverage = aggregation.stacked(fam, trees, False)()
+    total = aggregation.streaming(fam, trees)()
+    for m, c, t in zip(*(capacity.flat(v).values() for v in (mean, coverage, total))):
+        np.testing.assert_allclose(m * c, t, rtol=1e-6)
+        assert c.max() == 5
+
+
+def test_flops_leave_out_the_first_layers_input_gradient():
+    """The MLP 784-200-10: 3 x (156,800 + 2,000) multiply-adds less the first layer's 156,800."""
+    assert common.training_flops(common.family("mlp"), 0) == 2 * (3 * 158_800 - 156_800)
+    assert common.training_flops(common.family("cnn"), 0) * 20 == pytest.approx(1.448e9, rel=1e-3)
+
+
+def test_sorted_chunks_waste_little_on_log_normal_sizes():
+    """100 clients a round, chunks of 8 and of 1."""
+    waste = {1: [], 8: []}
+    steps = -(-scaling.sizes("log-normal(1)", 1_000) // 20)
+    for seed in range(50):
+        chosen = np.random.default_rng(seed).choice(steps, 100, replace=False)
+        for chunk in waste:
+            waste[chunk].append(executed_steps(chosen, chunk) / chosen.sum())
+    assert np.mean(waste[1]) == 1
+    assert np.mean(waste[8]) <= 1.35
+
+
+def test_the_library_tells_of_idle_cores(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine.jax, "device_count", lambda: 1)
+    with pytest.warns(UserWarning, match="one CPU device for 4 cores"):
+        machine.warn_of_idle_cores()
