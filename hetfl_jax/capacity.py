@@ -236,6 +236,58 @@ def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
     return map_leaves(leaf, old)
 
 
+def add_inside(fam: Family, total: PyTree, part: PyTree, level: int) -> PyTree:
+    """``total + widen(part, level)``, touching only the level's window.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> ones = lambda level: jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[level])
+    >>> add_inside(fam, ones(0), ones(1), 1)["params"]["dense_0"]["bias"].tolist()
+    [2.0, 2.0, 1.0, 1.0]
+    """
+    leaves = flat(part)
+
+    def leaf(path: Path, value: Array) -> Array:
+        if path not in leaves:
+            return value
+        own = leaves[path]
+        window = jax.lax.slice(value, (0,) * own.ndim, own.shape)
+        return jax.lax.dynamic_update_slice(value, window + own, (0,) * own.ndim)
+
+    return map_leaves(leaf, total)
+
+
+def spread(fam: Family, path: Path, weights: Array, along: Array | None = None) -> Array:
+    """``sum_l weights[l] * [entry inside the window of level l]`` for every entry of a leaf.
+
+    A window is a box at the origin, so this is one small product of indicators along the axes, not a mask a level.
+
+    Args:
+      weights: [L] float.
+      along: [L, C] float instead of ``weights`` for entries along the leaf's class axis.
+    """
+    window = fam.windows[path]
+    shape = tuple(int(n) for n in window.extents[0])
+    absent = (window.extents == 0).any(1) & (window.extents[0] > 0).all()
+    factor = jnp.where(jnp.asarray(absent), 0, weights)
+    letters = "abcdefgh"[: len(shape)]
+    terms, operands = ["l"], [factor]
+    for axis, full in enumerate(shape):
+        if axis == window.class_axis and along is not None:
+            terms[0], operands[0] = "l", jnp.where(jnp.asarray(absent), 0, jnp.ones_like(weights))
+            terms.append(f"l{letters[axis]}")
+            operands.append(along)
+        elif (window.extents[:, axis] != full).any():
+            terms.append(f"l{letters[axis]}")
+            inside = np.arange(full) < window.extents[:, axis, None]
+            operands.append(jnp.asarray(inside, weights.dtype))
+    kept = "".join(term[1] for term in terms[1:])
+    product = jnp.einsum(f"{','.join(terms)}->{kept}", *operands, precision=jax.lax.Precision.HIGHEST)
+    return jnp.broadcast_to(
+        jax.lax.expand_dims(product, [a for a, letter in enumerate(letters) if letter not in kept]), shape
+    )
+
+
 def view(fam: Family, variables: PyTree, level: Level) -> View:
     """The model at ``level``: dense at its true shape for an int, masked inside a larger shape for a ``Within``.
 

@@ -138,16 +138,17 @@ def sharded(mesh: Mesh, inner: Runner) -> Executor:
 def deal(level: Array, size: Array, valid: Array, devices: int) -> Array:
     """[K'] which item each place runs, place after place and device after device; K' is K padded to equal shares.
 
-    Items are sorted by (level, size descending) and device d of D takes ``order[d::D]``, so that no device waits for
-    one that got all the wide clients. Numbers from K on are padding.
+    Items are sorted by (level, size descending) and dealt to devices 0 .. D-1, then D-1 .. 0, and so on, so that no
+    device waits for one that got all the wide clients. Numbers from K on are padding.
 
-    >>> deal(jnp.array([1, 0, 0]), jnp.array([5, 5, 9]), jnp.ones(3, bool), 2).tolist()
-    [2, 0, 1, 3]
+    >>> deal(jnp.array([0, 0, 0, 0, 1]), jnp.array([6, 9, 7, 8, 5]), jnp.ones(5, bool), 2).tolist()
+    [1, 0, 4, 3, 2, 5]
     """
     missing = -valid.shape[0] % devices
     absent = jnp.pad(~valid, (0, missing), constant_values=True)
     order = jnp.lexsort((-jnp.pad(size, (0, missing)), jnp.pad(level, (0, missing)), absent))
-    return order.reshape(-1, devices).T.reshape(-1)
+    hands = order.reshape(-1, devices)
+    return hands.at[1::2].set(hands[1::2, ::-1]).T.reshape(-1)
 
 
 def _execute(

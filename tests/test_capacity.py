@@ -177,6 +177,25 @@ def test_a_depth_cut_is_a_window_of_zeros():
         capacity.view(fam, variables, Within(0, jnp.int32(1))).apply(variables, x)
 
 
+@pytest.mark.parametrize("net", ["width", "depth"])
+def test_spread_is_the_sum_of_weighted_masks(net):
+    """Widths and depths, with and without a weight per class."""
+    if net == "width":
+        fam = family(build("conv", hidden=(4, 8), classes=3), FIVE[:3], jnp.zeros((1, 8, 8, 1)))
+    else:
+        fam = family(Truncated(), [{"depth": 3}, {"depth": 2}, {"depth": 1}], jnp.zeros((1, 2)), masked=False)
+    weights = jnp.array([2.0, 3.0, 0.5])
+    for path, window in fam.windows.items():
+        masks = [capacity.mask_leaf(fam, path, level) for level in range(3)]
+        wanted = sum(w * m for w, m in zip(weights, masks))
+        np.testing.assert_allclose(capacity.spread(fam, path, weights), wanted, rtol=1e-6)
+        if window.class_axis >= 0:
+            along = jax.random.uniform(jax.random.key(0), (3, int(window.extents[0, window.class_axis])))
+            place = [-1 if axis == window.class_axis else 1 for axis in range(window.extents.shape[1])]
+            wanted = sum(a.reshape(place) * m for a, m in zip(along, masks))
+            np.testing.assert_allclose(capacity.spread(fam, path, weights, along), wanted, rtol=1e-6)
+
+
 def test_a_level_outside_the_global_one_is_refused():
     with pytest.raises(ValueError, match="level 1 has params/dense_0/bias of shape \\(8,\\), not inside \\(4,\\)"):
         family(build("mlp", hidden=(8,)), [{"width": 0.5}, {"width": 1.0}], jnp.zeros((1, 3)))

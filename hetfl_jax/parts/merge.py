@@ -61,12 +61,7 @@ def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool =
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
-            def of_level(level: int) -> Array:
-                inside = capacity.mask_leaf(family, path, level)
-                weight = along(path, d.ndim, total.rows[level]) if has_rows(path) else total.count[level]
-                return jnp.where(inside, weight, 0)
-
-            return sum((of_level(i) for i in range(1, family.levels)), of_level(0))
+            return capacity.spread(family, path, total.count, total.rows if has_rows(path) else None)
 
         coverage = capacity.map_leaves(cover, total.delta)
         mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)
@@ -110,11 +105,10 @@ def mean_of_stacks(
         return jnp.moveaxis(per_class, -1, axis)
 
     def of_level(level: int) -> PyTree:
-        summed = capacity.map_leaves(partial(dot, weights[level], held[level]), stacks[level])
-        return capacity.widen(family, summed, level)
+        return capacity.map_leaves(partial(dot, weights[level], held[level]), stacks[level])
 
     delta = of_level(0)
     for level in range(1, family.levels):
-        delta = jax.tree.map(jnp.add, delta, of_level(level))
+        delta = capacity.add_inside(family, delta, of_level(level), level)
     count = jnp.stack([w.sum() for w in weights])
     return overlap_mean(family, class_rows=classes is not None).settle(Total(delta, count, rows))
