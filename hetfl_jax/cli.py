@@ -139,6 +139,8 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
         return
     _, rows = run.over_seeds(config, _seeds(given.seeds), **options)
     folder = Path(config.run.folder) / config.run.name
+    if not machine.is_first():
+        return
     write_json(folder / "seeds.json", rows)
     print(report.render_seeds(rows) + f"written to {folder / 'seeds.json'}")
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hetfl_jax.engine import Executor, compiled, query
@@ -77,6 +78,22 @@ def _at_level(variables: PyTree, level: Level) -> tuple[PyTree, Callable[[PyTree
         return (variables,), lambda sent: level
     base = level.base
     return (variables, level.level), lambda sent: Within(base, sent[1])
+
+
+def over_clients(accuracy: np.ndarray) -> dict[str, float]:
+    """How accuracy is distributed over clients: mean, population deviation, means of the worst and the best tenth.
+
+    >>> over_clients(np.array([0.5, 1.0]))
+    {'mean': 0.75, 'deviation': 0.25, 'worst_tenth': 0.5, 'best_tenth': 1.0}
+    """
+    ordered = np.sort(np.asarray(accuracy, np.float64))
+    tenth = max(1, ordered.size // 10)
+    return {
+        "mean": float(ordered.mean()),
+        "deviation": float(ordered.std()),
+        "worst_tenth": float(ordered[:tenth].mean()),
+        "best_tenth": float(ordered[-tenth:].mean()),
+    }
 
 
 def evaluator(

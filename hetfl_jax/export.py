@@ -43,8 +43,10 @@ def evaluate_run(folder: Path, round: int | None = None) -> str:
     scores = run.evaluate_levels(lab, state.server)
     lines = [f"{folder}, round {chosen}"]
     for letter in lab.federation.mix.letters:
-        parts = [f"{name.replace('_', ' ')} {value[letter]:.4f}" for name, value in scores.items()]
+        parts = [f"{name.replace('_', ' ')} {value[letter]:.4f}" for name, value in scores.items() if letter in value]
         lines.append(f"level {letter}: " + ", ".join(parts))
+    if "client_accuracy" in scores:
+        lines.append(report.over_clients(scores["client_accuracy"]))
     return "\n".join(lines)
 
 

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from hetfl_jax import machine
 from hetfl_jax.types import State
 
-MAY_CHANGE = ("train.rounds", "run.keep", "run.folder", "run.name")  #: settings that a resumed run may set anew
+#: settings that a resumed run may set anew; another number of devices moves results by rounding
+MAY_CHANGE = ("train.rounds", "train.devices", "run.keep", "run.folder", "run.name")
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -109,6 +109,7 @@ def totals(lines: Sequence[Line], best: int | None, fed: Federation) -> Line:
         "full_size_bytes": last["full_size_bytes"],
         "traffic_ratio": last["down_bytes"] / full,
         "client_macs": last["client_macs"],
+        "client_accuracy": _evaluated(lines)[-1].get("client_accuracy"),
         "failed": sum(line.get("failed", 0) for line in lines),
     }
 
@@ -119,6 +120,15 @@ def _percent(value: float | None) -> str:
 
 def _megabytes(value: float) -> str:
     return f"{value / 1e6:,.2f} MB"
+
+
+def over_clients(spread: Mapping[str, float]) -> str:
+    """One line on the distribution of the global model's accuracy over clients."""
+    worst, best = _percent(spread["worst_tenth"]), _percent(spread["best_tenth"])
+    return (
+        f"global model on the clients' own test data: mean {_percent(spread['mean'])}, deviation "
+        f"{100 * spread['deviation']:.2f} points, worst tenth {worst}, best tenth {best}"
+    )
 
 
 def render(rows: Sequence[Line], summary: Line) -> str:
@@ -140,8 +150,9 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         f"all-full-size FedAvg: {_megabytes(summary['full_size_bytes'])} each way (ratio {ratio:.3f}); "
         f"client work {summary['client_macs'] / 1e9:,.1f} GMACs"
     )
+    spread = f"\n{over_clients(summary['client_accuracy'])}" if summary["client_accuracy"] else ""
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
-    return buffer.getvalue() + text + failures + "\n"
+    return buffer.getvalue() + text + spread + failures + "\n"
 
 
 def list_files(folder: Path, files: Sequence[Path]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hetfl_jax import engine, machine, profile, report
 from hetfl_jax.data import partition
-from hetfl_jax.evaluate import Scores, evaluator
+from hetfl_jax.evaluate import Scores, evaluator, over_clients
 from hetfl_jax.federation import Federation, build, parse_buckets
 from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
 from hetfl_jax.progress import Progress
@@ -210,11 +210,13 @@ def _due(round: int, every: int) -> bool:
 
 
 def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
-    """Scores of every level: global accuracy and loss, and those on validation and clients' own data, if any."""
+    """Scores of every level, and the distribution of the global model's over clients, if they have test data."""
     letters = lab.federation.mix.letters
     found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
     scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
-    return {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
+    known = {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
+    clients = found[letters[0]].client_accuracy
+    return {**known, "client_accuracy": over_clients(clients)} if clients.size else known
 
 
 def _imbalance(info: Any, macs: np.ndarray, devices: int) -> float:

@@ -64,6 +64,8 @@ def test_a_run_writes_what_it_names_and_returns_it(finished):
     assert finished.summary["down_bytes"] == sent == finished.summary["up_bytes"]
     assert finished.summary["full_size_bytes"] == 5 * 4 * sizes[0]
     assert "all-full-size FedAvg" in (finished.folder / "table.txt").read_text()
+    spread = finished.summary["client_accuracy"]
+    assert spread["worst_tenth"] <= spread["mean"] <= spread["best_tenth"]
 
 
 def test_resuming_gives_the_same_bits_as_going_through(finished, tmp_path):
@@ -142,7 +144,9 @@ def test_clients_that_fail_are_named_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_a_finished_run_evaluates_plots_and_exports(finished):
     best = finished.summary["best_round"]
-    assert f"round {best}" in evaluate_run(finished.folder)
+    text = evaluate_run(finished.folder)
+    assert f"round {best}" in text
+    assert "worst tenth" in text
     with pytest.raises(ValueError, match="has no checkpoint of round 77; it has "):
         evaluate_run(finished.folder, 77)
     assert {p.name for p in plot_run(finished.folder)} == {"accuracy.png", "bytes.png", "partition.png"}
