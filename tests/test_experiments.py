@@ -49,7 +49,7 @@ def test_flops_leave_out_the_first_layers_input_gradient():
 
 
 def test_sorted_chunks_waste_little_on_log_normal_sizes():
-    """100 clients a round, chunks of 8 and of 1."""
+    """100 clients a round, one at a time as on a CPU, and in chunks of 8; padding to the longest would execute 13 x."""
     waste = {1: [], 8: []}
     steps = -(-scaling.sizes("log-normal(1)", 1_000) // 20)
     for seed in range(50):
@@ -57,7 +57,8 @@ def test_sorted_chunks_waste_little_on_log_normal_sizes():
         for chunk in waste:
             waste[chunk].append(executed_steps(chosen, chunk) / chosen.sum())
     assert np.mean(waste[1]) == 1
-    assert np.mean(waste[8]) <= 1.35
+    assert np.mean(waste[8]) <= 1.4
+    assert steps.max() / steps.mean() > 10
 
 
 def test_the_library_tells_of_idle_cores(monkeypatch):

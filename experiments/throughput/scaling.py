@@ -37,17 +37,24 @@ def fedavg_bench(net: str, pop: Any, cohort: int, run: Any, **local: Any) -> com
 
 
 def cohort(repeats: int) -> list[common.Row]:
-    """Time and peak memory of chunked rounds of the CNN, one step a client."""
-    pop = common.data(common.SHAPES["cnn"], 1_000, 20)
+    """Time and peak memory of chunked rounds of the CNN, one step a client; a process each, for its own peak."""
     rows: list[common.Row] = []
     for size in (10, 100, 1_000):
-        common.reset_peak()
-        bench = fedavg_bench("cnn", pop, size, executor("chunked", 1))
-        s = common.medians({"round": bench.round}, repeats)
-        peak = common.peak_bytes()
-        del bench
-        rows.append(_row("cohort", f"{size} clients", s["round"], peak, rows))
+        seconds, peak = child("cohort", size, repeats=repeats)
+        rows.append(_row("cohort", f"{size} clients", seconds, rows) | _peak(peak, rows))
     return rows
+
+
+def measure_cohort(size: int, repeats: int) -> list[float]:
+    """Seconds and peak bytes of one cohort."""
+    pop = common.data(common.SHAPES["cnn"], 1_000, 20)
+    common.reset_peak()
+    bench = fedavg_bench("cnn", pop, size, executor("chunked", 1))
+    return [common.medians({"round": bench.round}, repeats)["round"], common.peak_bytes()]
+
+
+def _peak(peak: float, before: list[common.Row]) -> common.Row:
+    return {"peak MB": peak / 1e6, "peak over the first": peak / 1e6 / (before[0]["peak MB"] if before else peak / 1e6)}
 
 
 def population(repeats: int) -> list[common.Row]:
@@ -57,7 +64,7 @@ def population(repeats: int) -> list[common.Row]:
     s = common.medians({str(n): bench.round for n, bench in benches.items()}, 5 * repeats)
     rows: list[common.Row] = []
     for n in counts:
-        rows.append(_row("population", f"{n:,} clients", s[str(n)], common.peak_bytes(), rows))
+        rows.append(_row("population", f"{n:,} clients", s[str(n)], rows))
     return rows
 
 
@@ -68,10 +75,9 @@ def levels(repeats: int) -> list[common.Row]:
         mix = "-".join(FIVE.split("-")[:count])
         fam = common.family("mlp", mix)
         algorithm = common.method("heterofl", fam, common.settings(), 100, mix)
-        common.reset_peak()
         bench = common.bench(algorithm, common.data((784,), 1_000, 60), executor("bucketed"))
         s = common.medians({"round": bench.round}, 5 * repeats)
-        rows.append(_row("levels", mix, s["round"], common.peak_bytes(), rows))
+        rows.append(_row("levels", mix, s["round"], rows))
     return rows
 
 
@@ -102,35 +108,28 @@ def ragged(repeats: int) -> list[common.Row]:
             needed += int(steps.sum())
             for chunk in CHUNKS:
                 done[chunk] += executed_steps(steps, chunk)
-        row = _row("ragged", kind, s["round"], common.peak_bytes(), rows)
+        row = _row("ragged", kind, s["round"], rows)
         rows.append(row | {f"steps over needed, chunk {c}": done[c] / needed for c in CHUNKS})
     return rows
 
 
-def _row(what: str, at: str, seconds: float, peak: int, before: list[common.Row]) -> common.Row:
-    first = before[0] if before else {"round s": seconds, "peak MB": peak / 1e6}
-    return {
-        "what": what,
-        "at": at,
-        "round s": seconds,
-        "over the first": seconds / first["round s"],
-        "peak MB": peak / 1e6,
-        "peak over the first": peak / 1e6 / first["peak MB"],
-    }
+def _row(what: str, at: str, seconds: float, before: list[common.Row]) -> common.Row:
+    first = before[0]["round s"] if before else seconds
+    return {"what": what, "at": at, "round s": seconds, "over the first": seconds / first}
 
 
 # ------------------------------------------------------------------------------ several devices, a process each
 
 
-def child(net: str, count: int, cores: int, repeats: int) -> common.Row:
-    """One cell of ``devices`` or ``cores``, measured in a process of its own."""
-    command = [sys.executable, "-m", "experiments.throughput.scaling", "--child", net, str(count), str(cores)]
-    out = subprocess.run([*command, "--repeats", str(repeats)], capture_output=True, text=True, check=True)
+def child(kind: str, *numbers: int, repeats: int) -> Any:
+    """One cell, measured in a process of its own."""
+    command = [sys.executable, "-m", "experiments.throughput.scaling", "--repeats", str(repeats), "--child", kind]
+    out = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def measure_child(net: str, count: int, cores: int, repeats: int) -> None:
-    """Print one cell as JSON; called before jax has started."""
+def measure_devices(net: str, count: int, cores: int, repeats: int) -> common.Row:
+    """One cell of ``devices`` or ``cores``; called before jax has started."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     jax.config.update("jax_num_cpu_devices", count)
@@ -152,7 +151,7 @@ def measure_child(net: str, count: int, cores: int, repeats: int) -> None:
     text = engine.program(
         engine.make_round(algorithm, run, device_store()), bench.state(), *run.place((pop, jax.random.key(0)))
     )
-    row = {
+    return {
         "net": f"{net} {mix}",
         "devices": count,
         "cores": cores,
@@ -162,13 +161,12 @@ def measure_child(net: str, count: int, cores: int, repeats: int) -> None:
         "all-reduce MB": moved.get("totals", 0) / 1e6,
         "peak MB": common.peak_bytes() / 1e6,
     }
-    print(json.dumps(row))
 
 
 def devices(repeats: int) -> list[common.Row]:
     """The MLP with five levels over 1 to 8 virtual devices on all cores."""
     cores = common.machine.cores()
-    return [child("mlp", count, cores, repeats) for count in (1, 2, 4, 8)]
+    return [child("mlp", count, cores, repeats=repeats) for count in (1, 2, 4, 8)]
 
 
 def cores(repeats: int) -> list[common.Row]:
@@ -176,7 +174,7 @@ def cores(repeats: int) -> list[common.Row]:
     count = common.machine.cores()
     rows = []
     for net in ("mlp", "cnn"):
-        runs = [(child(net, 1, 1, repeats), child(net, count, count, repeats)) for _ in range(3)]
+        runs = [(child(net, 1, 1, repeats=repeats), child(net, count, count, repeats=repeats)) for _ in range(3)]
         for side in range(2):
             row = dict(runs[0][side])
             row["round s"] = float(np.median([pair[side]["round s"] for pair in runs]))
@@ -199,11 +197,12 @@ def main() -> None:
     """Measure the parts that are asked for; each keeps a table of its own."""
     parser = common.flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--child", nargs=3, help="internal: one cell of devices or cores")
+    parser.add_argument("--child", nargs="+", help="internal: one cell")
     given = common.begin(parser)
     if given.child:
-        net, *numbers = given.child
-        measure_child(net, *map(int, numbers), given.repeats)
+        kind, *texts = given.child
+        numbers = [*map(int, texts), given.repeats]
+        print(json.dumps(measure_cohort(*numbers) if kind == "cohort" else measure_devices(kind, *numbers)))
         return
     for part in given.only:
         rows = PARTS[part](given.repeats)
