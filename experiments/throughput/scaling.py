@@ -173,8 +173,8 @@ def cores(repeats: int) -> list[common.Row]:
     """One core against all of them, a device each; the sides take turns."""
     count = common.machine.cores()
     rows = []
-    for net in ("mlp", "cnn"):
-        runs = [(child(net, 1, 1, repeats=repeats), child(net, count, count, repeats=repeats)) for _ in range(3)]
+    for net, pairs in (("mlp", 3), ("cnn", 1)):
+        runs = [(child(net, 1, 1, repeats=repeats), child(net, count, count, repeats=repeats)) for _ in range(pairs)]
         for side in range(2):
             row = dict(runs[0][side])
             row["round s"] = float(np.median([pair[side]["round s"] for pair in runs]))
