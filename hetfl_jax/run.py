@@ -109,7 +109,7 @@ def train(
       resume: go on from the last checkpoint of ``run.folder/run.name``, bit for bit, on the same device count.
       overwrite: delete what is there and start over.
       quiet: print nothing.
-      trace: profile the second round and an evaluation into the folder, and print where the time went.
+      trace: profile the second round (or the only one) and an evaluation, and print where the time went.
 
     With several processes (``machine.connect``) all of them call this; the first one writes and prints.
 
@@ -150,7 +150,8 @@ def train(
     pending: list[PyTree] = []
     with Progress(config.train.rounds, done, quiet) as progress:
         for round in range(done, config.train.rounds):
-            step = _traced_step(lab, folder, quiet) if trace and round == done + 1 else lab.step
+            traced = trace and round == min(done + 1, config.train.rounds - 1)
+            step = _traced_step(lab, folder, quiet) if traced else lab.step
             state, info = step(state, lab.population, lab.key)
             pending.append(info)
             # At most two rounds are under way, so that the bar tells the truth and the device never waits.
