@@ -12,7 +12,7 @@ from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
-from hetfl_jax.parts.local import Local, Tally, local_steps, train
+from hetfl_jax.parts.local import Local, Tally, local_steps, tally, train
 from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 
@@ -64,7 +64,12 @@ def compose(
 
     def init(key: Array) -> tuple[ServerState, PyTree]:
         variables = capacity.init(family, key)
-        return ServerState(variables, server.init(variables)), drift.init(variables["params"])
+        memory = drift.init(variables["params"])
+        if local.keep_momentum:
+            if memory:
+                raise ValueError("this method keeps a memory of its own: need train.keep_momentum=False")
+            memory = {"params": jax.tree.map(jnp.zeros_like, variables["params"])}
+        return ServerState(variables, server.init(variables)), memory
 
     def plan(key: Array, round: Array, state: ServerState, population: Population, survey: Any) -> Plan:
         who, how = jax.random.split(key)
@@ -74,9 +79,10 @@ def compose(
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
         view = capacity.view(family, sent.variables, level)
         own = view.cut(memory)
-        after, seen = train(local, view, objective, drift, key=key, shard=shard, memory=own, round=sent.round)
+        after, seen, momentum = train(local, view, objective, drift, key=key, shard=shard, memory=own, round=sent.round)
         delta = jax.tree.map(jnp.subtract, after, view.variables)
-        kept = drift.update(own, after["params"], view.variables["params"], local_steps(local, shard.size))
+        steps = local_steps(local, shard.size)
+        kept = momentum or drift.update(own, after["params"], view.variables["params"], steps)
         return Reply(merge.lift(delta, level, shard), 0, view.put(memory, kept), seen)
 
     def widen(total: merges.Total, level: int) -> merges.Total:
@@ -87,8 +93,17 @@ def compose(
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any())
         return ServerState(variables, slot), round_info(plan, report, ok, family.levels)
 
-    def model(state: ServerState, level: Level, shard: Shard | None = None) -> PyTree:
+    def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
         return capacity.view(family, state.variables, level).variables
+
+    def judge(sent: Sent, level: Level, shard: Shard) -> Tally:
+        view = capacity.view(family, sent.variables, level)
+
+        def logits(x: Array) -> Array:
+            exits, _ = view.apply(view.variables, x)
+            return objectives.last_exit(objective.local(exits, shard), view.active)
+
+        return tally(logits, objective.each, local.batch_size, shard)
 
     def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
         exits, _ = capacity.apply_at(family, level)(variables, x)
@@ -98,7 +113,7 @@ def compose(
         return capacity.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
     collects = statistics if capacity.collects_statistics(family) else None
-    return Algorithm(family.levels, 1, init, plan, client, widen, serve, model, predict, collects)
+    return Algorithm(family.levels, 1, init, plan, client, widen, serve, model, predict, collects, judge)
 
 
 def round_info(plan: Plan, report: Tally, ok: Array, levels: int) -> dict[str, Array]:

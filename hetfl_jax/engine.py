@@ -19,7 +19,7 @@ from hetfl_jax.data.population import shards
 from hetfl_jax.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
 from hetfl_jax.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
 from hetfl_jax.store import Store, device_store
-from hetfl_jax.types import Algorithm, Array, Items, Outcome, Plan, Population, PyTree, Reply, Shard, State
+from hetfl_jax.types import Algorithm, Array, Between, Items, Outcome, Plan, Population, PyTree, Reply, Shard, State
 
 Step = Callable[[State, Population, Array], tuple[State, PyTree]]
 
@@ -232,16 +232,49 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     algorithm's, and ``device`` [K], which device ran each item.
     """
 
-    def step(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
+    def step(algorithm: Algorithm, state: State, population: Population, key: Array) -> tuple[State, PyTree]:
         plan, items = _planned(algorithm, executor, state, population, key)
         outcome, memory, device = _execute(
             executor, algorithm, plan.sent, _pool(population), items, store, state.memory
         )
         with jax.named_scope("server"):
             server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
-        return State(server, memory, state.round + 1), {**info, "device": device}
+        return State(server, memory, state.round + 1), (info, device)
 
-    return compiled(step, executor, donate_argnums=0)
+    def usual(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
+        state, (info, device) = step(algorithm, state, population, key)
+        return state, {**info, "device": device}
+
+    if algorithm.between is None:
+        return compiled(usual, executor, donate_argnums=0)
+    return _with_host_work(algorithm.between, executor, compiled(usual, executor), step)
+
+
+def _with_host_work(between: Between, executor: Executor, usual: Step, step: Callable[..., Any]) -> Step:
+    """Rounds after which the host may want to decide; their buffers are kept, since a round may be run again."""
+    again = compiled(partial(step, between.collecting), executor)
+
+    def run(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
+        after, info = usual(state, population, key)
+        if not between.needed(info):
+            return after, info
+
+        def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
+            return survey(executor, fn, sent, population, ids, purpose_key(key, SURVEY, state.round))
+
+        after, (collected, device) = again(state, population, key)
+        server, info = between.decide(state.server, collected, ask)
+        return after._replace(server=executor.place(server)), {**info, "device": device}
+
+    run.jitted, run._cache_size = getattr(usual, "jitted", usual), usual._cache_size  # type: ignore[attr-defined]
+    return run
+
+
+def survey(
+    executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array
+) -> PyTree:
+    """What clients ``ids`` answer: ``fn(key, sent, shard)`` stacked."""
+    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key).report
 
 
 def _planned(
@@ -249,15 +282,15 @@ def _planned(
 ) -> tuple[Plan, Items]:
     """A round's plan, and its items without their memory."""
 
-    def survey(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
-        asking = purpose_key(key, SURVEY, state.round)
-        return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, asking).report
+    def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
+        return survey(executor, fn, sent, population, ids, purpose_key(key, SURVEY, state.round))
 
     with jax.named_scope("plan"):
-        plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, survey)
+        plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, ask)
     keys = _client_keys(purpose_key(key, CLIENT, state.round), plan.ids)
     if jax.tree.leaves(plan.ticket):
-        keys = jax.vmap(jax.random.fold_in)(keys, jax.tree.leaves(plan.ticket)[0].astype(jnp.uint32))
+        number = jax.tree.leaves(plan.ticket)[0].astype(jnp.uint32)
+        keys = jnp.where(number == 0, keys, jax.vmap(jax.random.fold_in)(keys, number))
     return plan, Items(plan.ids, keys, plan.valid, plan.level, plan.ticket, shards(population, plan.ids), ())
 
 
@@ -341,4 +374,4 @@ def _client_keys(key: Array, ids: Array) -> Array:
 
 
 def _pool(population: Population) -> Pool:
-    return population.x, population.y, population.index
+    return population.x, population.y, population.index, population.views

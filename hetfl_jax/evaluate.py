@@ -8,16 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax.data.population import examples
 from hetfl_jax.engine import Executor, compiled, query
+from hetfl_jax.parts.local import Tally, tally
 from hetfl_jax.types import Algorithm, Array, Level, Population, PyTree, Shard, Within
-
-
-class Tally(NamedTuple):
-    """Sums over examples."""
-
-    loss: Array
-    correct: Array
-    examples: Array
 
 
 class Scores(NamedTuple):
@@ -26,23 +20,37 @@ class Scores(NamedTuple):
     accuracy: Array
     loss: Array
     validation_accuracy: Array  #: NaN without a validation set
+    placed: Array  #: [test and validation batches] the model that each is judged by, where there are several
     local_accuracy: Array  #: over all clients' test examples, each judged as its client sees it
     client_accuracy: Array  #: [clients with test data]
 
 
-def tally(algorithm: Algorithm, variables: PyTree, level: Level, batch: int, shard: Shard) -> Tally:
-    """Loss and hits of the deepest exit over one shard, in batches, judged as the shard's owner would."""
+def judged(
+    algorithm: Algorithm, executor: Executor, server: PyTree, level: Level, data: Population, batch: int
+) -> Tally:
+    """Loss and hits of every model on every client's examples, leaves [N, models]; [N] where there is one model."""
+    if algorithm.models == 1:
+        models = algorithm.model(server, level)
+    else:
+        models = jax.vmap(lambda m: algorithm.model(server, level, m))(jnp.arange(algorithm.models))
+    return _judged(algorithm, executor, models, level, data, batch)
 
-    def step(i: Array, seen: Tally) -> Tally:
-        rows, valid = _rows(shard, i * batch + jnp.arange(batch))
-        labels = shard.y[rows]
-        logits = algorithm.predict(variables, level, shard.x[rows], shard)[-1]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        hits = valid & (logits.argmax(-1) == labels)
-        new = Tally(jnp.where(valid, loss, 0).sum(), hits.sum().astype(jnp.float32), valid.sum().astype(jnp.float32))
-        return jax.tree.map(jnp.add, seen, new)
 
-    return jax.lax.fori_loop(0, -(-shard.size // batch), step, Tally(*(jnp.float32(0) for _ in Tally._fields)))
+def _judged(
+    algorithm: Algorithm, executor: Executor, models: PyTree, level: Level, data: Population, batch: int
+) -> Tally:
+    sent, level_of = _at_level(models, level)
+
+    def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, Tally]:
+        def of(variables: PyTree) -> Tally:
+            def logits(x: Array) -> Array:
+                return algorithm.predict(variables, level_of(sent), x, shard)[-1]
+
+            return tally(logits, optax.softmax_cross_entropy_with_integer_labels, batch, shard)
+
+        return (), of(sent[0]) if algorithm.models == 1 else jax.vmap(of)(sent[0])
+
+    return query(executor, one, sent, data, jnp.arange(data.size.shape[0]), jax.random.key(0)).report
 
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
@@ -65,7 +73,7 @@ def with_statistics(
 
     def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, PyTree]:
         rows, valid = _rows(shard, jnp.arange(batch))
-        return collect(sent[0], level_of(sent), shard.x[rows], valid), ()
+        return collect(sent[0], level_of(sent), examples(shard, rows)[0], valid), ()
 
     count = data.size.shape[0]
     total = query(executor, one, sent, data, jnp.arange(count), jax.random.key(0)).total
@@ -105,10 +113,15 @@ def evaluator(
     statistics_batch: int,
     eval_batch: int,
     masked: bool = False,
-) -> Callable[[int, PyTree, Population, Population], Scores]:
-    """``evaluate(level, server, train_batches, test) -> Scores``, jitted.
+    owners: Array | None = None,
+) -> Callable[..., Scores]:
+    """``evaluate(level, server, train, train_batches, test) -> Scores``, jitted.
+
+    Where clients choose among several models, a batch is judged by the model that is best on it (its labels are used:
+    a client that only tests), and a client's own test share by the model that its training data puts it with.
 
     Args:
+      owners: [clients with test data of their own] their ids, where there are several models.
       test_batches: how many leading "clients" of ``test`` are batches of the global test set.
       validation_batches: how many after those are batches of the validation set; the others are clients' own test
         shares, judged as their clients see them.
@@ -116,17 +129,18 @@ def evaluator(
         one program a level, at its true shape.
     """
 
+    shared = test_batches + validation_batches
+    if algorithm.models > 1 and algorithm.statistics is not None:
+        raise ValueError("static batch norm has one set of statistics: several models need another norm (family.norm)")
+
     @jax.named_scope("evaluation")
-    def evaluate(level: Level, server: PyTree, train: Population, test: Population) -> Scores:
-        variables = algorithm.model(server, level)
-        variables = with_statistics(algorithm, executor, variables, level, train, statistics_batch)
-        sent, level_of = _at_level(variables, level)
-
-        def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, Tally]:
-            return (), tally(algorithm, sent[0], level_of(sent), eval_batch, shard)
-
-        seen = query(executor, one, sent, test, jnp.arange(test.size.shape[0]), jax.random.key(0)).report
-        shared = test_batches + validation_batches
+    def evaluate(level: Level, server: PyTree, train: Population, batches: Population, test: Population) -> Scores:
+        if algorithm.models == 1:
+            variables = algorithm.model(server, level)
+            variables = with_statistics(algorithm, executor, variables, level, batches, statistics_batch)
+            seen, placed = _judged(algorithm, executor, variables, level, test, eval_batch), jnp.zeros(shared, int)
+        else:
+            seen, placed = _of_own_model(level, server, train, test)
         everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
         validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
         own = jax.tree.map(lambda v: v[shared:], seen)
@@ -134,9 +148,20 @@ def evaluator(
             everyone.correct / everyone.examples,
             everyone.loss / everyone.examples,
             validation.correct / validation.examples,
+            placed[:shared],
             own.correct.sum() / own.examples.sum(),
             own.correct / own.examples,
         )
+
+    def _of_own_model(level: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
+        every = judged(algorithm, executor, server, level, test, eval_batch)
+        assert algorithm.place is not None
+        placed = algorithm.place(server, (every.loss / every.examples)[:shared], None)
+        if owners is not None and owners.size:
+            fitted = judged(algorithm, executor, server, level, train, eval_batch)
+            home = algorithm.place(server, (fitted.loss / fitted.examples)[owners], owners)
+            placed = jnp.concatenate([placed, home])
+        return jax.tree.map(lambda v: jnp.take_along_axis(v, placed[:, None], 1)[:, 0], every), placed
 
     if not masked:
         return compiled(evaluate, executor, static_argnums=0)

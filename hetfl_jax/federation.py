@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,13 @@ from hetfl_jax import capacity, methods
 from hetfl_jax.capacity import Costs, Family
 from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import batches, held_classes, joined, population
+from hetfl_jax.data.population import batches, held_classes, joined, population, renamings, rotations
 from hetfl_jax.models import build as build_net
 from hetfl_jax.models.layers import active_channels
 from hetfl_jax.parts.local import Local, local
-from hetfl_jax.types import Algorithm, Population
+from hetfl_jax.types import Algorithm, Population, Views
 
-SPLITS = ("iid", "shards", "dirichlet_per_class", "dirichlet_per_client", "natural")
+SPLITS = ("iid", "shards", "dirichlet_per_class", "dirichlet_per_client", "natural", "per_group")
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
 
 
@@ -48,6 +49,8 @@ class Federation(NamedTuple):
     validation_batches: int  #: how many after those are batches of the validation set
     labels: np.ndarray  #: of the training pool
     partition: Partition
+    groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
+    test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
 
 def parse_mix(text: str) -> Mix:
@@ -100,7 +103,8 @@ def build(config: Any) -> Federation:
     if not 1 <= args.get("cohort", 1) <= clients:
         raise ValueError(f"cohort of {args['cohort']} clients, allowed 1..{clients} (method.args.cohort)")
     settings = local(**{k: config.train[k] for k in _LOCAL})
-    classes = int(max(source.y_train.max(), source.y_test.max())) + 1
+    # A net may have more outputs than the data has classes (the published nets of EMNIST have 62).
+    classes = max(int(max(source.y_train.max(), source.y_test.max())) + 1, config.family.get("outputs", 0))
     fam = _family(config, mix, source, classes)
     level = partition.levels_fixed(mix.proportions, clients)
     held = part.classes if part.classes is not None else held_classes(source.y_train[part.index], part.size, classes)
@@ -109,12 +113,23 @@ def build(config: Any) -> Federation:
     # One pool on the device serves training, the statistics pass and all evaluation.
     empty = source.x_test[:0], source.y_test[:0]
     x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
+    views, groups = _views(config.data.groups, source, clients, classes)
+    if views is not None:
+        seen_as = np.asarray(views.labels)[np.repeat(groups, part.size), source.y_train[part.index]]
+        held = held_classes(seen_as, part.size, classes)
+    if settings.full_batch and part.size.max() > settings.batch_size:
+        raise ValueError(
+            f"full_batch with batch_size {settings.batch_size}, but a client holds {part.size.max()} examples "
+            "(train.full_batch, batch_size)"
+        )
     x = jnp.asarray(np.concatenate([source.x_train, source.x_test, x_validation]))
     y = jnp.asarray(np.concatenate([source.y_train, source.y_test, y_validation]))
-    train = population(x, y, part.index, part.size, level=level, levels=fam.levels, classes=held)
-    test = _test(train, source, part, held, config.run.eval_batch_size)
-    if "proportions" in method_arguments(config.method.name):
-        args["proportions"] = mix.proportions
+    train = population(
+        x, y, part.index, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
+    )
+    test, batched = _test(train, source, part, held, config.run.eval_batch_size)
+    told = {"proportions": mix.proportions, "clients": clients}
+    args |= {name: value for name, value in told.items() if name in method_arguments(config.method.name)}
     return Federation(
         algorithm=make_method(config.method.name, fam, settings, args),
         family=fam,
@@ -124,15 +139,44 @@ def build(config: Any) -> Federation:
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
-        test_batches=-(-len(source.y_test) // config.run.eval_batch_size),
-        validation_batches=-(-len(y_validation) // config.run.eval_batch_size),
+        test_batches=batched[0],
+        validation_batches=batched[1],
         labels=source.y_train,
         partition=part,
+        groups=None if views is None else groups,
+        test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
     )
 
 
+def _seen(views: Views | None, groups: np.ndarray) -> dict[str, Any]:
+    return {} if views is None else {"view": groups, "views": views}
+
+
+def _views(text: str, source: sources.Source, clients: int, classes: int) -> tuple[Views | None, np.ndarray]:
+    """How groups of consecutive clients see their examples: ``none``, ``rotation:<k>`` or ``labels:<k>``."""
+    kind, _, number = text.partition(":")
+    count = int(number) if number.isdigit() else 0
+    allowed = {"none": (0,), "rotation": (1, 2, 4), "labels": range(1, clients + 1)}
+    if count not in allowed.get(kind, ()) or (text != "none" and not 1 <= count <= clients):
+        raise ValueError(
+            f"groups {text!r}: allowed none, rotation:1, 2 or 4, or labels:K with K <= {clients} clients (data.groups)"
+        )
+    groups = np.arange(clients) * max(count, 1) // clients
+    shape = source.x_train.shape[1:]
+    if kind == "rotation":
+        if len(shape) != 3 or shape[0] != shape[1]:
+            raise ValueError(f"groups {text!r} of examples of shape {shape}: need square images (data.groups)")
+        return rotations(shape[0], [turn * 4 // count for turn in range(count)], classes), groups
+    if kind == "labels":
+        rng, used = np.random.default_rng(0), int(source.y_train.max()) + 1
+        names = np.tile(np.arange(classes), (count, 1))
+        names[1:, :used] = [rng.permutation(used) for _ in range(count - 1)]
+        return renamings(int(np.prod(shape[:2])), names), groups
+    return None, groups
+
+
 _LOCAL = ("optimizer", "learning_rate", "batch_size", "epochs", "steps", "momentum", "weight_decay", "clip_norm",
-          "milestones", "decay_factor", "round_decay")  # fmt: skip
+          "milestones", "decay_factor", "round_decay", "full_batch", "keep_momentum")  # fmt: skip
 
 
 def make_method(name: str, fam: Family, settings: Local, args: Mapping[str, Any]) -> Algorithm:
@@ -172,12 +216,20 @@ def _source(config: Any) -> sources.Source:
 
 
 def split(data: Any, source: sources.Source, seed: int) -> Partition:
-    """The partition that ``config.data`` asks for."""
+    """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
+    part = _split(data, source, seed)
+    return partition.hold_out_own(part, data.own_test, seed) if data.own_test else part
+
+
+def _split(data: Any, source: sources.Source, seed: int) -> Partition:
     labels, clients = source.y_train, data.clients
     if data.split not in SPLITS:
         raise ValueError(f"split {data.split!r} is not one of {', '.join(SPLITS)} (data.split)")
     if data.split == "iid":
         return partition.iid(labels.size, clients, seed, source.y_test.size)
+    if data.split == "per_group":
+        groups = data.groups.partition(":")[2]
+        return partition.per_group(labels.size, clients, int(groups) if groups.isdigit() else 1, seed)
     if data.split == "shards":
         return partition.shards(labels, clients, data.classes_per_client, seed, source.y_test)
     if data.split == "natural":
@@ -193,6 +245,7 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
     """Fields of the global model's net, by name; its hidden sizes are cut to the global level."""
     fields = config.family.to_dict()
     del fields["mix"]
+    fields.pop("outputs", None)
     hidden = tuple(active_channels(width, mix.global_rate) for width in fields["hidden"])
     return {**fields, "hidden": hidden, "classes": classes}
 
@@ -208,23 +261,37 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
     return capacity.family(module, [{"width": width} for width in mix.widths], example, prepare)
 
 
-def _test(train: Population, source: sources.Source, part: Partition, held: np.ndarray, batch: int) -> Population:
-    """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is."""
+def _test(
+    train: Population, source: sources.Source, part: Partition, held: np.ndarray, batch: int
+) -> tuple[Population, tuple[int, int]]:
+    """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is.
+
+    Also how many batches there are of either; where there are views, both sets are seen in each of them.
+    """
     first, end, classes = len(source.y_train), len(source.y_train) + len(source.y_test), held.shape[1]
 
     def in_batches(start: int, stop: int) -> Population:
         rows = np.arange(start, stop)
-        whole = population(train.x, train.y, rows, np.array([rows.size]), classes=classes)
-        return batches(whole, batch, order=np.arange(rows.size))
 
+        def seen(view: int) -> Population:
+            size, how = np.array([rows.size]), _seen(views, np.array([view]))
+            whole = population(train.x, train.y, rows, size, classes=classes, **how)
+            return batches(whole, batch, order=np.arange(rows.size))
+
+        return reduce(joined, map(seen, range(1) if views is None else range(views.pixels.shape[0])))
+
+    views = train.views if isinstance(train.views, Views) else None
     test = in_batches(first, end)
+    counts = (test.size.shape[0], 0)
     if len(train.y) > end:
-        test = joined(test, in_batches(end, len(train.y)))
+        validation = in_batches(end, len(train.y))
+        test, counts = joined(test, validation), (counts[0], validation.size.shape[0])
     if part.test_index is None or part.test_size is None or not part.test_size.any():
-        return test
+        return test, counts
     some = part.test_size > 0
     own = part.test_index if part.held_out else part.test_index + first
-    return joined(test, population(train.x, train.y, own, part.test_size[some], classes=held[some]))
+    how = {} if views is None else _seen(views, np.asarray(train.view)[some])
+    return joined(test, population(train.x, train.y, own, part.test_size[some], classes=held[some], **how)), counts
 
 
 def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:

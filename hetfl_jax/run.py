@@ -1,6 +1,7 @@
 """A run from config to result, readable from top to bottom like a lab protocol."""
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax import engine, machine, profile, report
+from hetfl_jax import clusters, engine, machine, profile, report
+from hetfl_jax.bank import alike
 from hetfl_jax.data import partition
-from hetfl_jax.evaluate import Scores, evaluator, over_clients
+from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
 from hetfl_jax.federation import Federation, build, parse_buckets
 from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
 from hetfl_jax.progress import Progress
 from hetfl_jax.store import device_store
-from hetfl_jax.types import PyTree, State
+from hetfl_jax.types import Algorithm, PyTree, State
 
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
 
@@ -24,7 +26,7 @@ TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: m
 class Result(NamedTuple):
     """What ``train`` returns."""
 
-    params: PyTree  #: the global model's parameters after the last round
+    params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
     table: list[dict[str, Any]]  #: one row a level
     summary: dict[str, Any]  #: totals and best round
@@ -77,12 +79,13 @@ def prepare(config: Any) -> Lab:
         statistics_batch=config.run.statistics_batch_size,
         eval_batch=config.run.eval_batch_size,
         masked=config.run.eval_masked,
+        owners=executor.place(np.flatnonzero(fed.partition.test_size)) if fed.partition.test_size is not None else None,
     )
     return Lab(
         fed,
         executor,
         engine.make_round(fed.algorithm, executor, store),
-        lambda level, server: score(level, server, batches, test),
+        lambda level, server: score(level, server, population, batches, test),
         executor.place,
         lambda: executor.place(engine.start(fed.algorithm, store, fed.partition.size.size, key)),
         population,
@@ -139,6 +142,8 @@ def train(
         totals = Totals(**extra["totals"])
     done = int(state.round)
     metrics = Metrics(folder, done, write=first)
+    if done == 0 and alike(jax.device_get(state.server)):
+        warnings.warn("all models start equal: every client will prefer the first (method.args)", stacklevel=2)
     if done == 0 and not metrics.lines:
         scores = evaluate_levels(lab, state.server)
         metrics.append([{"round": 0, **scores}])
@@ -198,7 +203,7 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
     return step
 
 
-_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy")
+_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "test_recovery")
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -214,7 +219,10 @@ def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
     """Scores of every level, and the distribution of the global model's over clients, if they have test data."""
     letters = lab.federation.mix.letters
     found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
-    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
+    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES[:4]}
+    if lab.federation.algorithm.models > 1 and lab.federation.test_groups is not None:
+        groups = lab.federation.test_groups
+        scores["test_recovery"] = {letter: clusters.matched(s.placed, groups) for letter, s in found.items()}
     known = {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
     clients = found[letters[0]].client_accuracy
     return {**known, "client_accuracy": over_clients(clients)} if clients.size else known
@@ -235,9 +243,10 @@ def _lines(
         items = np.asarray(info["items"]).round().astype(np.int64)
         one_way = int(items @ fed.costs.bytes)
         macs = int(np.asarray(info["examples"], np.float64) @ fed.costs.macs) * TRAINING_PASSES
+        macs += int(np.asarray(info.get("judged", 0.0), np.float64) @ fed.costs.macs) if "judged" in info else 0
         failed = [int(client) for client in info["failed_ids"] if client >= 0]
         totals = Totals(
-            totals.down_bytes + one_way,
+            totals.down_bytes + one_way * fed.algorithm.broadcast,
             totals.up_bytes + one_way,
             totals.client_macs + macs,
             totals.full_size_bytes + int(items.sum() * fed.costs.bytes[0]),
@@ -250,6 +259,8 @@ def _lines(
         line["items"] = dict(zip(fed.mix.letters, items.tolist()))
         if failed:
             line["failed_ids"] = failed
+        if "cluster" in info:
+            line |= clusters.of_round(info, fed.algorithm.models, fed.groups)
         lines.append(line)
     return lines, totals
 
@@ -267,15 +278,43 @@ def _finish(
         text = report.render(table, summary)
         (folder / "table.txt").write_text(text)
         files += report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
+    if fed.algorithm.models > 1:
+        files += _plot_clusters(config, lab, state, lines, folder)
+    if machine.is_first():
         report.say(text + report.list_files(folder, files), quiet)
     return Result(
-        jax.device_get(state.server.variables["params"]) if hasattr(state.server, "variables") else state.server,
+        jax.device_get(_models(fed.algorithm, state.server)["params"]),
         report.as_arrays(lines),
         table,
         summary,
         folder,
         files,
     )
+
+
+def _plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Clusters over rounds, who would lose what in which, and CFL's tree."""
+    fed, server = lab.federation, state.server
+    batch = config.run.eval_batch_size
+    ask = engine.compiled(
+        lambda server, data: judged(fed.algorithm, lab.executor, server, 0, data, batch), lab.executor
+    )
+    seen = jax.device_get(ask(server, lab.population))
+    if not machine.is_first():
+        return []
+    files = clusters.plot(folder, lines) + clusters.plot_losses(folder, seen.loss / seen.examples, fed.groups)
+    if hasattr(server.route, "parent"):
+        route = jax.device_get(server.route._replace(sent=(), updates=()))
+        count = int(route.count)
+        files += clusters.plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
+    return files
+
+
+def _models(algorithm: Algorithm, server: PyTree) -> PyTree:
+    """The global model; with a leading axis where there are several."""
+    if algorithm.models == 1:
+        return algorithm.model(server, 0)
+    return jax.vmap(lambda member: algorithm.model(server, 0, member))(np.arange(algorithm.models))
 
 
 def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Result], list[dict[str, Any]]]:

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax import tree
-from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Shard, Within
+from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
 
 Buckets = Sequence[Sequence[int]]
-Pool = tuple[Array, Array, Array]  #: x, y, index: shared by all items, never mapped
+Pool = tuple[Array, Array, Array, Any]  #: x, y, index, views: shared by all items, never mapped
 Runner = Callable[[Algorithm, PyTree, Pool, Items], Outcome]
 
 
 def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: Level) -> tuple[PyTree, ...]:
     """Run one client; a reply that is not finite, or an item that is not valid, adds nothing and keeps its memory."""
-    shard = Shard(*pool, *item.shard[3:])
+    x, y, index, views = pool
+    shard = item.shard._replace(x=x, y=y, index=index, views=views)
     with jax.named_scope("local_training"):
         reply = algorithm.client(item.key, sent, level, item.ticket, shard, item.memory)
     ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))

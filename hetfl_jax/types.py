@@ -16,6 +16,13 @@ Array = jax.Array
 PyTree = Any
 
 
+class Views(NamedTuple):
+    """Other ways to see the pool's examples, shared by all clients: pixels moved, labels renamed."""
+
+    pixels: Array  #: [V, P] int32, view v shows at place p what the pool has at ``pixels[v, p]``
+    labels: Array  #: [V, C] int32, view v calls class c ``labels[v, c]``
+
+
 class Population(NamedTuple):
     """One pool of examples and, in CSR form, which of them each client holds; no per-client copies.
 
@@ -31,6 +38,8 @@ class Population(NamedTuple):
     size: Array  #: [N] int32 examples per client
     level: Array  #: [N] int32 capacity level of the client, 0 is the largest
     classes: Array  #: [N, C] bool, labels that occur among the client's training examples
+    view: Array | Any = ()  #: [N] int32 how the client sees its examples, where there are views
+    views: Views | Any = ()
 
 
 class Shard(NamedTuple):
@@ -42,6 +51,8 @@ class Shard(NamedTuple):
     offset: Array  #: int32 scalar
     size: Array  #: int32 scalar
     classes: Array  #: [C] bool
+    view: Array | Any = ()  #: int32 scalar
+    views: Views | Any = ()
 
 
 class Within(NamedTuple):
@@ -62,6 +73,7 @@ class Plan(NamedTuple):
     level: Array  #: [K] int32 capacity level of the item in this round
     sent: PyTree  #: the same for all items
     ticket: PyTree  #: leaves [K, ...], what distinguishes items of one client; ``()`` if nothing does
+    #: (the first leaf is folded into the item's key, 0 leaves it as it is)
 
 
 class Items(NamedTuple):
@@ -72,7 +84,7 @@ class Items(NamedTuple):
     valid: Array
     level: Array
     ticket: PyTree
-    shard: Shard  #: x, y and index are ``None`` here: the pool is shared and travels apart
+    shard: Shard  #: x, y, index and views are ``None`` here: the pool is shared and travels apart
     memory: PyTree
 
 
@@ -118,11 +130,16 @@ class Algorithm(NamedTuple):
     ``server(server, plan, total, report, ok) -> (server, info)``. Items that are padding, absent or not finite add
     nothing to ``total`` and arrive as ``ok`` false.
 
-    ``model(server, level, shard=None) -> variables`` and ``predict(variables, level, x, shard=None) -> [E, B, C]``
+    ``model(server, level, member=0) -> variables`` and ``predict(variables, level, x, shard=None) -> [E, B, C]``
     serve evaluation, of a client's own data if ``shard`` is given; ``statistics(variables, level, x, valid)`` returns
     the statistics of one batch where the net collects them only before evaluation, else it is ``None``.
 
-    ``between(server, info) -> server`` runs on the host between rounds (e.g. splitting a cluster).
+    ``judge(sent, level, shard) -> (loss, correct, examples)``: sums over all of a client's examples, before training.
+
+    Where a client has a choice of ``models`` > 1, ``place(server, losses, ids) -> [N]`` says which one is whose, given
+    the clients' training losses [N, models]; of these every item of a round receives ``broadcast``.
+
+    ``between`` is work on the host between rounds (e.g. splitting a cluster).
     """
 
     levels: int
@@ -135,4 +152,23 @@ class Algorithm(NamedTuple):
     model: Callable[..., PyTree]
     predict: Callable[..., Array]
     statistics: Callable[..., PyTree] | None = None
-    between: Callable[[PyTree, PyTree], PyTree] | None = None
+    judge: Callable[..., Any] | None = None
+    models: int = 1
+    broadcast: int = 1
+    place: Callable[..., Array] | None = None
+    between: "Between | None" = None
+
+
+class Between(NamedTuple):
+    """Work on the host after some rounds, on more than a round usually reports.
+
+    When ``needed(info)``, the round is run once more from the same state by ``collecting``, with the same randomness;
+    its ``server`` leaves the state alone and hands out what it collected as info. Then
+    ``decide(server, collected, ask) -> (server, info)`` makes the state after the round from the one before;
+    ``ask(fn, sent, ids)`` asks clients as a survey does. ``base`` is the method whose models these are.
+    """
+
+    needed: Callable[[PyTree], bool]
+    collecting: Algorithm
+    decide: Callable[..., tuple[PyTree, PyTree]]
+    base: Algorithm

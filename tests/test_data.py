@@ -96,14 +96,14 @@ def test_a_million_clients_are_built_in_seconds():
         ({"index": [0, 7]}, r"index has rows 0\.\.7, allowed 0\.\.2"),
         ({"index": [-1, 0]}, r"index has rows -1\.\.0"),
         ({"y": [0, 1, -1]}, r"labels -1\.\.1, allowed 0\.\.1"),
-        ({"y": [0.0, 1.0, 1.0]}, "labels of dtype float64: need integers"),
+        ({"y": [0.0, 1.0, 1.0], "classes": 2}, "labels of dtype float64: need integers where there are classes"),
         ({"y": [0, 1]}, "3 examples with 2 labels"),
         ({"level": [0, 2], "levels": 2}, r"client 1 has level 2, allowed 0\.\.1"),
     ],
 )
 def test_the_builder_refuses_what_jax_would_clamp(change, message):
     given = {"x": np.zeros((3, 2)), "y": [0, 1, 1], "index": [0, 2], "size": [1, 1]} | change
-    arrays = {k: np.asarray(v) if k != "levels" else v for k, v in given.items()}
+    arrays = {k: np.asarray(v) if k not in ("levels", "classes") else v for k, v in given.items()}
     with pytest.raises(ValueError, match=message):
         population(arrays.pop("x"), arrays.pop("y"), arrays.pop("index"), arrays.pop("size"), **arrays)
 

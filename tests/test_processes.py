@@ -31,6 +31,7 @@ def launch(folder, *flags):
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "HETFL_CACHE": str(folder.parent / "cache"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

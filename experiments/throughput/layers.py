@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 
 from experiments.throughput import common
+from hetfl_jax.engine import executor
 from hetfl_jax.models.conv import conv, max_pool
 
 BATCH, STEPS = 20, 20
@@ -69,7 +70,7 @@ def main() -> None:
     given = common.begin(common.flags(__doc__))
     each = parts()
     algorithm = common.fedavg.make(common.family("cnn"), common.settings(steps=STEPS), cohort=1)
-    whole = common.bench(algorithm, common.data(common.SHAPES["cnn"], 10, 60), common.executor("bucketed"))
+    whole = common.bench(algorithm, common.data(common.SHAPES["cnn"], 10, 60), executor("bucketed"))
     product, product_flops = common.matmul()
     sides = {name: run for name, (run, _) in each.items()} | {"whole step": whole.round, "matmul": product}
     s = common.medians(sides, 5 * given.repeats)

@@ -128,12 +128,12 @@ def child(kind: str, *numbers: int, repeats: int) -> Any:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def measure_devices(net: str, count: int, cores: int, repeats: int) -> common.Row:
-    """One cell of ``devices`` or ``cores``; called before jax has started."""
+def measure_devices(kind: str, count: int, cores: int, repeats: int) -> common.Row:
+    """One cell of ``devices`` or ``cores``: a net, or ``mixed`` for the MLP at five widths; before jax has started."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     jax.config.update("jax_num_cpu_devices", count)
-    mix = FIVE if net == "mlp" else "a1"
+    net, mix = ("mlp", FIVE) if kind == "mixed" else (kind, "a1")
     fam, run = common.family(net, mix), executor("bucketed", 1, count)
     algorithm = common.method("heterofl", fam, common.settings(), 100, mix)
     pop = common.data(common.SHAPES[net], 1_000, 60)
@@ -166,14 +166,14 @@ def measure_devices(net: str, count: int, cores: int, repeats: int) -> common.Ro
 def devices(repeats: int) -> list[common.Row]:
     """The MLP with five levels over 1 to 8 virtual devices on all cores."""
     cores = common.machine.cores()
-    return [child("mlp", count, cores, repeats=repeats) for count in (1, 2, 4, 8)]
+    return [child("mixed", count, cores, repeats=repeats) for count in (1, 2, 4, 8)]
 
 
 def cores(repeats: int) -> list[common.Row]:
     """One core against all of them, a device each; the sides take turns."""
     count = common.machine.cores()
     rows = []
-    for net, pairs in (("mlp", 3), ("cnn", 1)):
+    for net, pairs in (("mlp", 3), ("mixed", 3), ("cnn", 1)):
         runs = [(child(net, 1, 1, repeats=repeats), child(net, count, count, repeats=repeats)) for _ in range(pairs)]
         for side in range(2):
             row = dict(runs[0][side])

@@ -49,6 +49,44 @@ def iid(examples: int, clients: int, seed: int, test_examples: int = 0) -> Parti
     return Partition(*train, *(deal(test_examples) if test_examples >= clients else (None, None)))
 
 
+def per_group(examples: int, clients: int, groups: int, seed: int, shuffle: bool = True) -> Partition:
+    """Every group of consecutive clients gets all examples (IFCA's rotated sets): permuted anew, cut into equal parts.
+
+    NumPy's legacy generator in the official call order, so the index sets equal the official ones.
+
+    >>> per_group(4, 4, 2, seed=0, shuffle=False).index.tolist()
+    [0, 1, 2, 3, 0, 1, 2, 3]
+    """
+    _need(1 <= groups <= clients and clients % groups == 0, f"{clients} clients in {groups} equal groups")
+    each = clients // groups
+    _need(
+        examples >= each and examples % each == 0,
+        f"{examples} examples for the {each} clients of a group: need equal parts",
+    )
+    rng = np.random.RandomState(seed)
+    index = [rng.permutation(examples) if shuffle else np.arange(examples) for _ in range(groups)]
+    return Partition(np.concatenate(index), np.full(clients, examples // each))
+
+
+def hold_out_own(part: Partition, fraction: float, seed: int) -> Partition:
+    """A share of every client's own rows as its test data; every client keeps at least one row for training.
+
+    >>> hold_out_own(iid(10, 2, seed=0), 0.2, seed=0).test_size.tolist()
+    [1, 1]
+    """
+    _need(0 <= fraction < 1, f"local test fraction {fraction}, allowed 0 <= f < 1")
+    size = np.asarray(part.size)
+    owner = np.repeat(np.arange(size.size), size)
+    order = np.lexsort((np.random.default_rng(seed).random(owner.size), owner))
+    tests = np.minimum((size * fraction).astype(int), size - 1)
+    place = np.arange(owner.size) - np.repeat(np.cumsum(size) - size, size)
+    is_test = place < np.repeat(tests, size)
+    index = np.asarray(part.index)[order]
+    return part._replace(
+        index=index[~is_test], size=size - tests, test_index=index[is_test], test_size=tests, held_out=True
+    )
+
+
 def shards(
     labels: np.ndarray, clients: int, classes_per_client: int, seed: int, test_labels: np.ndarray | None = None
 ) -> Partition:
@@ -152,18 +190,11 @@ def natural(writer: np.ndarray, seed: int, test_fraction: float = 0.2, min_examp
     >>> natural(np.array([7, 7, 9, 9, 9]), seed=0, test_fraction=0.5).size.tolist()
     [1, 2]
     """
-    _need(0 <= test_fraction < 1, f"local test fraction {test_fraction}, allowed 0 <= f < 1")
     _, client, count = np.unique(writer, return_inverse=True, return_counts=True)
     keep = count >= min_examples
     _need(bool(keep.any()), f"no client has {min_examples} examples; the largest has {count.max()}")
     renumbered = np.where(keep, np.cumsum(keep) - 1, -1)[client]
-    shuffled = np.random.default_rng(seed).permutation(writer.size)
-    order, size = _grouped(renumbered[shuffled], int(keep.sum()))
-    order = shuffled[order]
-    tests = np.minimum((size * test_fraction).astype(int), size - 1)
-    place = np.arange(order.size) - np.repeat(np.cumsum(size) - size, size)
-    is_test = place < np.repeat(tests, size)
-    return Partition(order[~is_test], size - tests, order[is_test], tests, held_out=True)
+    return hold_out_own(Partition(*_grouped(renumbered, int(keep.sum()))), test_fraction, seed)
 
 
 def levels_fixed(proportions: tuple[int, ...], clients: int) -> np.ndarray:

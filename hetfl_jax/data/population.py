@@ -1,9 +1,13 @@
 """Building a ``Population``: everything is checked here, once, because JAX clamps bad gathers silently."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.types import Array, Population, Shard
+from hetfl_jax.types import Array, Population, Shard, Views
 
 _INT32 = np.iinfo(np.int32).max
 
@@ -17,18 +21,21 @@ def population(
     level: np.ndarray | None = None,
     levels: int = 1,
     classes: int | np.ndarray | None = None,
+    view: np.ndarray | None = None,
+    views: Views | tuple[()] = (),
 ) -> Population:
     """Put a partition on the device: one pool, a flat index and sizes; no loop over clients.
 
     Args:
       x: [M, ...] examples as they should be stored (images as uint8); a device array is shared, not copied.
-      y: [M] integer labels in ``[0, classes)``.
+      y: [M] integer labels in ``[0, classes)``, or float targets of a regression.
       index: [n] pool rows, client after client.
       size: [N] examples per client, each >= 1, summing to n.
       level: [N] capacity level of each client, default 0.
       levels: number of capacity levels.
       classes: number of classes (default: largest label + 1), or the [N, C] table of classes that each client holds
         (default: the labels among its examples).
+      view, views: [N] which of the views each client has; see ``rotations`` and ``renamings``.
 
     Raises:
       ValueError: naming the client or value that is out of range.
@@ -47,20 +54,65 @@ def population(
     _check(max(total, len(x)) < _INT32, f"{max(total, len(x))} examples: at most {_INT32 - 1}")
     low, high = int(index.min()), int(index.max())
     _check(low >= 0 and high < len(x), f"index has rows {low}..{high}, allowed 0..{len(x) - 1}")
-    _check(np.issubdtype(y.dtype, np.integer), f"labels of dtype {y.dtype}: need integers")
+    numbers = np.issubdtype(y.dtype, np.floating)
+    if numbers:
+        _check(classes is None, f"labels of dtype {y.dtype}: need integers where there are classes")
+        classes = np.ones((size.size, 1), bool)
+    _check(numbers or np.issubdtype(y.dtype, np.integer), f"labels of dtype {y.dtype}: need integers or floats")
     table = classes if isinstance(classes, np.ndarray) else None
     count = table.shape[1] if table is not None else int(y.max()) + 1 if classes is None else int(classes)
-    _check(int(y.min()) >= 0 and int(y.max()) < count, f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}")
+    _check(
+        numbers or (int(y.min()) >= 0 and int(y.max()) < count), f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}"
+    )
     level = np.zeros(size.size, np.int32) if level is None else np.asarray(level)
     _check(level.shape == size.shape, f"{level.size} levels for {size.size} clients")
     bad = np.flatnonzero((level < 0) | (level >= levels))
     _check(not bad.size, lambda: f"client {bad[0]} has level {level[bad[0]]}, allowed 0..{levels - 1}")
     held = held_classes(y[index], size, count) if table is None else table.astype(bool)
     _check(held.shape == (size.size, count), f"class table of shape {held.shape}, need {(size.size, count)}")
+    if isinstance(views, Views):
+        view = np.zeros(size.size, np.int32) if view is None else np.asarray(view)
+        _check(view.shape == size.shape, f"{view.size} views for {size.size} clients")
+        most = views.pixels.shape[0] - 1
+        _check(view.min() >= 0 and view.max() <= most, f"views {view.min()}..{view.max()}, allowed 0..{most}")
+    else:
+        _check(view is None, "clients have a view each, but there are no views")
+    seen = jnp.asarray(view, jnp.int32) if view is not None else ()
     offset = np.cumsum(size, dtype=np.int64) - size
     rows, start, count_of, level_of = (jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level))
-    labels = jnp.asarray(stored, jnp.int32)
-    return Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held))
+    labels = jnp.asarray(stored, jnp.float32 if numbers else jnp.int32)
+    return Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held), seen, views)
+
+
+def rotations(side: int, quarter_turns: Sequence[int], classes: int) -> Views:
+    """Square images turned counter-clockwise (numpy's ``rot90``), as moved pixels: one pool serves all rotations.
+
+    >>> rotations(2, (0, 1), classes=3).pixels.tolist()
+    [[0, 1, 2, 3], [1, 3, 0, 2]]
+    """
+    grid = np.arange(side * side).reshape(side, side)
+    pixels = np.stack([np.rot90(grid, turns).ravel() for turns in quarter_turns])
+    return Views(jnp.asarray(pixels, jnp.int32), jnp.tile(jnp.arange(classes, dtype=jnp.int32), (len(pixels), 1)))
+
+
+def renamings(pixels: int, labels: np.ndarray) -> Views:
+    """Images as they are under [V, C] other names of the classes (label swap).
+
+    >>> renamings(2, np.array([[0, 1], [1, 0]])).pixels.tolist()
+    [[0, 1], [0, 1]]
+    """
+    places = jnp.tile(jnp.arange(pixels, dtype=jnp.int32), (len(labels), 1))
+    return Views(places, jnp.asarray(labels, jnp.int32))
+
+
+def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
+    """Pool rows as the owner of the shard sees them: (x [B, ...], y [B])."""
+    x, y = shard.x[rows], shard.y[rows]
+    if not isinstance(shard.views, Views):
+        return x, y
+    moved = shard.views.pixels[shard.view]
+    flat = x.reshape(x.shape[0], moved.shape[0], -1)
+    return flat[:, moved].reshape(x.shape), shard.views.labels[shard.view][y]
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
@@ -76,12 +128,15 @@ def _check(fine: bool, message: object) -> None:
 
 
 def shards(pop: Population, ids: Array) -> Shard:
-    """The rows of clients ``ids`` with a leading axis; the pool (x, y, index) is left out."""
-    return Shard(None, None, None, pop.offset[ids], pop.size[ids], pop.classes[ids])
+    """The rows of clients ``ids`` with a leading axis; the pool (x, y, index, views) is left out."""
+    view = pop.view[ids] if isinstance(pop.views, Views) else ()
+    return Shard(None, None, None, pop.offset[ids], pop.size[ids], pop.classes[ids], view, None)
 
 
 def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -> Population:
     """The same examples re-cut into consecutive batches, one "client" a batch, for passes over all data.
+
+    With views, all are seen as the first client sees them.
 
     Args:
       order: [n] permutation of the index, default a fixed shuffle (sorted pools would give one-class batches).
@@ -100,12 +155,14 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         offset=jnp.asarray(offset),
         size=jnp.asarray(sizes),
         level=jnp.zeros(sizes.size, jnp.int32),
+        view=jnp.full(sizes.size, pop.view[0]) if isinstance(pop.views, Views) else (),
         classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
     )
 
 
 def joined(first: Population, second: Population) -> Population:
     """The clients of two populations over one pool, one after the other."""
-    shift = first.index.shape[0]
-    parts = zip(first[2:], second._replace(offset=second.offset + shift)[2:])
-    return Population(first.x, first.y, *(jnp.concatenate(pair) for pair in parts))
+    second = second._replace(offset=second.offset + first.index.shape[0])
+    clients: list[Any] = [(*pop[2:7], pop.view) for pop in (first, second)]
+    *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)
+    return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

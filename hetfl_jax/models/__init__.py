@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 
 from hetfl_jax.models.conv import conv, depthwise_conv
-from hetfl_jax.models.nets import CNN, MLP, Conv, PreResNet
+from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet
 
-__all__ = ["CNN", "MLP", "NETS", "Conv", "PreResNet", "build", "conv", "depthwise_conv"]
+__all__ = ["CNN", "MLP", "NETS", "Conv", "LeNet", "PreResNet", "build", "conv", "depthwise_conv"]
 
 
 def _preresnet_1112(**fields: Any) -> nn.Module:
@@ -22,6 +22,7 @@ def _preresnet18(**fields: Any) -> nn.Module:
 NETS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
+    "lenet": LeNet,
     "conv": Conv,
     "preresnet_1112": _preresnet_1112,
     "preresnet18": _preresnet18,

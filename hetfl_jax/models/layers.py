@@ -43,10 +43,11 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 def conv_layer(
-    x: Array, features: int, kernel: int, *, stride: int = 1, bias: bool = True, lowering: str = "auto", name: str
-) -> Array:
-    """A square convolution padded by ``kernel // 2``, with PyTorch's default initialisation."""
-    pad = kernel // 2
+    x: Array, features: int, kernel: int, *, stride: int = 1, bias: bool = True, lowering: str = "auto",
+    padded: bool = True, name: str,
+) -> Array:  # fmt: skip
+    """A square convolution padded by ``kernel // 2`` or not at all, with PyTorch's default initialisation."""
+    pad = kernel // 2 if padded else 0
     return nn.Conv(
         features,
         (kernel, kernel),

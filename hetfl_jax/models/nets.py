@@ -88,6 +88,24 @@ class CNN(_Net):
         return dense_layer(x, self.classes, name="head")
 
 
+class LeNet(_Net):
+    """The net of CFL's published code: unpadded conv 5x5, pool, twice, then linear; 18,506 parameters at 62 classes."""
+
+    hidden: Sequence[int] = (6, 16)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, H, W, I] -> [B, C]."""
+        for i, full in enumerate(self.hidden):
+            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, padded=False, name=f"conv_{i}")
+            x = max_pool(nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity)))
+        # Channel-major, so that a prefix of channels is a prefix of the flat axis.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        return dense_layer(x, self.classes, name="head")
+
+
 class Conv(_Net):
     """HeteroFL's Conv: 3x3 convolutions with bias, Scaler, norm, ReLU, pool (none after the last), mean, linear."""
 

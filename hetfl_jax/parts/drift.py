@@ -1,9 +1,10 @@
 """Client-side terms against drift, with the private memory that some of them keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hetfl_jax.types import Array, PyTree
 
@@ -23,6 +24,15 @@ def none() -> Drift:
         lambda gradient, params, received, memory: gradient,
         lambda memory, params, received, steps: memory,
     )
+
+
+def frozen(layers: Sequence[str]) -> Drift:
+    """Layers that are not trained: their gradient is zero (weight decay still reaches them)."""
+
+    def gradient(gradient: PyTree, params: PyTree, received: PyTree, memory: PyTree) -> PyTree:
+        return {name: jax.tree.map(jnp.zeros_like, g) if name in layers else g for name, g in gradient.items()}
+
+    return none()._replace(gradient=gradient)
 
 
 def proximal(weight: float) -> Drift:

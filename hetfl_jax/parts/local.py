@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hetfl_jax.capacity import View
+from hetfl_jax.data.population import examples
 from hetfl_jax.parts.drift import Drift
 from hetfl_jax.parts.objective import Objective, last_exit
 from hetfl_jax.random import permute
@@ -25,6 +26,8 @@ class Local(NamedTuple):
     epochs: int  #: passes over the client's examples
     steps: int = 0  #: if > 0, this many steps instead, whatever the client's size
     shuffle: bool = True  #: without replacement, anew each epoch
+    full_batch: bool = False  #: a client's examples are one batch, of at most ``batch_size``
+    keep_momentum: bool = False  #: a client's momentum lives on between its rounds, in its memory
 
 
 class Tally(NamedTuple):
@@ -49,8 +52,13 @@ def local(
     decay_factor: float = 0.1,
     round_decay: float = 1.0,
     shuffle: bool = True,
+    full_batch: bool = False,
+    keep_momentum: bool = False,
 ) -> Local:
-    """Local SGD or Adam; the optimizer starts anew at every client and round.
+    """Local SGD or Adam; the optimizer starts anew at every client and round, unless ``keep_momentum`` (of SGD).
+
+    ``full_batch`` is gradient descent: every step sees all of a client's examples, which are read once; ``batch_size``
+    must be at least the largest client's size.
 
     One step is: gradient, clip to global norm ``clip_norm`` (0: none), add ``weight_decay * params`` (norms and biases
     too), momentum, minus learning rate. In round t (from 0) the learning rate is ``learning_rate * decay_factor ^
@@ -70,6 +78,9 @@ def local(
         if not value >= least.get(name, 0):
             raise ValueError(f"{name} {value}, allowed >= {least.get(name, 0)} (train.{name})")
 
+    if keep_momentum and not (momentum > 0 and optimizer == "sgd"):
+        raise ValueError(f"keep_momentum with momentum {momentum} of {optimizer}: need sgd, > 0 (train.keep_momentum)")
+
     def schedule(round: Array) -> Array:
         passed = sum((round >= m for m in milestones), jnp.int32(0))
         return learning_rate * jnp.power(decay_factor, passed) * jnp.power(round_decay, round)
@@ -81,7 +92,31 @@ def local(
         rule = optax.sgd(rate, momentum or None) if optimizer == "sgd" else optax.adam(rate)
         return optax.chain(*steps, rule)
 
-    return Local(transform, schedule, batch_size, epochs, steps, shuffle)
+    shuffle = shuffle and not full_batch
+    return Local(transform, schedule, batch_size, epochs, steps, shuffle, full_batch, keep_momentum)
+
+
+def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array], batch: int, shard: Shard) -> Tally:
+    """Loss and hits over all of a shard's examples, in batches.
+
+    Args:
+      logits: examples -> [B, C].
+      each: (logits, labels) -> loss of each example, [B].
+      batch: examples at a time.
+    """
+
+    def step(i: Array, seen: Tally) -> Tally:
+        position = i * batch + jnp.arange(batch)
+        valid = position < shard.size
+        x, labels = examples(shard, shard.index[shard.offset + jnp.minimum(position, shard.size - 1)])
+        found = logits(x)
+        loss = each(found, labels)
+        hits = valid & (found.argmax(-1) == labels)
+        new = Tally(*(v.sum().astype(dtype) for v in (jnp.where(valid, loss, 0), hits, valid)))
+        return jax.tree.map(jnp.add, seen, new)
+
+    dtype = jnp.result_type(float)
+    return jax.lax.fori_loop(0, -(-shard.size // batch), step, Tally(*(jnp.zeros((), dtype) for _ in Tally._fields)))
 
 
 def local_steps(settings: Local, size: Array) -> Array:
@@ -100,8 +135,8 @@ def train(
     shard: Shard,
     memory: PyTree,
     round: Array,
-) -> tuple[PyTree, Tally]:
-    """One client's local training from ``view.variables``; returns the variables after it and what was seen.
+) -> tuple[PyTree, Tally, PyTree]:
+    """One client's local training from ``view.variables``: the variables after it, what was seen, and the momentum.
 
     Invalid rows of a partial batch are kept out of loss, batch statistics and tally. The step count is traced, so
     clients of any size share one program.
@@ -119,10 +154,15 @@ def train(
             position = permute(jax.random.fold_in(key, step // per_epoch), position, shard.size)
         return shard.index[shard.offset + position], valid
 
+    def batch_of(step: Array) -> tuple[Array, Array, Array]:
+        rows, valid = rows_of(step)
+        return *examples(shard, rows), valid
+
+    whole = batch_of(jnp.int32(0)) if settings.full_batch else None
+
     def step(i: Array, carry: tuple[PyTree, PyTree, Tally]) -> tuple[PyTree, PyTree, Tally]:
         variables, slot, seen = carry
-        rows, valid = rows_of(i)
-        x, y = shard.x[rows], shard.y[rows]
+        x, y, valid = whole or batch_of(i)
         step_key = jax.random.fold_in(key, (1 << 20) + i)  # apart from the epochs' keys
 
         def loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
@@ -144,6 +184,8 @@ def train(
 
     dtype = jnp.result_type(*jax.tree.leaves(start["params"]))
     zero = Tally(*(jnp.zeros((), dtype) for _ in Tally._fields))
-    carry = (start, transform.init(start["params"]), zero)
-    variables, _, seen = jax.lax.fori_loop(0, local_steps(settings, shard.size), step, carry)
-    return variables, seen
+    slot = transform.init(start["params"])
+    if settings.keep_momentum:
+        slot = optax.tree.set(slot, trace=memory["params"])
+    variables, slot, seen = jax.lax.fori_loop(0, local_steps(settings, shard.size), step, (start, slot, zero))
+    return variables, seen, {"params": optax.tree.get(slot, "trace")} if settings.keep_momentum else {}

@@ -16,6 +16,8 @@ class Objective(NamedTuple):
     loss: Callable[[Array, Array, Array, Array, Shard, Array], Array]
     #: (exits, shard) -> exits as the client's own evaluation sees them
     local: Callable[[Array, Shard], Array]
+    #: (logits [B, C], labels [B]) -> [B], the loss by which a model is judged
+    each: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
 
 
 def last_exit(exits: Array, active: Array) -> Array:
@@ -40,6 +42,19 @@ def cross_entropy() -> Objective:
         return mean_cross_entropy(last_exit(exits, active), labels, valid)
 
     return Objective(loss, lambda exits, shard: exits)
+
+
+def squared_error() -> Objective:
+    """Mean of ``(f(x) - y)^2`` (no 1/2) of a net with one output; the labels are numbers."""
+
+    def each(logits: Array, labels: Array) -> Array:
+        return jnp.square(logits[:, 0] - labels)
+
+    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
+        errors = each(last_exit(exits, active), labels)
+        return jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+    return Objective(loss, lambda exits, shard: exits, each)
 
 
 def masked_cross_entropy() -> Objective:

@@ -23,8 +23,6 @@ NOT_BUILT = {
     **dict.fromkeys(
         [f"selection/{kind}" for kind in ("qffl_*", "divfl_*", "power_of_choice*", "qsgd_*", "fairness_metrics*",
          "synthetic_alpha_beta*", "lag_*")], "selection, fairness and compression are not built"),
-    "cluster/ifca_*": "IFCA is not built",
-    "cluster/cfl_*": "CFL is not built",
 }  # fmt: skip
 
 

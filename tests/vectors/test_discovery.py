@@ -14,6 +14,8 @@ HANDLED = (
     "width/o2?_heterofl_*_forward",
     "width/o2?_heterofl_sbn_*",
     "width/o2?_heterofl_local_train_*",
+    *(f"cluster/ifca_{kind}*" for kind in ("mlp_", "synth_", "data", "weighted_agg", "rotmnist_")),
+    "cluster/cfl_*",
 )
 
 

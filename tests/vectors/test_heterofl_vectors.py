@@ -174,12 +174,12 @@ def test_local_training_of_one_client(name):
     before = np.zeros(3)
     wanted = z["step_loss_acc_n"]
     for step, (loss, accuracy, count) in enumerate(wanted, 1):
-        variables, seen = after(jnp.int32(step))
+        variables, seen, _ = after(jnp.int32(step))
         new = np.array([float(v) for v in seen]) - before
         before += new
         assert new[2] == count
         assert new[0] / count == pytest.approx(loss, abs=1e-5)
         assert 100 * new[1] / count == pytest.approx(accuracy, abs=1e-3)
-    whole, _ = jax.jit(lambda: after.__wrapped__(0))()
+    whole, *_ = jax.jit(lambda: after.__wrapped__(0))()
     for tree in (variables, whole):
         assert_trees(tree["params"], official.to_tree(below(z, "returned")), 1e-5)

@@ -1,0 +1,180 @@
+"""``bank``: several models behind one method, each trained by the clients that a route sends to it.
+
+A further member costs memory in the accumulators, not a larger reply: every reply goes into its member's row of the
+sums. Any method that can ``judge`` what it sends may be inside, e.g. FedAvg or HeteroFL.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import tree
+from hetfl_jax.parts.local import Tally
+from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+
+
+class BankState(NamedTuple):
+    """The servers of all members, and what the route remembers."""
+
+    members: PyTree  #: leaves [size, ...]
+    route: PyTree
+
+
+class Sent(NamedTuple):
+    """What every client of a bank receives."""
+
+    members: PyTree  #: leaves [size, ...]
+    route: PyTree
+
+
+class Report(NamedTuple):
+    """A client's report."""
+
+    own: PyTree  #: of the method inside
+    member: Array  #: int32, the row of the member that was trained
+    judged: Tally  #: leaves [models], every model that had a chance, on all of the client's examples before training
+
+
+class Route(NamedTuple):
+    """Which member an item trains."""
+
+    init: Callable[[], PyTree]  #: -> the route's state, part of the server's
+    #: (key, state, plan, ask) -> (plan, state as sent); ``ask(ids)`` is every member's ``Tally`` [K, size]
+    plan: Callable[[Array, PyTree, Plan, Callable[[Array], Tally]], tuple[Plan, PyTree]]
+    #: (state, ticket, judge) -> (member, judged); ``judge(first, count)`` is the ``Tally`` [count] of these members
+    choose: Callable[[PyTree, PyTree, Callable[[Array | int, int], Tally]], tuple[Array, Tally]]
+    server: Callable[[PyTree, Plan, Report, Array], PyTree]  #: (state as sent, plan, report, ok) -> state
+    row: Callable[[PyTree, Array | int], Array | int]  #: (state, number of a model) -> its row of the bank
+    place: Callable[[PyTree, Array, Array], Array]  #: (state, training losses [N, models], ids [N]) -> model [N]
+    models: int  #: how many models a client has to choose from
+    groups: int = 1  #: independent groups of members (restarts)
+    broadcast: int = 1  #: how many models an item receives
+
+
+def bank(
+    base: Algorithm, size: int, route: Route, *, divide_by_all: bool = False, shared: Sequence[str] = ()
+) -> Algorithm:
+    """``base`` with ``size`` models, member ``m`` being the mean of the replies that ``route`` sends to it.
+
+    ``theta_m <- server(theta_m, sum_{i: a_i = m} w_i delta_i / sum_{i: a_i = m} w_i)``. A member that nobody chose
+    keeps model and optimizer state bit for bit. A client has one private memory, whatever it trains.
+
+    Args:
+      base: the method inside; it must have a ``judge``.
+      size: number of members.
+      route: which member an item trains.
+      divide_by_all: divide by the weights of all participants instead (gradient averaging).
+      shared: names of layers that all members of a group have in common: averaged over all participants.
+
+    Raises:
+      ValueError: a size below 1, or a method that cannot be inside.
+    """
+    if size < 1:
+        raise ValueError(f"a bank of {size} models, allowed >= 1 (bank)")
+    if base.judge is None or base.members != 1:
+        raise ValueError("the method inside a bank needs one model and a judge (bank)")
+    per_group = size // route.groups
+    judge_one = base.judge
+
+    def init(key: Array) -> tuple[BankState, PyTree]:
+        starts = [base.init(jax.random.fold_in(key, m) if m else key) for m in range(size)]
+        members = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(server for server, _ in starts))
+        common = tree.take(members, jnp.zeros(size, int))
+        return BankState(_by_name(shared, common, members), route.init()), starts[0][1]
+
+    def plan(key: Array, round: Array, state: BankState, population: Population, survey: Any) -> Plan:
+        def of(server: PyTree) -> Plan:
+            return base.plan(key, round, server, population, survey)
+
+        first = of(tree.take(state.members, 0))
+        sent = jax.vmap(lambda server: of(server).sent)(state.members)
+
+        def ask(ids: Array) -> Tally:
+            judged = lambda key, sent, shard: _judge(sent, 0, shard, 0, size)  # noqa: E731
+            return survey(judged, sent, ids)
+
+        planned, routed = route.plan(key, state.route, first, ask)
+        return planned._replace(sent=Sent(sent, routed))
+
+    def _judge(sent: PyTree, level: Level, shard: Shard, first: Array | int, count: int) -> Tally:
+        some = sent
+        if count < size:
+            some = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, first, count), sent)
+        return jax.vmap(lambda one: judge_one(one, level, shard))(some)
+
+    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+        member, judged = route.choose(
+            sent.route, ticket, lambda first, count: _judge(sent.members, level, shard, first, count)
+        )
+        reply = base.client(key, tree.take(sent.members, member), level, (), shard, memory)
+        return reply._replace(member=member, report=Report(reply.report, member, judged))
+
+    def of_group(total: PyTree) -> PyTree:
+        """The sum over each group of members, in every row of it."""
+
+        def leaf(t: Array) -> Array:
+            grouped = t.reshape(route.groups, per_group, *t.shape[1:]).sum(1, keepdims=True)
+            return jnp.broadcast_to(grouped, (route.groups, per_group, *t.shape[1:])).reshape(t.shape)
+
+        return jax.tree.map(leaf, total)
+
+    def server(state: BankState, plan: Plan, total: PyTree, report: Report, ok: Array) -> tuple[BankState, PyTree]:
+        rows = jnp.arange(size)[:, None]
+        own = plan._replace(sent=())
+
+        def serve(totals: PyTree, chosen: Array) -> PyTree:
+            def one(server: PyTree, total: PyTree, ok: Array) -> PyTree:
+                return base.server(server, own, jax.tree.map(lambda t: t[None], total), report.own, ok)[0]
+
+            return jax.vmap(one)(state.members, totals, chosen & ok)
+
+        if divide_by_all:
+            everyone = of_group(total)
+            total = total._replace(count=everyone.count, rows=everyone.rows)
+        members = serve(total, report.member == rows)
+        if shared:
+            together = serve(of_group(total), report.member // per_group == rows // per_group)
+            members = _by_name(shared, together, members)
+        _, info = base.server(tree.take(state.members, 0), own, jax.tree.map(lambda t: t[:1], total), report.own, ok)
+        routed = route.server(plan.sent.route, plan, report, ok)
+        shown = plan.valid & (report.member // per_group == route.row(routed, 0) // per_group)
+        judged = jnp.where(plan.valid, report.judged.examples.sum(-1), 0)
+        levels = jax.nn.one_hot(plan.level, base.levels)
+        more = {
+            "cluster": jnp.where(shown, report.member % per_group, -1),
+            "cluster_ids": jnp.where(shown, plan.ids, -1),
+            "judged": (levels * judged[:, None]).sum(0),
+        }
+        return BankState(members, routed), {**info, **more}
+
+    def model(state: BankState, level: Level, member: Array | int = 0) -> PyTree:
+        return base.model(tree.take(state.members, route.row(state.route, member)), level)
+
+    return base._replace(
+        members=size, init=init, plan=plan, client=client, server=server, model=model, judge=None, models=route.models,
+        broadcast=route.broadcast, place=lambda state, losses, ids: route.place(state.route, losses, ids),
+    )  # fmt: skip
+
+
+def _by_name(names: Sequence[str], of_names: PyTree, others: PyTree) -> PyTree:
+    """Leaves below one of the names from the first tree, all others from the second."""
+
+    def leaf(path: Any, a: Array, b: Array) -> Array:
+        return a if {str(getattr(key, "key", getattr(key, "name", key))) for key in path} & set(names) else b
+
+    return jax.tree_util.tree_map_with_path(leaf, of_names, others) if names else others
+
+
+def alike(state: Any) -> bool:
+    """Whether a bank's members all start equal: then every client prefers the first, and the bank is a single model.
+
+    >>> alike(BankState({"w": np.zeros((2, 3))}, ())), alike(BankState({"w": np.arange(2)}, ()))
+    (True, False)
+    """
+    if not isinstance(state, BankState):
+        return False
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.members)]
+    return leaves[0].shape[0] > 1 and all((leaf == leaf[:1]).all() for leaf in leaves)

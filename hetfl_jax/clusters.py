@@ -1,0 +1,104 @@
+"""What people want to see of clusters: who is where, whether it is true, and how it came about."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+def matched(found: np.ndarray, groups: np.ndarray) -> float:
+    """Share of clients in the right cluster under the best one-to-one matching of clusters and true groups.
+
+    >>> matched(np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])), matched(np.array([0, 0, 0, 0]), np.array([0, 0, 1, 1]))
+    (1.0, 0.5)
+    """
+    found, groups = np.asarray(found), np.asarray(groups)
+    table = np.zeros((found.max() + 1, groups.max() + 1), int)
+    np.add.at(table, (found, groups), 1)
+    rows, columns = linear_sum_assignment(-table)
+    return float(table[rows, columns].sum() / found.size)
+
+
+def of_round(info: Mapping[str, Any], models: int, groups: np.ndarray | None) -> dict[str, Any]:
+    """The metrics line of a round with clusters: clients in each, recovery of known groups, and CFL's criteria."""
+    cluster, ids = np.asarray(info["cluster"]), np.asarray(info["cluster_ids"])
+    cluster, ids = cluster[ids >= 0], ids[ids >= 0]
+    line: dict[str, Any] = {"clusters": np.bincount(cluster, minlength=models).tolist()}
+    if groups is not None and ids.size:
+        line["recovery"] = matched(cluster, groups[ids])
+    if "mean_norm" in info:
+        alive = int(info["clusters"])
+        line["clusters"] = line["clusters"][:alive]
+        line["mean_norm"], line["largest_norm"] = (np.asarray(info[k])[:alive].tolist() for k in _NORMS)
+    return line
+
+
+_NORMS = ("mean_norm", "largest_norm")
+
+
+def plot(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Clients in each cluster over rounds, and how many are in the right one where that is known; returns the file."""
+    from matplotlib.figure import Figure
+
+    points = [line for line in lines if "clusters" in line]
+    if not points:
+        return []
+    rounds = [p["round"] for p in points]
+    most = max(len(p["clusters"]) for p in points)
+    counts = np.array([[*p["clusters"], *[0] * (most - len(p["clusters"]))] for p in points])
+    known = "recovery" in points[-1]
+    figure = Figure(figsize=(6.4, 4.6 if known else 3.2), layout="constrained")
+    axes = figure.subplots(2 if known else 1, squeeze=False, height_ratios=(2, 1) if known else None)[:, 0]
+    axes[0].stackplot(rounds, counts.T, step="mid", labels=[f"cluster {k}" for k in range(most)], alpha=0.85)
+    axes[0].set(ylabel="clients of the round", xlim=(rounds[0], max(rounds[-1], rounds[0] + 1)))
+    axes[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    if known:
+        axes[1].plot(rounds, [100 * p["recovery"] for p in points], color="0.2", marker=".")
+        axes[1].set(ylabel="in the right one (%)", ylim=(0, 103), xlim=axes[0].get_xlim())
+        axes[1].grid(alpha=0.25)
+    axes[-1].set_xlabel("round")
+    figure.savefig(folder / "clusters.png", dpi=150)
+    return [folder / "clusters.png"]
+
+
+def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> list[Path]:
+    """The loss of every model on every client, clients in the order of their true groups; returns the file."""
+    from matplotlib.figure import Figure
+
+    order = np.arange(len(losses)) if groups is None else np.argsort(groups, kind="stable")
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(losses[order].T, aspect="auto", interpolation="nearest", cmap="viridis_r")
+    axes.set(xlabel="client" if groups is None else "client, by true group", ylabel="model")
+    axes.set_yticks(range(losses.shape[1]))
+    figure.colorbar(image, ax=axes, label="mean training loss")
+    figure.savefig(folder / "losses.png", dpi=150)
+    return [folder / "losses.png"]
+
+
+def plot_tree(folder: Path, parent: np.ndarray, born: np.ndarray, table: np.ndarray, rounds: int) -> list[Path]:
+    """CFL's splits over rounds, the clients of each cluster at its end; returns the file."""
+    from matplotlib.figure import Figure
+
+    count = len(parent)
+    place = {0: 0.0}
+    order = [0]
+    for split in range(1, count):  # a child stands right below its parent
+        order.insert(order.index(int(parent[split])) + 1, split)
+    place = {cluster: float(-row) for row, cluster in enumerate(order)}
+    figure = Figure(figsize=(6.4, 1.0 + 0.5 * count), layout="constrained")
+    axes = figure.add_subplot()
+    for cluster in range(count):
+        start = int(born[cluster]) if cluster else 0
+        axes.plot([start, rounds], [place[cluster]] * 2, color="#1b6ca8", lw=2)
+        if cluster:
+            axes.plot([start] * 2, [place[int(parent[cluster])], place[cluster]], color="#1b6ca8", lw=1)
+        members = np.flatnonzero(table == cluster)
+        text = ", ".join(map(str, members[:12])) + (f", ... ({members.size})" if members.size > 12 else "")
+        axes.text(rounds, place[cluster], f"  {text}", va="center", fontsize=8)
+    axes.set(xlabel="round", yticks=[], xlim=(0, rounds * 1.5 + 1))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(folder / "tree.png", dpi=150)
+    return [folder / "tree.png"]

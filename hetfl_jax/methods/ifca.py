@@ -1,0 +1,200 @@
+"""IFCA (Ghosh, Chung, Yin, Ramchandran 2020, arXiv 2006.04088, algorithm 1): clusters by least loss, over any method.
+
+All k models go to every client. Before training, client i takes ``a_i = argmin_j F_i(theta_j)``, the mean loss on all
+of its examples (lowest number on ties), and trains that one. Then
+
+- model averaging (option II): ``theta_j <- mean of theta_i over a_i = j``;
+- gradient averaging (option I): ``theta_j <- theta_j - gamma / m sum_{a_i = j} grad F_i(theta_j)``, divided by all m
+  participants: one full-batch step a round.
+
+A model that nobody takes stays as it is. The k starts must differ; some starts never find all clusters, so several
+can be tried in one program and the best by training loss goes on.
+
+| slot | here |
+|---|---|
+| route of the bank | least loss, inside the client |
+| merge | plain mean over clients, or weighted by examples (``weighted``, as the LEAF code does) |
+| all others | those of the method inside |
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import capacity
+from hetfl_jax.bank import Report, Route, bank
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import compose
+from hetfl_jax.parts import drift, merge, objective, select, server
+from hetfl_jax.parts.local import Local, Tally
+from hetfl_jax.types import Algorithm, Array, Plan, PyTree
+
+ROUNDING = 1e-6  #: losses this close, relatively, are equal
+AVERAGING = ("models", "gradients")
+LOSSES = {"cross_entropy": objective.cross_entropy, "squared_error": objective.squared_error}
+
+
+class Restarts(NamedTuple):
+    """Which of several random starts leads."""
+
+    leader: Array  #: int32
+    decided: Array  #: bool, the others are no longer trained
+    rounds: Array  #: int32, rounds done
+
+
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    clusters: int,
+    averaging: str = "models",
+    loss: str = "cross_entropy",
+    weighted: bool = False,
+    over: str = "",
+    over_args: Mapping[str, Any] | None = None,
+    restarts: int = 1,
+    restart_rounds: int = 3,
+    min_share: float = 0.0,
+    shared: Sequence[str] = (),
+    freeze_shared: bool = False,
+    warm_start: str = "",
+    redraw: Sequence[str] = ("head",),
+    server_optimizer: Mapping[str, Any] | None = None,
+    proportions: Sequence[float] = (),
+) -> Algorithm:
+    """IFCA with ``clusters`` models.
+
+    Args:
+      averaging: ``models`` or ``gradients``.
+      loss: ``cross_entropy``, or ``squared_error`` for a net with one output.
+      weighted: weigh clients by their examples.
+      over, over_args: another method inside, e.g. ``heterofl``, with its arguments, in place of plain local training.
+      restarts: random starts that are trained side by side; after ``restart_rounds`` rounds the one with the least
+        training loss goes on alone.
+      min_share: if > 0, the start is chosen before training instead: the first of ``restarts`` in which every model is
+        taken by at least this share of the first cohort (else the one whose least share is largest).
+      shared: layers that all clusters have in common, averaged over all participants, or not trained at all
+        (``freeze_shared``).
+      warm_start: file that ``hetfl export`` wrote; all models start there, apart from the layers ``redraw``.
+      server_optimizer: as in ``parts.server.optimizer``.
+      proportions: how often each level occurs, for a method inside that wants to know.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} (method.args.loss)")
+    _check(cohort, clusters, averaging, restarts, min_share, family, [*shared, *(redraw if warm_start else ())])
+    if over:
+        given = {"cohort": cohort, **(over_args or {})}
+        inside = importlib.import_module(f"hetfl_jax.methods.{over}").make
+        base = inside(family, local, **given, **({"proportions": proportions} if over == "heterofl" else {}))
+    else:
+        base = compose(
+            family,
+            local=local,
+            select=select.uniform(cohort),
+            objective=LOSSES[loss](),
+            drift=drift.frozen(shared) if freeze_shared else None,
+            merge=merge.overlap_mean(family, by_examples=weighted),
+            server=server.optimizer(**(server_optimizer or {})),
+        )
+    if warm_start:
+        base = base._replace(init=_warm(base.init, warm_start, redraw))
+    route = least_loss(clusters, restarts, restart_rounds, min_share)
+    return bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
+
+
+def _check(
+    cohort: int, clusters: int, averaging: str, restarts: int, min_share: float, family: Family, layers: Sequence[str]
+) -> None:
+    if not 1 <= clusters <= cohort:
+        raise ValueError(f"{clusters} clusters, allowed 1..{cohort}, the clients of a round (method.args.clusters)")
+    if averaging not in AVERAGING:
+        raise ValueError(f"averaging {averaging!r} is not one of {', '.join(AVERAGING)} (method.args.averaging)")
+    if restarts < 1:
+        raise ValueError(f"{restarts} restarts, allowed >= 1 (method.args.restarts)")
+    if not 0 <= min_share * clusters <= 1:
+        raise ValueError(f"min_share {min_share}, allowed 0..1/clusters = {1 / clusters:.4g} (method.args.min_share)")
+    known = family.shapes[0]["params"]
+    if wrong := [name for name in layers if name not in known]:
+        raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (method.args.shared, redraw)")
+
+
+def least_loss(clusters: int, restarts: int = 1, restart_rounds: int = 3, min_share: float = 0.0) -> Route:
+    """Every item trains the member of its group with the least loss; ``restarts`` groups run as further items."""
+
+    def init() -> Restarts:
+        return Restarts(jnp.int32(0), jnp.asarray(restarts == 1), jnp.int32(0))
+
+    def plan(key: Array, state: Restarts, plan: Plan, ask: Callable[[Array], Tally]) -> tuple[Plan, Restarts]:
+        if restarts == 1:
+            return plan, state
+        if min_share > 0:
+            chosen = jax.lax.cond(state.rounds == 0, lambda: shares(ask(plan.ids), plan.valid), lambda: state.leader)
+            state = state._replace(leader=chosen, decided=jnp.asarray(True))
+        everyone: Plan = jax.tree.map(
+            lambda v: jnp.tile(v, (restarts, *[1] * (v.ndim - 1))), plan._replace(sent=(), ticket=())
+        )
+        ticket = jnp.repeat(jnp.arange(restarts, dtype=jnp.int32), plan.ids.shape[0])
+        going = ~state.decided | (ticket == state.leader)
+        return everyone._replace(valid=everyone.valid & going, sent=plan.sent, ticket=ticket), state
+
+    def shares(judged: Tally, valid: Array) -> Array:
+        """The first start that gives every model its share."""
+        loss = jnp.where(judged.examples > 0, judged.loss, jnp.inf).reshape(-1, restarts, clusters)
+        taken = jax.nn.one_hot(loss.argmin(-1), clusters) * valid[:, None, None]
+        least = taken.sum(0).min(-1) / valid.sum()
+        return jnp.where((least >= min_share).any(), (least >= min_share).argmax(), least.argmax()).astype(jnp.int32)
+
+    def choose(
+        state: Restarts, ticket: PyTree, judge: Callable[[Array | int, int], Tally]
+    ) -> tuple[Array, Tally]:  # fmt: skip
+        first = ticket * clusters if restarts > 1 else jnp.int32(0)
+        judged = judge(first, clusters)
+        # Equal models may differ by rounding when judged side by side: they are a tie, and the lowest number wins.
+        tied = judged.loss <= judged.loss.min() * (1 + ROUNDING)
+        return first + tied.argmax().astype(jnp.int32), judged
+
+    def serve(state: Restarts, plan: Plan, report: Report, ok: Array) -> Restarts:
+        state = state._replace(rounds=state.rounds + 1)
+        if restarts == 1:
+            return state
+        judged = report.judged
+        loss = (judged.loss / judged.examples).min(-1)
+        group = jax.nn.one_hot(report.member // clusters, restarts) * ok[:, None]
+        mean = jnp.where(group.sum(0) > 0, jnp.where(ok, loss, 0) @ group / jnp.maximum(group.sum(0), 1), jnp.inf)
+        leader = jnp.where(state.decided, state.leader, mean.argmin().astype(jnp.int32))
+        return state._replace(leader=leader, decided=state.decided | (state.rounds > restart_rounds))
+
+    return Route(
+        init, plan, choose, serve,
+        row=lambda state, number: state.leader * clusters + number,
+        place=lambda state, losses, ids: losses.argmin(-1),
+        models=clusters, groups=restarts, broadcast=clusters,
+    )  # fmt: skip
+
+
+def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callable[..., Any]:
+    """``init`` whose model comes from a file, but for the layers that are drawn anew."""
+    with np.load(path, allow_pickle=False) as file:
+        saved = {tuple(name.split("/")): file[name] for name in file.files if "/" in name}
+
+    def warm(key: Array) -> Any:
+        server, memory = init(key)
+
+        def leaf(where: capacity.Path, value: Array) -> Array:
+            if set(where) & set(redraw):
+                return value
+            if where not in saved or saved[where].shape != value.shape:
+                raise ValueError(f"{path} has no {'/'.join(where)} of shape {value.shape} (method.args.warm_start)")
+            return jnp.asarray(saved[where], value.dtype)
+
+        return server._replace(variables=capacity.map_leaves(leaf, server.variables)), memory
+
+    return warm

@@ -1,0 +1,220 @@
+"""Clusters that are split between rounds by their members' updates: what CFL does around a bank by table."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from hetfl_jax import tree
+from hetfl_jax.bank import BankState, Report, Route
+from hetfl_jax.parts import bipartition, merge
+from hetfl_jax.parts.local import Tally
+from hetfl_jax.types import Algorithm, Array, Between, Level, Plan, PyTree, Reply, Shard
+
+
+class Clusters(NamedTuple):
+    """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``."""
+
+    table: Array  #: [N] int32 cluster of each client
+    count: Array  # type: ignore[assignment]  #: int32, clusters so far
+    rounds: Array  #: int32, rounds done
+    parent: Array  #: [size] int32
+    born: Array  #: [size] int32 round of the split
+    sent: PyTree  #: leaves [size, ...] what the parent's clients had received at the split
+    side: Array  #: [size, N] int8: 0 stayed with the parent, 1 went to the new cluster, -1 not there
+    updates: Array  #: [size, N, P] unit updates of the members at the split; P = 0 where they are not kept
+
+
+class Rule(NamedTuple):
+    """When and how a cluster is split."""
+
+    eps1: float
+    eps2: float
+    gamma_max: float
+    linkage: str
+    min_clients: int
+    first_round: int
+
+
+def by_table(start: Callable[[], Clusters], size: int) -> Route:
+    """Every item trains the cluster that the table says."""
+    unjudged = Tally(*(jnp.zeros(size) for _ in Tally._fields))
+
+    def plan(key: Array, state: Clusters, plan: Plan, ask: Any) -> tuple[Plan, PyTree]:
+        return plan._replace(ticket=state.table[plan.ids]), state
+
+    def place(state: Clusters, losses: Array, ids: Array | None) -> Array:
+        if ids is not None:
+            return state.table[ids]
+        return jnp.where(jnp.arange(size) < state.count, losses, jnp.inf).argmin(-1)
+
+    return Route(
+        start, plan,
+        choose=lambda state, ticket, judge: (ticket, unjudged),
+        server=lambda state, plan, report, ok: state._replace(rounds=state.rounds + 1),
+        row=lambda state, number: number,
+        place=place, models=size,
+    )  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """A client's report."""
+
+    bank: Report
+    norm: Array  #: of its update
+    total: PyTree  #: the whole reply at full shape, where it is collected
+
+
+def _update(total: merge.Total) -> PyTree:
+    """The change of the parameters behind a reply, or behind a sum of them (their weighted mean)."""
+    return jax.tree.map(lambda d: d / jnp.maximum(total.count.sum(), 1e-12), total.delta["params"])
+
+
+def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool) -> Algorithm:
+    """A bank by table whose clusters are split between rounds."""
+
+    def client(key: Array, sent: Any, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+        reply = inner.client(key, sent, level, ticket, shard, memory)
+        return reply._replace(report=Measured(reply.report, optax.tree.norm(_update(reply.total)), ()))
+
+    def criteria(state: BankState, total: PyTree, report: Measured, ok: Array) -> dict[str, Array]:
+        mean = jax.vmap(lambda t: optax.tree.norm(_update(t)))(total)
+        here = (report.bank.member == jnp.arange(inner.members)[:, None]) & ok
+        most = jnp.where(here, report.norm, 0).max(-1)
+        route = state.route
+        may = (route.rounds >= rule.first_round) & (route.count < inner.members)
+        fires = (mean < rule.eps1) & (most > rule.eps2) & (here.sum(-1) >= rule.min_clients) & may
+        return {"mean_norm": mean, "largest_norm": most, "fires": fires}
+
+    def serve(state: BankState, plan: Plan, total: PyTree, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
+        found = criteria(state, total, report, ok)
+        after, info = inner.server(state, plan, total, report.bank, ok)
+        return after, {**info, **found, "clusters": after.route.count}
+
+    def collect(key: Array, sent: Any, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+        reply = client(key, sent, level, ticket, shard, memory)
+        whole = base.widen(reply.total, level if isinstance(level, int) else level.base)
+        return reply._replace(report=reply.report._replace(total=whole))
+
+    def hand_out(state: BankState, plan: Plan, total: PyTree, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
+        return state, (plan, report, ok, criteria(state, total, report, ok)["fires"])
+
+    def decide(state: BankState, collected: Any, ask: Callable[..., PyTree]) -> tuple[BankState, PyTree]:
+        plan, report, ok, fires = collected
+        updates = jax.jit(jax.vmap(_update))(report.total)
+        similar = bipartition.similarity(np.asarray(jax.jit(bipartition.gram)(updates), np.float64))
+        cut = Cutting(state, plan, np.asarray(ok), updates, keep_updates)
+        for cluster in np.flatnonzero(fires):
+            cut.consider(int(cluster), similar, rule, lambda sent, ids: ask(_asked(base), sent, ids))
+        state, member = cut.state(), jnp.asarray(cut.table)[plan.ids]
+        report = report._replace(bank=report.bank._replace(member=member))
+        plan = plan._replace(sent=plan.sent._replace(route=state.route))
+
+        @jax.jit
+        def again(state: BankState, plan: Plan, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
+            rows = jnp.where(ok, report.bank.member, inner.members)
+            total = jax.tree.map(
+                lambda t: jax.ops.segment_sum(t, rows, inner.members + 1)[: inner.members], report.total
+            )
+            return serve(state, plan, total, report, ok)
+
+        return again(state, plan, report, ok)
+
+    between = Between(
+        needed=lambda info: bool(np.asarray(info["fires"]).any()),
+        collecting=inner._replace(client=collect, server=hand_out),
+        decide=decide,
+        base=base,
+    )
+    return inner._replace(client=client, server=serve, between=between)
+
+
+def _asked(base: Algorithm) -> Callable[..., Array]:
+    """What a client answers when it is asked for its update at some model: the unit vector of it, [P]."""
+
+    def answer(key: Array, sent: PyTree, shard: Shard) -> Array:
+        update, _ = ravel_pytree(_update(base.client(key, sent, 0, (), shard, {}).total))
+        return update / jnp.maximum(jnp.linalg.norm(update), 1e-12)
+
+    return answer
+
+
+class Cutting:
+    """The splits of one round, on the host."""
+
+    def __init__(self, state: BankState, plan: Plan, ok: np.ndarray, updates: PyTree, keep: bool):
+        """Start from the state before the round and the updates of its items."""
+        self.before, self.plan, self.ok, self.updates, self.keep = state, plan, ok, updates, keep
+        self.members, self.route = state.members, state.route
+        self.table = np.array(state.route.table)
+        self.ids = np.asarray(plan.ids)
+        self.was = self.table.copy()
+
+    def consider(self, cluster: int, similar: np.ndarray, rule: Rule, ask: Callable[[PyTree, Array], Array]) -> None:
+        """Cut one cluster in two if there is room and the cut passes."""
+        count = int(self.route.count)
+        items = np.flatnonzero(self.ok & (self.was[self.ids] == cluster))
+        if count == self.route.parent.shape[0]:
+            return
+        cut = bipartition.bipartition(similar[np.ix_(items, items)], rule.linkage)
+        if cut.gamma <= rule.gamma_max:
+            return
+        side = np.full(self.table.size, -1, np.int8)
+        side[self.ids[items[cut.first]]], side[self.ids[items[cut.second]]] = 0, 1
+        sent = tree.take(self.plan.sent.members, cluster)
+        rows = np.asarray(jax.vmap(lambda u: ravel_pytree(u)[0])(self.updates))
+        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        absent = np.flatnonzero((self.was == cluster) & (side < 0))
+        goes = side == 1
+        if absent.size:
+            closest = np.asarray(ask(sent, jnp.asarray(absent, jnp.int32))) @ unit[items].T
+            goes[absent] = side[self.ids[items[closest.argmax(1)]]] == 1
+        self.table[goes] = count
+        route = self.route
+        kept = route.updates
+        if self.keep:
+            kept = kept.at[count, self.ids[items]].set(unit[items])
+        self.route = route._replace(
+            count=route.count + 1,
+            parent=route.parent.at[count].set(cluster),
+            born=route.born.at[count].set(route.rounds),
+            sent=jax.tree.map(lambda all, one: all.at[count].set(one), route.sent, sent),
+            side=route.side.at[count].set(jnp.asarray(side)),
+            updates=kept,
+        )
+        self.members = jax.tree.map(lambda v: v.at[count].set(v[cluster]), self.members)
+
+    def state(self) -> BankState:
+        """The bank with the new clusters, their models still the parents'."""
+        return BankState(self.members, self.route._replace(table=jnp.asarray(self.table)))
+
+
+def place_by_tree(base: Algorithm, state: BankState, ask: Callable[..., PyTree], ids: Array) -> np.ndarray:
+    """Which cluster new clients belong to, by walking down the tree of splits.
+
+    At every split on its way a client is asked for its update at the model that was split, and follows the member
+    whose update there was the most similar.
+
+    Args:
+      base: the method inside the bank, ``algorithm.between.base``.
+      state: the server's state, with ``keep_updates``.
+      ask: ``ask(fn, sent, ids)`` asks clients, as a survey does.
+      ids: the clients that are placed.
+
+    Returns:
+      [len(ids)] cluster of each client.
+    """
+    route = jax.device_get(state.route._replace(sent=()))
+    here = np.zeros(len(ids), int)
+    for split in range(1, int(route.count)):
+        some = np.flatnonzero(here == route.parent[split])
+        if some.size:
+            unit = np.asarray(ask(_asked(base), tree.take(state.route.sent, split), ids[some]))
+            similar = unit @ route.updates[split].T
+            best = [np.where(route.side[split] == side, similar, -np.inf).max(1) for side in (0, 1)]
+            here[some[best[1] > best[0]]] = split
+    return here

@@ -1,0 +1,320 @@
+"""Several models behind one method: IFCA and CFL, what they must coincide with and what they must leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetfl_jax import engine, splitting
+from hetfl_jax.bank import alike
+from hetfl_jax.clusters import matched
+from hetfl_jax.data import partition
+from hetfl_jax.data.population import population, renamings, rotations
+from hetfl_jax.engine import executor
+from hetfl_jax.methods import cfl, fedavg, ifca
+from hetfl_jax.parts import bipartition
+from tests.test_contract import EXECUTORS, play
+from tests.toys import mlp_family, sgd, toy_population, worst
+
+CFL = dict(clients=12, eps1=1.0, eps2=1.0, max_clusters=4)
+
+
+def member(state, number):
+    return jax.tree.map(lambda v: v[number], state.server.members.variables)
+
+
+def started(algorithm):
+    """The server before the rounds of ``play``."""
+    return jax.device_get(engine.start(algorithm, engine.device_store(), 12, jax.random.key(7)).server)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return play(fedavg.make(mlp_family(), sgd(), cohort=5), executor("bucketed"), toy_population())[0]
+
+
+@pytest.mark.parametrize("how", ["vmapped", "bucketed3", "sharded8"])
+def test_ifca_of_one_cluster_is_fedavg(how, plain):
+    one = ifca.make(mlp_family(), sgd(), cohort=5, clusters=1, weighted=True)
+    assert worst(member(play(one, executor(*EXECUTORS[how]), toy_population())[0], 0), plain.server.variables) < 1e-6
+
+
+def test_cfl_that_never_splits_is_fedavg(plain):
+    rule = cfl.make(mlp_family(), sgd(), cohort=5, weighted=True, **CFL | dict(eps1=1e-9, eps2=1e-9))
+    state, infos, _ = play(rule, executor("bucketed"), toy_population())
+    assert worst(member(state, 0), plain.server.variables) < 1e-6
+    assert infos[-1]["clusters"] == 1
+
+
+def test_ifca_over_one_level_of_heterofl_is_ifca():
+    """With all classes everywhere and one level, HeteroFL inside is plain averaging."""
+    family, pop = mlp_family(({"width": 1.0},)), toy_population()
+    pop = pop._replace(level=pop.level * 0, classes=jnp.ones_like(pop.classes))
+    inside = ifca.make(family, sgd(), cohort=6, clusters=2, over="heterofl", proportions=(1,))
+    plainly = ifca.make(family, sgd(), cohort=6, clusters=2)
+    found, wanted = (play(a, executor("bucketed"), pop)[0] for a in (inside, plainly))
+    assert worst(found.server.members.variables, wanted.server.members.variables) < 1e-6
+
+
+def swapped(algorithm, order):
+    """The same method from its starts in another order."""
+
+    def init(key):
+        state, memory = algorithm.init(key)
+        return state._replace(members=jax.tree.map(lambda v: v[jnp.array(order)], state.members)), memory
+
+    return algorithm._replace(init=init)
+
+
+def test_permuting_the_starts_permutes_the_result():
+    algorithm = ifca.make(mlp_family(), sgd(), cohort=8, clusters=3)
+    order = [2, 0, 1]
+    first, infos, _ = play(algorithm, executor("bucketed"), toy_population())
+    second, others, _ = play(swapped(algorithm, order), executor("bucketed"), toy_population())
+    for new, old in enumerate(order):
+        assert worst(member(second, new), member(first, old)) < 1e-6
+    for info, other in zip(infos, others):
+        np.testing.assert_array_equal(np.array(order)[other["cluster"]], info["cluster"])
+
+
+def test_equal_starts_are_one_model_and_are_noticed():
+    """Everybody ties and takes the first; on data that can be learnt it stays the better one."""
+    pop, _ = two_worlds(names=((0, 1, 2),))
+    algorithm = swapped(ifca.make(mlp_family(), sgd(), cohort=5, clusters=2, weighted=True), [0, 0])
+    state, infos, _ = play(algorithm, executor("bucketed"), pop)
+    assert all((info["cluster"] == 0).all() for info in infos)
+    wanted = play(fedavg.make(mlp_family(), sgd(), cohort=5), executor("bucketed"), pop)[0]
+    assert worst(member(state, 0), wanted.server.variables) < 1e-6
+    assert alike(algorithm.init(jax.random.key(0))[0])
+    assert not alike(ifca.make(mlp_family(), sgd(), cohort=5, clusters=2).init(jax.random.key(0))[0])
+
+
+@pytest.mark.parametrize("averaging", ifca.AVERAGING)
+def test_a_model_that_nobody_takes_stays_bit_for_bit(averaging):
+    given = ifca.make(
+        mlp_family(), sgd(), cohort=4, clusters=3, averaging=averaging,
+        server_optimizer={"name": "adam", "learning_rate": 0.01},
+    )  # fmt: skip
+
+    def init(key):
+        state, memory = given.init(key)
+        useless = jax.tree.map(lambda v: v.at[1].set(100.0 * v[1] + 50), state.members.variables)
+        return state._replace(members=state.members._replace(variables=useless)), memory
+
+    algorithm = given._replace(init=init)
+    before = started(algorithm)
+    state, infos, _ = play(algorithm, executor("bucketed"), toy_population())
+    assert not any((info["cluster"] == 1).any() for info in infos)
+    rows = zip(jax.tree.leaves(before.members), jax.tree.leaves(state.server.members), strict=True)
+    for old, new in rows:
+        np.testing.assert_array_equal(old[1], new[1])
+
+
+def test_gradient_averaging_divides_by_all_participants():
+    """From one step each, its change is the share of the cluster times that of model averaging."""
+    pop = toy_population()
+    pop = pop._replace(level=pop.level * 0)
+    found = {}
+    for averaging in ifca.AVERAGING:
+        algorithm = ifca.make(mlp_family(), sgd(steps=1), cohort=8, clusters=2, averaging=averaging)
+        state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=1)
+        change = jax.tree.map(jnp.subtract, state.server.members.variables, started(algorithm).members.variables)
+        found[averaging] = change
+        share = np.bincount(infos[0]["cluster"], minlength=2) / 8
+    scaled = jax.tree.map(lambda v: v * share.reshape(-1, *[1] * (v.ndim - 1)), found["models"])
+    assert 0 < share[0] < 1
+    assert worst(found["gradients"], scaled) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["vmapped", "sharded8"])
+def test_restarts_are_those_starts_alone_and_the_best_goes_on(how):
+    """Two starts in one program, each as if alone; after the choice the other is no longer trained."""
+    pop, rounds = toy_population(), 4
+    both = ifca.make(mlp_family(), sgd(shuffle=False), cohort=6, clusters=2, restarts=2, restart_rounds=2)
+    state, infos, compilations = play(both, executor(*EXECUTORS[how]), pop, rounds=rounds)
+    leader = int(state.server.route.leader)
+    assert bool(state.server.route.decided)
+    assert compilations == [1] * rounds
+    assert [info["clients"] for info in infos] == [12, 12, 12, 6]
+    alone = ifca.make(mlp_family(), sgd(shuffle=False), cohort=6, clusters=2)
+    rows = [2 * leader, 2 * leader + 1]
+
+    def init(key):
+        start, memory = both.init(key)
+        one, _ = alone.init(key)
+        return one._replace(members=jax.tree.map(lambda v: v[jnp.array(rows)], start.members)), memory
+
+    wanted, _, _ = play(alone._replace(init=init), executor(*EXECUTORS[how]), pop, rounds=rounds)
+    for number, row in enumerate(rows):
+        assert worst(member(state, row), member(wanted, number)) < 1e-6
+        assert worst(both.model(state.server, 0, number), member(wanted, number)) < 1e-6
+
+
+def test_a_start_is_rejected_before_training_if_a_model_gets_too_few():
+    pop = toy_population()
+    algorithm = ifca.make(mlp_family(), sgd(), cohort=8, clusters=2, restarts=4, min_share=0.25)
+    start = started(algorithm)
+    state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=2)
+    assert infos[0]["clients"] == 8, "the starts that were rejected are not trained"
+    share = np.bincount(infos[0]["cluster"][infos[0]["cluster"] >= 0], minlength=2) / 8
+    leader = int(state.server.route.leader)
+    assert share.min() >= 0.25 or leader == 0
+    for row in set(range(8)) - {2 * leader, 2 * leader + 1}:
+        for old, new in zip(jax.tree.leaves(start.members), jax.tree.leaves(state.server.members), strict=True):
+            np.testing.assert_array_equal(old[row], new[row])
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_shared_representation_is_one_for_all_clusters(freeze):
+    pop = toy_population()
+    algorithm = ifca.make(mlp_family(), sgd(), cohort=8, clusters=2, shared=("dense_0",), freeze_shared=freeze)
+    start = started(algorithm)
+    state, infos, _ = play(algorithm, executor("bucketed"), pop)
+    assert len(set(infos[0]["cluster"].tolist())) == 2
+    first, second = (member(state, number)["params"] for number in range(2))
+    assert worst(first["dense_0"], second["dense_0"]) == 0
+    assert worst(first["head"], second["head"]) > 1e-3
+    moved = worst(first["dense_0"], jax.tree.map(lambda v: v[0], start.members.variables["params"]["dense_0"]))
+    assert (moved == 0) if freeze else (moved > 1e-3)
+
+
+def test_a_warm_start_takes_all_layers_but_those_drawn_anew(tmp_path):
+    family = mlp_family()
+    saved = fedavg.make(family, sgd(), cohort=2).init(jax.random.key(5))[0].variables["params"]
+    file = tmp_path / "level_a.npz"
+    np.savez(file, **{f"params/{a}/{b}": v for a, leaves in saved.items() for b, v in leaves.items()})
+    state, _ = ifca.make(family, sgd(), cohort=4, clusters=2, warm_start=str(file)).init(jax.random.key(0))
+    params = state.members.variables["params"]
+    for number in range(2):
+        assert worst(jax.tree.map(lambda v, n=number: v[n], params["dense_0"]), saved["dense_0"]) == 0
+    assert not np.allclose(params["head"]["kernel"][0], params["head"]["kernel"][1])
+
+
+def two_worlds(clients=12, n=20, names=((0, 1, 2), (1, 2, 0))):
+    """Clients whose second half calls the classes by other names."""
+    rng = np.random.default_rng(1)
+    centre = rng.normal(size=(3, 6)) * 2
+    y = rng.integers(0, 3, clients * n)
+    x = (centre[y] + rng.normal(size=(y.size, 6)) * 0.3).astype(np.float32)
+    group = np.arange(clients) * len(names) // clients
+    views, size = renamings(6, np.array(names)), np.full(clients, n)
+    return population(x, y, np.arange(y.size), size, classes=3, view=group, views=views), group
+
+
+SPLITTING = dict(clients=12, eps1=0.8, eps2=0.9, max_clusters=4, first_round=2)
+
+
+@pytest.mark.parametrize("how", ["bucketed_each", "sharded8"])
+def test_cfl_finds_the_two_groups_and_never_recompiles(how):
+    pop, group = two_worlds()
+    algorithm = cfl.make(mlp_family(), sgd(learning_rate=0.2), cohort=12, **SPLITTING)
+    state, infos, compilations = play(algorithm, executor(*EXECUTORS[how]), pop, rounds=6)
+    route = state.server.route
+    assert int(route.count) == 2
+    assert matched(route.table, group) == 1.0
+    assert compilations == [1] * 6
+    assert infos[-1]["train_loss"] < 0.5 * infos[2]["train_loss"]
+    born = int(route.born[1])
+    side = route.side[1]
+    assert born >= 2
+    np.testing.assert_array_equal(side == 1, route.table == 1)
+    assert ((side >= 0) == True).all()  # noqa: E712
+
+
+def test_cfl_places_absent_and_new_clients_by_the_tree():
+    pop, group = two_worlds()
+    algorithm = cfl.make(mlp_family(), sgd(learning_rate=0.2), cohort=8, **SPLITTING)
+    state, _, _ = play(algorithm, executor("bucketed"), pop, rounds=5)
+    assert matched(state.server.route.table, group) == 1.0, "those who were absent at the split were asked"
+
+    def ask(fn, sent, ids):
+        return engine.survey(executor("bucketed"), fn, sent, pop, jnp.asarray(ids), jax.random.key(3))
+
+    placed = splitting.place_by_tree(algorithm.between.base, state.server, ask, np.arange(12))
+    np.testing.assert_array_equal(placed, state.server.route.table)
+
+
+def test_cfl_with_a_client_momentum_splits_on_the_very_updates_of_the_round():
+    """The round that is run again sees the momentum that the first run saw."""
+    pop, group = two_worlds()
+    training = sgd(learning_rate=0.1, momentum=0.5, keep_momentum=True)
+    algorithm = cfl.make(mlp_family(), training, cohort=12, **SPLITTING)
+    state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=5)
+    assert matched(state.server.route.table, group) == 1.0
+    born = int(state.server.route.born[1])
+    never = cfl.make(mlp_family(), training, cohort=12, **SPLITTING | dict(first_round=100))
+    unsplit, others, _ = play(never, executor("bucketed"), pop, rounds=born + 1)
+    for info, other in zip(infos, others):
+        assert info["train_loss"] == pytest.approx(float(other["train_loss"]), rel=1e-6)
+    assert any((leaf != 0).any() for leaf in jax.tree.leaves(unsplit.memory))
+
+
+def test_the_gap_test_keeps_a_cluster_whole():
+    pop, _ = two_worlds()
+    rule = SPLITTING | dict(gamma_max=0.999)
+    state, infos, _ = play(cfl.make(mlp_family(), sgd(learning_rate=0.2), cohort=12, **rule), executor("bucketed"), pop)
+    assert infos[-1]["fires"][0]
+    assert int(state.server.route.count) == 1
+
+
+def test_similarity_is_free_of_scale_and_rotation():
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(9, 30)).astype(np.float32)
+    turn, _ = np.linalg.qr(rng.normal(size=(30, 30)))
+    gram = {n: np.asarray(bipartition.gram(jnp.asarray(u, jnp.float32)), np.float64)
+            for n, u in (("plain", updates), ("scaled", 3 * updates), ("turned", updates @ turn))}  # fmt: skip
+    similar = {n: bipartition.similarity(g) for n, g in gram.items()}
+    np.testing.assert_allclose(similar["turned"], similar["plain"], atol=1e-5)
+    np.testing.assert_allclose(similar["scaled"], similar["plain"], atol=1e-5)
+    np.testing.assert_allclose(bipartition.norms(gram["turned"]), bipartition.norms(gram["plain"]), rtol=1e-5)
+    np.testing.assert_allclose(bipartition.norms(gram["scaled"])[1], 3 * bipartition.norms(gram["plain"])[1], rtol=1e-5)
+    for linkage in bipartition.LINKAGES:
+        cuts = [bipartition.bipartition(s, linkage).second.tolist() for s in similar.values()]
+        assert cuts[0] == cuts[1] == cuts[2]
+
+
+def test_a_zero_update_still_gives_two_groups():
+    updates = jnp.asarray(np.vstack([np.zeros(4), np.eye(4)]), jnp.float32)
+    gram = np.asarray(bipartition.gram(updates), np.float64)
+    cut = bipartition.bipartition(bipartition.similarity(gram))
+    assert len(cut.first) + len(cut.second) == 5
+    assert min(len(cut.first), len(cut.second)) >= 1
+
+
+def test_views_turn_images_and_rename_classes():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (4, 3, 3, 2)).astype(np.uint8), np.array([0, 1, 2, 0])
+    turned = population(x, y, np.arange(4), np.array([2, 2]), view=np.array([0, 1]), views=rotations(3, (0, 1), 3))
+    part = partition.per_group(4, 2, 1, seed=0)
+    assert sorted(part.index.tolist()) == [0, 1, 2, 3]
+    shard = engine.shards(turned, jnp.int32(1))._replace(x=turned.x, y=turned.y, index=turned.index, views=turned.views)
+    from hetfl_jax.data.population import examples
+
+    seen, labels = examples(shard, jnp.array([2, 3]))
+    np.testing.assert_array_equal(seen, np.rot90(x[2:], axes=(1, 2)))
+    np.testing.assert_array_equal(labels, y[2:])
+    with pytest.raises(ValueError, match=r"views 0\.\.2, allowed 0\.\.1"):
+        population(x, y, np.arange(4), np.array([2, 2]), view=np.array([0, 2]), views=rotations(3, (0, 1), 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (ifca, dict(clusters=0), "0 clusters, allowed 1..5"),
+        (ifca, dict(clusters=6), "6 clusters, allowed 1..5"),
+        (ifca, dict(clusters=2, restarts=0), "0 restarts, allowed >= 1"),
+        (ifca, dict(clusters=2, averaging="both"), "'both' is not one of models, gradients"),
+        (ifca, dict(clusters=2, min_share=0.6), "min_share 0.6"),
+        (ifca, dict(clusters=2, shared=("nope",)), "layer 'nope' is not one of dense_0, head"),
+        (cfl, CFL | dict(eps1=0.0), r"eps1 0.0 and eps2 1.0: need 0 < eps1 <= eps2"),
+        (cfl, CFL | dict(eps1=2.0), r"eps1 2.0 and eps2 1.0: need 0 < eps1 <= eps2"),
+        (cfl, CFL | dict(gamma_max=1.0), "gamma_max 1.0"),
+        (cfl, CFL | dict(linkage="ward"), "'ward' is not one of complete, single"),
+        (cfl, CFL | dict(max_clusters=13), "13 clusters, allowed 1..12"),
+        (cfl, CFL | dict(min_clients=2), "min_clients 2, allowed >= 3"),
+        (cfl, CFL | dict(clients=10_000_000), "the updates of all splits need up to"),
+    ],
+)
+def test_mistakes_are_named(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make.make(mlp_family(), sgd(), cohort=5, **changes)
