@@ -45,8 +45,13 @@ def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tup
 def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
-    if members > 1:
+    if members > 1 and jnp.ndim(member):
         return jax.tree.map(lambda a, t: a.at[member].add(t), accumulated, total)
+    if members > 1:
+        # One row is read and written in place; a scatter would go through all of them.
+        rows = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, member), accumulated)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=member, axis=0)
+        return jax.tree.map(lambda a, row, t: put(a, row + t[None]), accumulated, rows, total)
     summed = tree.axis_sum(total) if jnp.ndim(member) else total
     return jax.tree.map(lambda a, t: a + t[None], accumulated, summed)
 

@@ -12,16 +12,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-TOYS = ("test_contract", "test_identities", "test_bank", "test_heterofl_vectors", "test_cluster_vectors")
+OPTIMISED = ("test_conv", "test_experiments")  #: modules, and in others what trains for long or rounds as users do
 
 
 @pytest.fixture(autouse=True)
 def quick_compile(request):
-    """Toy MLPs are compiled without optimisation, since compiling is what they cost; convolutions as users run them."""
+    """Most tests compile without optimisation, since compiling is what they cost.
+
+    Convolutions under every executor, real training and benchmarks are compiled as users run them.
+    """
     params = getattr(getattr(request.node, "callspec", None), "params", {})
-    image = getattr(params.get("row"), "image", False)
     module = request.module.__name__.rpartition(".")[2] if request.module else ""
-    toy = module in TOYS and not image and "mnist" not in request.node.name
-    jax.config.update("jax_disable_most_optimizations", toy)
+    as_users = getattr(params.get("row"), "image", False) or module in OPTIMISED
+    as_users |= any(word in request.node.name for word in ("learned", "rotated_mnist"))
+    jax.config.update("jax_disable_most_optimizations", not as_users)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -13,7 +13,7 @@ import pytest
 from hetfl_jax import engine
 from hetfl_jax.compose import compose
 from hetfl_jax.engine import executor, make_round, start
-from hetfl_jax.methods import fedavg, fedprox, heterofl
+from hetfl_jax.methods import cfl, fedavg, fedprox, heterofl, ifca
 from hetfl_jax.parts import drift, select
 from hetfl_jax.store import device_store
 from hetfl_jax.types import Algorithm
@@ -50,6 +50,8 @@ ROWS = [
     Row("private_memory", visits, {}),
     Row("heterofl_conv", heterofl.make, {"proportions": (1, 1)}, lambda: conv_family(norm="bn"), True),
     Row("fedavg_tracked_bn", fedavg.make, {}, lambda: conv_family(norm="bn_tracked"), True),
+    Row("ifca", ifca.make, {"clusters": 2, "restarts": 2, "restart_rounds": 1}),
+    Row("cfl", cfl.make, {"clients": 12, "eps1": 1e-9, "eps2": 1e-9, "max_clusters": 2}),
 ]
 
 EXECUTORS = {

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments.ifca_synthetic import recover
 from experiments.throughput import aggregation, common, compare, scaling
 from hetfl_jax import capacity, machine
 from hetfl_jax.runners import executed_steps
@@ -66,3 +67,16 @@ def test_the_library_tells_of_idle_cores(monkeypatch):
     monkeypatch.setattr(machine.jax, "device_count", lambda: 1)
     with pytest.warns(UserWarning, match="one CPU device for 4 cores"):
         machine.warn_of_idle_cores()
+
+
+def test_synthetic_centres_are_found_by_the_restart_that_the_loss_prefers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recover, "__file__", str(tmp_path / "recover.py"))
+    monkeypatch.setattr(machine, "use_cache", lambda: tmp_path)
+    monkeypatch.setattr(machine, "use_all_cores", lambda: None)
+    sizes = ["--clients", "40", "--examples", "20", "--dimensions", "20", "--restarts", "4", "--data-seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["recover.py", *sizes])
+    recover.main()
+    (row,) = json.loads((tmp_path / "results" / "p2_r1.json").read_text())["rows"]
+    assert row["successes"] >= 1
+    assert row["chosen by loss"] == min(row["distances"]) < 0.06
+    assert "chosen by loss" in capsys.readouterr().out
