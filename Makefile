@@ -9,7 +9,7 @@ run: $(STAMP)
 	$(BIN)/hetfl train --config=configs/heterofl_digits.py --overwrite
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --durations=20
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -85,4 +85,6 @@ def get_config(arg=""):
             keep=2,
         ),
     )
+    if arg.quick:
+        config.method.args.max_clusters = 2
     return shrink(config) if arg.quick else config

@@ -12,7 +12,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-OPTIMISED = ("test_conv", "test_experiments")  #: modules, and in others what trains for long or rounds as users do
+jax.config.update("jax_disable_most_optimizations", True)  # also for fixtures of a module, which are made earlier
+OPTIMISED = ("test_experiments",)  #: modules, and in others what trains for long or rounds as users do
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def quick_compile(request):
     params = getattr(getattr(request.node, "callspec", None), "params", {})
     module = request.module.__name__.rpartition(".")[2] if request.module else ""
     as_users = getattr(params.get("row"), "image", False) or module in OPTIMISED
-    as_users |= any(word in request.node.name for word in ("learned", "rotated_mnist"))
+    as_users |= any(word in request.node.name for word in ("learned", "rotated_mnist", "max_pool"))
     jax.config.update("jax_disable_most_optimizations", not as_users)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -215,7 +215,7 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
         ([f"--config={ROOT}/configs/heterofl_digits.py:colour=1"], "'colour' is not one of mix, quick"),
         (["--config.method.args.cohort=101"], "cohort of 101 clients, allowed 1..100"),
         (["--config.family.norm=gn"], "4 groups, which do not divide a layer of 2 channels"),
-        (["--config.method.name=fedsgd"], "method 'fedsgd' is not one of fedavg, fedprox, heterofl"),
+        (["--config.method.name=fedsgd"], "method 'fedsgd' is not one of cfl, fedavg, fedprox, heterofl, ifca"),
         (["--config.train.buckets=a-b"], "groups of abcde, each once"),
         (["--config.data.split=natural"], "split 'natural' needs data.writers"),
         (["--config.data.split=random"], "split 'random' is not one of iid, shards"),
