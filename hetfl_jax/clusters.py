@@ -66,6 +66,7 @@ def plot(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[Path]:
 def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> list[Path]:
     """The loss of every model on every client, clients in the order of their true groups; returns the file."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     order = np.arange(len(losses)) if groups is None else np.argsort(groups, kind="stable")
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
@@ -73,6 +74,7 @@ def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> 
     image = axes.imshow(losses[order].T, aspect="auto", interpolation="nearest", cmap="viridis_r")
     axes.set(xlabel="client" if groups is None else "client, by true group", ylabel="model")
     axes.set_yticks(range(losses.shape[1]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="mean training loss")
     figure.savefig(folder / "losses.png", dpi=150)
     return [folder / "losses.png"]

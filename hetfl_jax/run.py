@@ -302,10 +302,11 @@ def _plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, An
     seen = jax.device_get(ask(server, lab.population))
     if not machine.is_first():
         return []
-    files = clusters.plot(folder, lines) + clusters.plot_losses(folder, seen.loss / seen.examples, fed.groups)
-    if hasattr(server.route, "parent"):
-        route = jax.device_get(server.route._replace(sent=(), updates=()))
-        count = int(route.count)
+    route = jax.device_get(server.route)
+    count = int(getattr(route, "count", fed.algorithm.models))  # CFL's bank has rows that are not in use yet
+    files = clusters.plot(folder, lines)
+    files += clusters.plot_losses(folder, (seen.loss / seen.examples)[:, :count], fed.groups)
+    if hasattr(route, "parent"):
         files += clusters.plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
     return files
 
