@@ -303,10 +303,11 @@ def _plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, An
     if not machine.is_first():
         return []
     route = jax.device_get(server.route)
-    count = int(getattr(route, "count", fed.algorithm.models))  # CFL's bank has rows that are not in use yet
+    splits = hasattr(route, "parent")
+    count = int(route.count) if splits else fed.algorithm.models  # CFL's bank has rows that are not in use yet
     files = clusters.plot(folder, lines)
     files += clusters.plot_losses(folder, (seen.loss / seen.examples)[:, :count], fed.groups)
-    if hasattr(route, "parent"):
+    if splits:
         files += clusters.plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
     return files
 

@@ -106,7 +106,8 @@ CELLS = [
     for row in ROWS
     for how in EXECUTORS
     if how != "bucketed_each"  # the reference
-    if how in (("vmapped", "sharded8") if row.image else EVERYWHERE) or row.name == "private_memory"
+    if how in EVERYWHERE or row.name == "private_memory"
+    if (row.name, how) != ("fedavg_tracked_bn", "vmapped")  # heterofl_conv has convolutions under vmap
 ]
 
 
@@ -134,7 +135,7 @@ def cohort_of(algorithm, population, round=0):
     return algorithm.plan(key, jnp.int32(round), state.server, population, None)
 
 
-@pytest.mark.parametrize("how", ["vmapped", "bucketed3", "sharded8"])
+@pytest.mark.parametrize("how", ["vmapped", "sharded8"])
 @pytest.mark.parametrize("row", [ROWS[3], ROWS[5]], ids=lambda row: row.name)
 def test_a_client_that_is_not_finite_is_left_out_counted_and_named(row, how):
     algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
@@ -163,7 +164,7 @@ def test_a_round_in_which_every_client_fails_changes_nothing(row):
     assert infos[0]["failed"] == COHORT
 
 
-@pytest.mark.parametrize("how", ["vmapped", "bucketed3", "sharded8"])
+@pytest.mark.parametrize("how", ["bucketed3", "sharded8"])
 def test_padding_adds_nothing_even_if_it_is_nan(how):
     """A cohort with items that are not valid equals the cohort without them, also when their data is NaN."""
     family, population = mlp_family(), toy_population()
@@ -222,7 +223,7 @@ def test_members_of_a_bank_get_their_own_row():
     toy = toy_population()
     bank = base._replace(members=2, client=client, server=server)
     found = {}
-    for how in ("vmapped", "chunked3", "bucketed_each", "sharded8"):
+    for how in ("vmapped", "bucketed_each", "sharded8"):
         _, infos, _ = play(bank, executor(*EXECUTORS[how]), toy, rounds=1)
         found[how] = infos[0]["rows"]
         odd = np.asarray(infos[0]["offset"]) % 2 == 1
