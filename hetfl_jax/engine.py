@@ -266,7 +266,8 @@ def _with_host_work(between: Between, executor: Executor, usual: Step, step: Cal
         server, info = between.decide(state.server, collected, ask)
         return after._replace(server=executor.place(server)), {**info, "device": device}
 
-    run.jitted, run._cache_size = getattr(usual, "jitted", usual), usual._cache_size  # type: ignore[attr-defined]
+    if executor.jit:
+        run.jitted, run._cache_size = getattr(usual, "jitted", usual), usual._cache_size  # type: ignore[attr-defined]
     return run
 
 

@@ -243,7 +243,7 @@ def _lines(
         items = np.asarray(info["items"]).round().astype(np.int64)
         one_way = int(items @ fed.costs.bytes)
         macs = int(np.asarray(info["examples"], np.float64) @ fed.costs.macs) * TRAINING_PASSES
-        macs += int(np.asarray(info.get("judged", 0.0), np.float64) @ fed.costs.macs) if "judged" in info else 0
+        macs += int(np.asarray(info["judged"], np.float64) @ fed.costs.macs) if "judged" in info else 0
         failed = [int(client) for client in info["failed_ids"] if client >= 0]
         totals = Totals(
             totals.down_bytes + one_way * fed.algorithm.broadcast,

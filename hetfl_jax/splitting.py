@@ -137,7 +137,8 @@ def _asked(base: Algorithm) -> Callable[..., Array]:
     """What a client answers when it is asked for its update at some model: the unit vector of it, [P]."""
 
     def answer(key: Array, sent: PyTree, shard: Shard) -> Array:
-        update, _ = ravel_pytree(_update(base.client(key, sent, 0, (), shard, {}).total))
+        memory = tree.zeros(jax.eval_shape(base.init, key)[1])
+        update, _ = ravel_pytree(_update(base.client(key, sent, 0, (), shard, memory).total))
         return update / jnp.maximum(jnp.linalg.norm(update), 1e-12)
 
     return answer
@@ -148,7 +149,7 @@ class Cutting:
 
     def __init__(self, state: BankState, plan: Plan, ok: np.ndarray, updates: PyTree, keep: bool):
         """Start from the state before the round and the updates of its items."""
-        self.before, self.plan, self.ok, self.updates, self.keep = state, plan, ok, updates, keep
+        self.plan, self.ok, self.updates, self.keep = plan, ok, updates, keep
         self.members, self.route = state.members, state.route
         self.table = np.array(state.route.table)
         self.ids = np.asarray(plan.ids)

@@ -223,7 +223,8 @@ def test_cfl_finds_the_two_groups_and_never_recompiles(how):
 
 def test_cfl_places_absent_and_new_clients_by_the_tree():
     pop, group = two_worlds()
-    algorithm = cfl.make(mlp_family(), sgd(learning_rate=0.2), cohort=8, **SPLITTING)
+    training = sgd(learning_rate=0.1, keep_momentum=True)
+    algorithm = cfl.make(mlp_family(), training, cohort=8, **SPLITTING)
     state, _, _ = play(algorithm, executor("bucketed"), pop, rounds=5)
     assert matched(state.server.route.table, group) == 1.0, "those who were absent at the split were asked"
 
@@ -309,6 +310,7 @@ def test_views_turn_images_and_rename_classes():
         (ifca, dict(clusters=2, averaging="both"), "'both' is not one of models, gradients"),
         (ifca, dict(clusters=2, min_share=0.6), "min_share 0.6"),
         (ifca, dict(clusters=2, shared=("nope",)), "layer 'nope' is not one of dense_0, head"),
+        (ifca, dict(clusters=2, over="nope"), "method 'nope' inside IFCA"),
         (cfl, CFL | dict(eps1=0.0), r"eps1 0.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(eps1=2.0), r"eps1 2.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(gamma_max=1.0), "gamma_max 1.0"),

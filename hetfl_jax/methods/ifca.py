@@ -18,6 +18,7 @@ can be tried in one program and the best by training loss goes on.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ def make(
     _check(cohort, clusters, averaging, restarts, min_share, family, [*shared, *(redraw if warm_start else ())])
     if over:
         given = {"cohort": cohort, **(over_args or {})}
+        if importlib.util.find_spec(f"hetfl_jax.methods.{over}") is None:
+            raise ValueError(f"method {over!r} inside IFCA is not there (method.args.over)")
         inside = importlib.import_module(f"hetfl_jax.methods.{over}").make
         base = inside(family, local, **given, **({"proportions": proportions} if over == "heterofl" else {}))
     else:
