@@ -12,7 +12,7 @@ from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
-from hetfl_jax.parts.local import Local, Tally, local_steps, tally, train
+from hetfl_jax.parts.local import Local, Tally, tally, train
 from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 
@@ -28,6 +28,7 @@ class Sent(NamedTuple):
 
     variables: PyTree
     round: Array
+    context: PyTree = ()  #: of the server rule, e.g. SCAFFOLD's variate
 
 
 def compose(
@@ -66,32 +67,35 @@ def compose(
         variables = capacity.init(family, key)
         memory = drift.init(variables["params"])
         if local.keep_momentum:
-            if memory:
-                raise ValueError("this method keeps a memory of its own: need train.keep_momentum=False")
-            memory = {"params": jax.tree.map(jnp.zeros_like, variables["params"])}
+            memory = {**memory, "momentum": {"params": jax.tree.map(jnp.zeros_like, variables["params"])}}
         return ServerState(variables, server.init(variables)), memory
 
     def plan(key: Array, round: Array, state: ServerState, population: Population, survey: Any) -> Plan:
         who, how = jax.random.split(key)
         cohort = select(who, round, state, population, survey)
-        return Plan(*cohort, capacity_of(how, cohort.ids, population), Sent(state.variables, round), ())
+        return Plan(*cohort, capacity_of(how, cohort.ids, population), Sent(state.variables, round, server.context(state.slot)), ())
 
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
         view = capacity.view(family, sent.variables, level)
-        own = view.cut(memory)
-        after, seen, momentum = train(local, view, objective, drift, key=key, shard=shard, memory=own, round=sent.round)
+        after, seen, kept, extra = train(
+            local, view, objective, drift, key=key, shard=shard, round=sent.round,
+            memory={name: view.cut(part) for name, part in memory.items()}, context=view.cut(dict(sent.context)),
+        )  # fmt: skip
         delta = jax.tree.map(jnp.subtract, after, view.variables)
-        steps = local_steps(local, shard.size)
-        kept = momentum or drift.update(own, after["params"], view.variables["params"], steps)
-        return Reply(merge.lift(delta, level, shard), 0, view.put(memory, kept), seen)
+        total = merge.lift(delta, level, shard)._replace(extra=extra)
+        return Reply(total, 0, {name: view.put(part, kept[name]) for name, part in memory.items()}, seen)
 
     def widen(total: merges.Total, level: int) -> merges.Total:
-        return total._replace(delta=capacity.widen(family, total.delta, level))
+        return total._replace(
+            delta=capacity.widen(family, total.delta, level), extra=capacity.widen(family, total.extra, level)
+        )
 
     def serve(state: ServerState, plan: Plan, total: PyTree, report: Tally, ok: Array) -> tuple[ServerState, PyTree]:
-        mean, coverage = merge.settle(tree.take(total, 0))
-        slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any())
-        return ServerState(variables, slot), round_info(plan, report, ok, family.levels)
+        whole = tree.take(total, 0)
+        mean, coverage = merge.settle(whole)
+        slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any(), whole.extra)
+        info = round_info(plan, report, ok, family.levels) | server.info(slot, variables)
+        return ServerState(variables, slot), info
 
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
         return capacity.view(family, state.variables, level).variables
@@ -112,8 +116,16 @@ def compose(
     def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
         return capacity.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
+    def others(state: ServerState, memory: PyTree) -> dict[str, ServerState]:
+        found = server.others(state.slot, state.variables)
+        if "last" in memory:
+            found["all"] = {**state.variables, **jax.tree.map(lambda rows: rows.mean(0), memory["last"])}
+        return {name: state._replace(variables=variables) for name, variables in found.items()}
+
     collects = statistics if capacity.collects_statistics(family) else None
-    return Algorithm(family.levels, 1, init, plan, client, widen, serve, model, predict, collects, judge)
+    return Algorithm(
+        family.levels, 1, init, plan, client, widen, serve, model, predict, collects, judge, others=others
+    )  # fmt: skip
 
 
 def round_info(plan: Plan, report: Tally, ok: Array, levels: int) -> dict[str, Array]:

@@ -44,13 +44,24 @@ def _judged(
     def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, Tally]:
         def of(variables: PyTree) -> Tally:
             def logits(x: Array) -> Array:
-                return algorithm.predict(variables, level_of(sent), x, shard)[-1]
+                return readings(algorithm.predict(variables, level_of(sent), x, shard))
 
             return tally(logits, optax.softmax_cross_entropy_with_integer_labels, batch, shard)
 
         return (), of(sent[0]) if algorithm.models == 1 else jax.vmap(of)(sent[0])
 
     return query(executor, one, sent, data, jnp.arange(data.size.shape[0]), jax.random.key(0)).report
+
+
+def readings(exits: Array) -> Array:
+    """How exits [E, B, C] are read: the last one [B, C]; with several, [2, B, C], the last and the ensemble.
+
+    The ensemble is the mean of the logits.
+
+    >>> readings(jnp.arange(4.0).reshape(2, 1, 2))[:, 0].tolist()
+    [[2.0, 3.0], [1.0, 2.0]]
+    """
+    return exits[-1] if exits.shape[0] == 1 else jnp.stack([exits[-1], exits.mean(0)])
 
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:

@@ -139,6 +139,8 @@ class Algorithm(NamedTuple):
     Where a client has a choice of ``models`` > 1, ``place(server, losses, ids) -> [N]`` says which one is whose, given
     the clients' training losses [N, models]; of these every item of a round receives ``broadcast``.
 
+    ``others(server, memory) -> {name: server}`` are further models that evaluation looks at, as servers that hold them.
+
     ``between`` is work on the host between rounds (e.g. splitting a cluster).
     """
 
@@ -156,6 +158,7 @@ class Algorithm(NamedTuple):
     models: int = 1
     broadcast: int = 1
     place: Callable[..., Array] | None = None
+    others: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda server, memory: {}
     between: "Between | None" = None
 
 

@@ -13,23 +13,24 @@ import pytest
 from hetfl_jax import engine
 from hetfl_jax.compose import compose
 from hetfl_jax.engine import executor, make_round, start
-from hetfl_jax.methods import cfl, fedavg, fedprox, heterofl, ifca
+from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, scaffold
 from hetfl_jax.parts import drift, select
 from hetfl_jax.store import device_store
 from hetfl_jax.types import Algorithm
-from tests.toys import conv_family, mlp_family, sgd, toy_population, worst
+from tests.toys import conv_family, exits_family, mlp_family, sgd, toy_population, worst
 
 
 def visits(family, settings, *, cohort):
     """FedAvg whose clients pull towards a private average of what they saw: a drift with memory, at every level."""
 
-    def gradient(gradient, params, received, memory):
-        return jax.tree.map(lambda g, d: g - 0.1 * d, gradient, memory["params"])
+    def gradient(gradient, params, around):
+        return jax.tree.map(lambda g, d: g - 0.1 * d, gradient, around.memory["seen"]["params"])
 
-    def update(memory, params, received, steps):
-        return {"params": jax.tree.map(lambda d, p, r: d + p - r, memory["params"], params, received)}
+    def update(after, around, steps):
+        seen = jax.tree.map(lambda d, p, r: d + p - r, around.memory["seen"]["params"], after, around.received)
+        return {"seen": {"params": seen}}, {}
 
-    rule = drift.Drift(lambda params: {"params": jax.tree.map(jnp.zeros_like, params)}, gradient, update)
+    rule = drift.Drift(lambda params: {"seen": {"params": jax.tree.map(jnp.zeros_like, params)}}, gradient, update)
     return compose(family, local=settings, select=select.uniform(cohort), drift=rule)
 
 
@@ -50,6 +51,9 @@ ROWS = [
     Row("private_memory", visits, {}),
     Row("heterofl_conv", heterofl.make, {"proportions": (1, 1)}, lambda: conv_family(norm="bn"), True),
     Row("fedavg_tracked_bn", fedavg.make, {}, lambda: conv_family(norm="bn_tracked"), True),
+    Row("feddyn", feddyn.make, {"clients_per_level": (6, 6), "feddyn_alpha": 0.1, "keep_models": True}),
+    Row("scaffold", scaffold.make, {"clients": 12}),
+    Row("depthfl", depthfl.make, {"clients_per_level": (6, 6)}, lambda: exits_family()),
     Row("ifca", ifca.make, {"clusters": 2, "restarts": 2, "restart_rounds": 1}),
     Row("cfl", cfl.make, {"clients": 12, "eps1": 1e-9, "eps2": 1e-9, "max_clusters": 2}),
 ]
@@ -191,7 +195,7 @@ def test_memory_of_absent_clients_and_dead_entries_survives(how):
     population = toy_population()
     state, _, _ = play(algorithm, executor(*EXECUTORS[how]), population, rounds=1)
     plan = cohort_of(algorithm, population)
-    kernel = state.memory["params"]["dense_0"]["kernel"]
+    kernel = state.memory["seen"]["params"]["dense_0"]["kernel"]
     for client in range(12):
         if client not in plan.ids:
             assert (kernel[client] == 0).all()

@@ -31,6 +31,11 @@ def mlp_family(levels=LEVELS, features=6, classes=3, **fields):
     return capacity.family(build("mlp", hidden=(8,), classes=classes, **fields), levels, jnp.zeros((1, features)))
 
 
+def exits_family(levels=({"depth": 2}, {"depth": 1}), features=6, classes=3, **fields):
+    module = build("mlp", hidden=(8, 8), classes=classes, **fields)
+    return capacity.family(module, levels, jnp.zeros((1, features)))
+
+
 def conv_family(levels=LEVELS, classes=3, **fields):
     module = build("conv", hidden=(8, 8), classes=classes, **fields)
     prepare = lambda x, key: x.astype(jnp.float32) / 255  # noqa: E731

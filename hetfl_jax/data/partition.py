@@ -208,6 +208,19 @@ def levels_fixed(proportions: tuple[int, ...], clients: int) -> np.ndarray:
     return np.concatenate([level, np.full(clients - level.size, len(proportions) - 1)]).astype(np.int32)
 
 
+def levels_by_id(proportions: tuple[int, ...], clients: int) -> np.ndarray:
+    """DepthFL's fixed assignment: the smallest level (the last) to the first ids; any remainder is spread.
+
+    With D equal proportions client i gets depth ``floor(D i / N) + 1``.
+
+    >>> levels_by_id((1, 1), 5).tolist()
+    [1, 1, 1, 0, 0]
+    """
+    share = np.arange(clients) * sum(proportions) // clients
+    from_smallest = np.searchsorted(np.cumsum(proportions[::-1]), share, side="right")
+    return (len(proportions) - 1 - from_smallest).astype(np.int32)
+
+
 def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
     """Sizes and classes per client in numbers: what a run prints and saves."""
     count = class_counts(labels, part)

@@ -6,9 +6,10 @@ from typing import Any
 import flax.linen as nn
 
 from hetfl_jax.models.conv import conv, depthwise_conv
+from hetfl_jax.models.exits import ExitResNet
 from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet
 
-__all__ = ["CNN", "MLP", "NETS", "Conv", "LeNet", "PreResNet", "build", "conv", "depthwise_conv"]
+__all__ = ["CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "build", "conv", "depthwise_conv"]
 
 
 def _preresnet_1112(**fields: Any) -> nn.Module:
@@ -24,6 +25,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
     "lenet": LeNet,
     "conv": Conv,
+    "resnet18_exits": ExitResNet,
     "preresnet_1112": _preresnet_1112,
     "preresnet18": _preresnet18,
 }

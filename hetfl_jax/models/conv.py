@@ -9,7 +9,7 @@
     im2col by rows: the shifted views along the width are joined and each kernel row is one matrix product. Plain
     batched matrix products under ``vmap``. The default elsewhere.
 ``lax``
-    ``jax.lax.conv_general_dilated`` as it is.
+    ``jax.lax.conv_general_dilated`` as it is, grouped for a depthwise convolution, which is otherwise a sum of slices.
 
 All three plug into Flax through ``nn.Conv(conv_general_dilated=lowered(name))``.
 """
@@ -191,6 +191,8 @@ def lowered(lowering: str) -> Callable[..., Array]:
         if feature_group_count == 1:
             return conv(x, w, window_strides, padding, lowering)
         if feature_group_count == x.shape[-1] == w.shape[-1]:
+            if lowering == "lax":
+                return _conv(x, w, *_geometry(x, w, window_strides, padding), feature_group_count=x.shape[-1])
             return depthwise_conv(x, w, window_strides, padding)
         raise ValueError(f"feature_group_count {feature_group_count} is not 1 or {x.shape[-1]} (models.conv)")
 

@@ -72,12 +72,12 @@ def scale(x: Array, width: float | Array, *, train: bool) -> Array:
     return x / width if train else x
 
 
-def check_norm(kind: str, smallest: int) -> None:
+def check_norm(kind: str, smallest: int, groups: int = GROUPS) -> None:
     """Reject an unknown norm, and gn groups that do not divide the narrowest layer."""
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is not one of {', '.join(NORMS)} (models)")
-    if kind == "gn" and smallest % GROUPS:
-        raise ValueError(f"norm 'gn' has {GROUPS} groups, which do not divide a layer of {smallest} channels (models)")
+    if kind == "gn" and smallest % groups:
+        raise ValueError(f"norm 'gn' has {groups} groups, which do not divide a layer of {smallest} channels (models)")
 
 
 class Norm(nn.Module):
@@ -87,22 +87,23 @@ class Norm(nn.Module):
     collection ``batch_stats`` is mutable, it receives the batch mean and the *unbiased* batch variance; evaluation
     uses that collection where it is given and the batch otherwise (which is how statistics are collected).
     ``bn_tracked`` keeps running statistics. ``in``, ``ln`` and ``gn`` are group norms of one channel a group, one
-    group, and four groups of the *active* channels.
+    group, and ``groups`` groups of the *active* channels.
     """
 
     kind: str
+    groups: int = GROUPS
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, valid: Array | None = None, active: Array | None = None) -> Array:
         """Normalise [B, H, W, C] or [B, C]; rows that are not ``valid`` do not count in batch statistics."""
-        check_norm(self.kind, GROUPS)
+        check_norm(self.kind, self.groups, self.groups)
         if self.kind == "none":
             return x
         features = x.shape[-1]
         if self.kind.startswith("bn"):
             mean, var = self._batch_statistics(x, train, valid)
         else:
-            mean, var = _group_statistics(x, self.kind, active)
+            mean, var = _group_statistics(x, self.kind, active, self.groups)
         weight = self.param("scale", nn.initializers.ones, (features,))
         bias = self.param("bias", nn.initializers.zeros, (features,))
         y = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias
@@ -131,13 +132,13 @@ class Norm(nn.Module):
         return mean, var
 
 
-def _group_statistics(x: Array, kind: str, active: Array | None) -> tuple[Array, Array]:
+def _group_statistics(x: Array, kind: str, active: Array | None, groups: int) -> tuple[Array, Array]:
     """Mean and biased variance per example and group, broadcast back to channels: [B, 1, 1, C]."""
     spatial = tuple(range(1, x.ndim - 1))
     if kind == "in":
         mean = x.mean(spatial, keepdims=True)
         return mean, jnp.square(x - mean).mean(spatial, keepdims=True)
-    features, groups = x.shape[-1], GROUPS if kind == "gn" else 1
+    features, groups = x.shape[-1], groups if kind == "gn" else 1
     per_group = (features if active is None else active) // groups
     # [C, G]; channels that are not active belong to no group
     member = jax.nn.one_hot(jnp.arange(features) // per_group, groups, dtype=x.dtype)

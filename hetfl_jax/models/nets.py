@@ -7,9 +7,11 @@ Call contract: ``module(x, *, train, valid, capacity) -> logits [B, C]`` (or ``[
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from hetfl_jax.models.conv import max_pool
 from hetfl_jax.models.layers import (
+    GROUPS,
     Norm,
     active_channels,
     check_norm,
@@ -23,7 +25,7 @@ from hetfl_jax.types import Array
 Capacity = Mapping[str, Array]
 
 
-class _Net(nn.Module):
+class BaseNet(nn.Module):
     """Fields and helpers shared by the nets."""
 
     hidden: Sequence[int]
@@ -34,7 +36,10 @@ class _Net(nn.Module):
     lowering: str = "auto"
 
     def __post_init__(self) -> None:
-        check_norm(self.norm, min((active_channels(full, self.width) for full in self.hidden), default=0))
+        narrowest = min((active_channels(full, self.width) for full in self.hidden), default=0)
+        check_norm(self.norm, narrowest, getattr(self, "groups", GROUPS))
+        if not 0 <= getattr(self, "depth", 0) <= len(self.hidden):
+            raise ValueError(f"depth {self.depth}, allowed 1..{len(self.hidden)}, or 0 for all layers (family.mix)")
         super().__post_init__()
 
     def _channels(self, full: int) -> int:
@@ -44,30 +49,36 @@ class _Net(nn.Module):
         self, x: Array, full: int, name: str, train: bool, valid: Array | None, capacity: Capacity | None
     ) -> Array:
         """Scaler, then norm, of a layer with ``full`` channels at width 1."""
-        width = None if capacity is None else capacity["width"]
+        width = None if capacity is None else capacity.get("width")
         if self.scaler:
             x = scale(x, self.width if width is None else width, train=train)
         return Norm(self.norm, name=name)(x, train=train, valid=valid, active=traced_channels(full, width))
 
 
-class MLP(_Net):
-    """Linear layers with ReLU; the default 784-200-10 is the "2NN" baseline with one hidden layer."""
+class MLP(BaseNet):
+    """Linear layers with ReLU; the default 784-200-10 is the "2NN" baseline with one hidden layer.
+
+    With ``depth`` d > 0 only the first d hidden layers are there, and each has an exit: [d, B, C].
+    """
 
     hidden: Sequence[int] = (200,)
+    depth: int = 0
 
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
     ) -> Array:
         """[B, ...] -> [B, C]."""
-        x = x.reshape(x.shape[0], -1)
-        for i, full in enumerate(self.hidden):
+        x, exits = x.reshape(x.shape[0], -1), []
+        for i, full in enumerate(self.hidden[: self.depth or None]):
             x = dense_layer(x, self._channels(full), name=f"dense_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
-        return dense_layer(x, self.classes, name="head")
+            if self.depth:
+                exits.append(dense_layer(x, self.classes, name=f"head_{i}"))
+        return jnp.stack(exits) if exits else dense_layer(x, self.classes, name="head")
 
 
-class CNN(_Net):
+class CNN(BaseNet):
     """The FedAvg CNN (McMahan et al. 2017): conv 5x5, pool, conv 5x5, pool, dense; 1,663,370 parameters at 28x28x1."""
 
     hidden: Sequence[int] = (32, 64, 512)
@@ -88,7 +99,7 @@ class CNN(_Net):
         return dense_layer(x, self.classes, name="head")
 
 
-class LeNet(_Net):
+class LeNet(BaseNet):
     """The net of CFL's published code: unpadded conv 5x5, pool, twice, then linear; 18,506 parameters at 62 classes."""
 
     hidden: Sequence[int] = (6, 16)
@@ -106,27 +117,32 @@ class LeNet(_Net):
         return dense_layer(x, self.classes, name="head")
 
 
-class Conv(_Net):
-    """HeteroFL's Conv: 3x3 convolutions with bias, Scaler, norm, ReLU, pool (none after the last), mean, linear."""
+class Conv(BaseNet):
+    """HeteroFL's Conv: 3x3 convolutions with bias, Scaler, norm, ReLU, pool (none after the last), mean, linear.
+
+    With ``depth`` d > 0 only the first d convolutions are there, and each has an exit: [d, B, C].
+    """
 
     hidden: Sequence[int] = (64, 128, 256, 512)
     norm: str = "bn"
     scaler: bool = True
+    depth: int = 0
 
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
     ) -> Array:
         """[B, H, W, I] -> [B, C]."""
-        for i, full in enumerate(self.hidden):
-            x = conv_layer(x, self._channels(full), 3, lowering=self.lowering, name=f"conv_{i}")
+        exits = []
+        for i, full in enumerate(self.hidden[: self.depth or None]):
+            x = conv_layer(max_pool(x) if i else x, self._channels(full), 3, lowering=self.lowering, name=f"conv_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
-            if i < len(self.hidden) - 1:
-                x = max_pool(x)
-        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
+            if self.depth:
+                exits.append(dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name=f"head_{i}"))
+        return jnp.stack(exits) if exits else dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
 
 
-class PreResNet(_Net):
+class PreResNet(BaseNet):
     """HeteroFL's pre-activation ResNet with basic blocks; stages of strides 1, 2, 2, 2 and no norm after the stem.
 
     The published CIFAR-10 figures come from blocks 1-1-1-2 (9.6 M parameters); the later code has 2-2-2-2 (11.2 M).

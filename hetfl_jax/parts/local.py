@@ -1,7 +1,7 @@
 """Local training: epochs of shuffled batches over one client's examples."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from hetfl_jax.capacity import View
 from hetfl_jax.data.population import examples
-from hetfl_jax.parts.drift import Drift
+from hetfl_jax.parts.drift import Around, Drift
 from hetfl_jax.parts.objective import Objective, last_exit
 from hetfl_jax.random import permute
 from hetfl_jax.types import Array, PyTree, Shard
@@ -20,7 +20,8 @@ OPTIMIZERS = ("sgd", "adam")
 class Local(NamedTuple):
     """How a client trains."""
 
-    optimizer: Callable[[Array], optax.GradientTransformation]  #: of the round's learning rate
+    #: (the round's learning rate, what is added to the weight decay) -> transformation
+    optimizer: Callable[[Array, Array | float], optax.GradientTransformation]
     learning_rate: Callable[[Array], Array]  #: of the round, counted from 0
     batch_size: int
     epochs: int  #: passes over the client's examples
@@ -85,10 +86,10 @@ def local(
         passed = sum((round >= m for m in milestones), jnp.int32(0))
         return learning_rate * jnp.power(decay_factor, passed) * jnp.power(round_decay, round)
 
-    def transform(rate: Array) -> optax.GradientTransformation:
+    def transform(rate: Array, decay: Array | float) -> optax.GradientTransformation:
         steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-        if weight_decay:
-            steps.append(optax.add_decayed_weights(weight_decay))
+        if weight_decay or not isinstance(decay, float) or decay:
+            steps.append(optax.add_decayed_weights(weight_decay + decay))
         rule = optax.sgd(rate, momentum or None) if optimizer == "sgd" else optax.adam(rate)
         return optax.chain(*steps, rule)
 
@@ -100,7 +101,7 @@ def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array
     """Loss and hits over all of a shard's examples, in batches.
 
     Args:
-      logits: examples -> [B, C].
+      logits: examples -> [B, C], or [R, B, C] of several ways to read a model: then the sums have a leading R.
       each: (logits, labels) -> loss of each example, [B].
       batch: examples at a time.
     """
@@ -109,14 +110,23 @@ def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array
         position = i * batch + jnp.arange(batch)
         valid = position < shard.size
         x, labels = examples(shard, shard.index[shard.offset + jnp.minimum(position, shard.size - 1)])
+        of = lambda found: _count(found, each(found, labels), labels, valid)  # noqa: E731
         found = logits(x)
-        loss = each(found, labels)
-        hits = valid & (found.argmax(-1) == labels)
-        new = Tally(*(v.sum().astype(dtype) for v in (jnp.where(valid, loss, 0), hits, valid)))
-        return jax.tree.map(jnp.add, seen, new)
+        return jax.tree.map(lambda a, b: a + b.astype(dtype), seen, jax.vmap(of)(found) if lead(found) else of(found))
+
+    def lead(found: Any) -> tuple[int, ...]:
+        return found.shape[:-2]
 
     dtype = jnp.result_type(float)
-    return jax.lax.fori_loop(0, -(-shard.size // batch), step, Tally(*(jnp.zeros((), dtype) for _ in Tally._fields)))
+    first = examples(shard, shard.index[shard.offset + jnp.zeros(batch, int)])[0]
+    shape = lead(jax.eval_shape(logits, first))
+    zero = Tally(*(jnp.zeros(shape, dtype) for _ in Tally._fields))
+    return jax.lax.fori_loop(0, -(-shard.size // batch), step, zero)
+
+
+def _count(logits: Array, loss: Array, labels: Array, valid: Array) -> Tally:
+    hits = valid & (logits.argmax(-1) == labels)
+    return Tally(jnp.where(valid, loss, 0).sum(), hits.sum(), valid.sum())
 
 
 def local_steps(settings: Local, size: Array) -> Array:
@@ -135,14 +145,19 @@ def train(
     shard: Shard,
     memory: PyTree,
     round: Array,
-) -> tuple[PyTree, Tally, PyTree]:
-    """One client's local training from ``view.variables``: the variables after it, what was seen, and the momentum.
+    context: PyTree = {},  # noqa: B006
+) -> tuple[PyTree, Tally, PyTree, PyTree]:
+    """One client's local training from ``view.variables``.
+
+    Returns:
+      (variables after it, what was seen, memory after it, what the drift sends besides the model).
 
     Invalid rows of a partial batch are kept out of loss, batch statistics and tally. The step count is traced, so
     clients of any size share one program.
     """
     start = view.variables
-    transform = settings.optimizer(settings.learning_rate(round))
+    around = Around(start["params"], memory, context, shard.size)
+    transform = settings.optimizer(settings.learning_rate(round), drift.decay(around))
     batch = settings.batch_size
     per_epoch = -(-shard.size // batch)
 
@@ -172,7 +187,7 @@ def train(
 
         params = variables["params"]
         (value, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        gradient = drift.gradient(gradient, params, start["params"], memory)
+        gradient = drift.gradient(gradient, params, around)
         gradient = view.cut({"params": gradient})["params"]
         update, slot = transform.update(gradient, slot, params)
         after = {**variables, "params": optax.apply_updates(params, update)}
@@ -186,6 +201,10 @@ def train(
     zero = Tally(*(jnp.zeros((), dtype) for _ in Tally._fields))
     slot = transform.init(start["params"])
     if settings.keep_momentum:
-        slot = optax.tree.set(slot, trace=memory["params"])
-    variables, slot, seen = jax.lax.fori_loop(0, local_steps(settings, shard.size), step, (start, slot, zero))
-    return variables, seen, {"params": optax.tree.get(slot, "trace")} if settings.keep_momentum else {}
+        slot = optax.tree.set(slot, trace=memory["momentum"]["params"])
+    steps = local_steps(settings, shard.size)
+    variables, slot, seen = jax.lax.fori_loop(0, steps, step, (start, slot, zero))
+    kept, sent = drift.update(variables["params"], around, steps)
+    if settings.keep_momentum:
+        kept = {**kept, "momentum": {"params": optax.tree.get(slot, "trace")}}
+    return variables, seen, kept, sent

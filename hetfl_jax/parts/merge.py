@@ -4,12 +4,14 @@ A merge is a monoid of (delta, count per level, rows per level and class). Count
 client: ``settle`` expands them to leaves.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax import capacity
 from hetfl_jax.capacity import Family
@@ -22,6 +24,7 @@ class Total(NamedTuple):
     delta: PyTree  #: weighted change of the variables, narrow until the engine widens it
     count: Array  # type: ignore[assignment]  #: [L] weight of the replies of each level
     rows: Array  #: [L, C] the same, split by the classes that the clients hold
+    extra: PyTree = ()  #: plain sum of what a drift sends besides the model, of the same form as ``delta``
 
 
 class Merge(NamedTuple):
@@ -31,7 +34,13 @@ class Merge(NamedTuple):
     settle: Callable[[Total], tuple[PyTree, PyTree]]  #: total -> (mean delta, coverage), both of full shape
 
 
-def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool = False) -> Merge:
+#: layers that belong to one exit, by name
+EXIT_LAYERS = re.compile(r"(head|bottleneck|attention)_?\d")
+
+
+def overlap_mean(
+    family: Family, *, by_examples: bool = True, class_rows: bool = False, own_exit: bool = False
+) -> Merge:
     """Every entry is averaged over the clients whose level contains it.
 
     ``mean = sum_k w_k m_k delta_k / sum_k w_k m_k``; the mean of masked deltas equals the mean of overlapping weights.
@@ -41,7 +50,16 @@ def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool =
       by_examples: weigh clients by their number of examples (FedAvg) or count them (HeteroFL).
       class_rows: entries along a class axis count only for clients that hold the class (HeteroFL, section 1.6 of the
         official aggregation).
+      own_exit: layers of an exit count only for clients whose deepest exit it is: the others did not train it.
     """
+    exits = np.asarray(family.exits)
+
+    def trains(path: tuple[str, ...]) -> np.ndarray:
+        """[L] whether clients of a level train a leaf that they hold."""
+        owners = (family.windows[path].extents > 0).all(1)
+        if not own_exit or not any(EXIT_LAYERS.match(name) for name in path):
+            return np.ones(exits.size, bool)
+        return exits == exits[owners].min()
 
     def along(path: tuple[str, ...], ndim: int, rows: Array) -> Array:
         axis = family.windows[path].class_axis
@@ -55,13 +73,16 @@ def overlap_mean(family: Family, *, by_examples: bool = True, class_rows: bool =
         one = jax.nn.one_hot(capacity.index_of(level), family.levels) * weight
 
         def weigh(path: tuple[str, ...], d: Array) -> Array:
+            if not trains(path).all():
+                d = jnp.where(jnp.asarray(trains(path))[capacity.index_of(level)], d, 0)
             return jnp.where(along(path, d.ndim, shard.classes), d * weight, 0) if has_rows(path) else d * weight
 
         return Total(capacity.map_leaves(weigh, delta), one, one[:, None] * shard.classes)
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
-            return capacity.spread(family, path, total.count, total.rows if has_rows(path) else None)
+            count = total.count if trains(path).all() else total.count * trains(path)
+            return capacity.spread(family, path, count, total.rows if has_rows(path) else None)
 
         coverage = capacity.map_leaves(cover, total.delta)
         mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -55,6 +56,63 @@ def squared_error() -> Objective:
         return jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
     return Objective(loss, lambda exits, shard: exits, each)
+
+
+def all_exits(
+    distill: bool = True,
+    *,
+    ramp_rounds: int = 300,
+    ramp_power: float = 5.0,
+    temperature: float = 1.0,
+    train_all: bool = True,
+) -> Objective:
+    """DepthFL's loss (equation 1): the exits' cross-entropies summed, and every exit learns from every other one.
+
+    With M active exits, logits z_i and ``q_j = softmax(z_j / T) + 1e-7`` (detached, not renormalised):
+    ``sum_i CE(z_i, y) + c(t) / (M - 1) sum_i sum_{j != i} T^2 KL(q_j || softmax(z_i / T))``.
+
+    Args:
+      distill: whether the second term is there; with one exit it never is.
+      ramp_rounds, ramp_power: ``c(t) = exp(-power (1 - min(t, R) / R)^2)`` in round t from 0; R = 0 is c = 1.
+      temperature: T.
+      train_all: ``False`` trains only the deepest active exit (the table's "InclusiveFL" row).
+
+    Raises:
+      ValueError: a ramp or temperature out of range.
+    """
+    if ramp_rounds < 0 or ramp_power < 0:
+        raise ValueError(f"ramp of {ramp_rounds} rounds, power {ramp_power}: allowed >= 0 (method.args.ramp_rounds)")
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}, allowed > 0 (method.args.temperature)")
+
+    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
+        count = active.sum()
+        student = active if train_all else active & (jnp.arange(active.size) == count - 1)
+        each = jax.vmap(lambda z: mean_cross_entropy(z, labels, valid))(exits)
+        total = jnp.where(student, each, 0).sum()
+        if not distill or active.size == 1:
+            return total
+        log_p = jax.nn.log_softmax(exits / temperature)
+        q = jax.lax.stop_gradient(jax.nn.softmax(exits / temperature)) + 1e-7
+        rows = valid.astype(exits.dtype) / jnp.maximum(valid.sum(), 1)
+        entropy = jnp.einsum("jbc,b->j", q * jnp.log(q), rows)
+        cross = jnp.einsum("jbc,ibc,b->ij", q, log_p, rows, precision=jax.lax.Precision.HIGHEST)
+        pair = student[:, None] & active[None, :] & ~jnp.eye(active.size, dtype=bool)
+        divergence = jnp.where(pair, temperature**2 * (entropy[None, :] - cross), 0).sum()
+        return total + ramp(round, ramp_rounds, ramp_power) * divergence / jnp.maximum(count - 1, 1)
+
+    return Objective(loss, lambda exits, shard: exits)
+
+
+def ramp(round: Array, rounds: int, power: float) -> Array:
+    """DepthFL's consistency weight of a round (from 0), ``exp(-power (1 - min(t, R) / R)^2)``; 1 if R is 0.
+
+    >>> ramp(jnp.int32(150), 300, 5.0).round(4)
+    Array(0.2865, dtype=float32)
+    """
+    if not rounds:
+        return jnp.ones(())
+    return jnp.exp(-power * jnp.square(1 - jnp.clip(round, 0, rounds) / rounds))
 
 
 def masked_cross_entropy() -> Objective:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import binom
 
 from hetfl_jax.random import permute
 from hetfl_jax.types import Array, Population, PyTree
@@ -38,6 +39,32 @@ def uniform(cohort: int) -> Select:
         if cohort > clients:
             raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
         return Cohort(permute(key, jnp.arange(cohort), clients), jnp.ones(cohort, bool))
+
+    return select
+
+
+def bernoulli(probability: float, clients: int) -> Select:
+    """Every client independently with ``probability``, given that somebody takes part (FedDyn's code redraws).
+
+    The number of participants is drawn first (binomial, without 0), then they are, uniformly: the same law. The cohort
+    has as many places as are exceeded with probability below 1e-9; a larger draw is cut there.
+
+    Raises:
+      ValueError: a probability outside (0, 1].
+    """
+    if not 0 < probability <= 1:
+        raise ValueError(f"participation probability {probability}, allowed 0 < p <= 1 (method.args.participation)")
+    counts = np.arange(1, clients + 1)
+    below = binom.cdf(counts, clients, probability)
+    places = int(np.searchsorted(below, 1 - 1e-9)) + 1
+    none = binom.pmf(0, clients, probability)
+    below = ((below - none) / (1 - none))[: min(places, clients)].astype(np.float32)
+
+    def select(key: Array, round: Array, server: PyTree, population: Population, survey: Any) -> Cohort:
+        how_many, who = jax.random.split(key)
+        count = 1 + jnp.searchsorted(jnp.asarray(below[:-1]), jax.random.uniform(how_many))
+        place = jnp.arange(below.size)
+        return Cohort(permute(who, place, clients), place < count)
 
     return select
 

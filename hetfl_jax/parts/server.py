@@ -1,13 +1,15 @@
 """What the server does with the mean change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from hetfl_jax import tree
+from hetfl_jax import capacity, tree
+from hetfl_jax.capacity import Family
 from hetfl_jax.types import Array, PyTree
 
 
@@ -15,8 +17,14 @@ class Server(NamedTuple):
     """A server rule with its own state."""
 
     init: Callable[[PyTree], PyTree]  #: variables -> slot
-    #: (slot, variables, mean delta, coverage, any ok) -> (slot, variables)
-    update: Callable[[PyTree, PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
+    #: (slot, variables, mean delta, coverage, any ok, extra) -> (slot, variables); ``extra`` is the drift's sum
+    update: Callable[..., tuple[PyTree, PyTree]]
+    #: slot -> what clients receive besides the model, ``{}`` or ``{"params": tree}``
+    context: Callable[[PyTree], PyTree] = lambda slot: {}
+    #: (slot, variables) -> further models to evaluate, by name
+    others: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda slot, variables: {}
+    #: (slot, variables) -> numbers to watch, by name
+    info: Callable[[PyTree, PyTree], dict[str, Array]] = lambda slot, variables: {}
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -47,10 +55,9 @@ def optimizer(name: str = "sgd", learning_rate: float = 1.0, **settings: Any) ->
 def from_optax(transform: optax.GradientTransformation) -> Server:
     """Any optax transformation as a server rule; see ``optimizer``."""
 
-    def keep(new: PyTree, old: PyTree, coverage: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o, c: jnp.where(c > 0, n, o), new, old, coverage)
-
-    def update(slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array) -> tuple[PyTree, PyTree]:
+    def update(
+        slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array, extra: PyTree = ()
+    ) -> tuple[PyTree, PyTree]:
         params, covered = variables["params"], coverage["params"]
         gradient = jax.tree.map(jnp.negative, mean["params"])
         step, new_slot = transform.update(gradient, slot, params)
@@ -58,8 +65,93 @@ def from_optax(transform: optax.GradientTransformation) -> Server:
         moved["params"] = optax.apply_updates(params, step)
         # Coverage in the shape of the optimizer's state: where a moment belongs to an entry that nobody held, keep it.
         held = optax.tree.map_params(transform, lambda _, c: c, slot, covered, transform_non_params=jnp.ones_like)
-        moments = keep(new_slot, slot, held)
+        moments = _covered(new_slot, slot, held)
         # A round in which every client failed counts for nothing, not even for Adam's step count.
-        return tree.select(any_ok, moments, slot), keep(moved, variables, coverage)
+        return tree.select(any_ok, moments, slot), _covered(moved, variables, coverage)
 
     return Server(lambda variables: transform.init(variables["params"]), update)
+
+
+def _covered(new: PyTree, old: PyTree, coverage: PyTree) -> PyTree:
+    """``new`` where somebody held the entry."""
+    return jax.tree.map(lambda n, o, c: jnp.where(c > 0, n, o), new, old, coverage)
+
+
+DENOMINATORS = ("all", "owners")
+
+
+def feddyn(
+    family: Family, clients_per_level: Sequence[int], denominator: str = "all", max_correction: float = 0.0
+) -> Server:
+    """FedDyn's server: the mean of what took part, plus m, the mean over ALL clients of their sums s_k.
+
+    ``m += (coverage / N) * mean delta`` and ``w <- w + mean delta + m``, entry by entry where somebody held it; m is
+    ``-h / alpha`` of the paper. Wants a plain mean over clients. Statistics become the mean, without m.
+
+    Args:
+      family: of the model.
+      clients_per_level: [L] how many clients there are of each level.
+      denominator: N is the number of ``all`` clients, or of the ``owners`` of an entry (corrects rare ones sooner).
+      max_correction: if > 0, m stays as it is in a round that would bring ``||m|| / ||w||`` above this.
+
+    The model before the correction is evaluated too, as ``sel``. A round whose result is not finite changes nothing.
+
+    Raises:
+      ValueError: an unknown denominator.
+    """
+    if denominator not in DENOMINATORS:
+        raise ValueError(
+            f"denominator {denominator!r} is not one of {', '.join(DENOMINATORS)} (method.args.feddyn_denominator)"
+        )
+    per_level = jnp.asarray(np.asarray(clients_per_level, np.float32))
+
+    def of_all(path: tuple[str, ...], value: Array) -> Array:
+        if denominator == "all":
+            return per_level.sum()
+        return jnp.maximum(capacity.spread(family, ("params", *path), per_level), 1)
+
+    def update(
+        slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array, extra: PyTree = ()
+    ) -> tuple[PyTree, PyTree]:
+        everyone = capacity.map_leaves(of_all, slot)
+        change, cover = mean["params"], coverage["params"]
+        moved = jax.tree.map(lambda m, d, c, n: m + c / n * d, slot, change, cover, everyone)
+        if max_correction:
+            within = optax.tree.norm(moved) <= max_correction * optax.tree.norm(variables["params"])
+            moved = tree.select(within, moved, slot)
+        after = {name: jax.tree.map(jnp.add, variables[name], mean[name]) for name in variables}
+        after["params"] = jax.tree.map(jnp.add, after["params"], moved)
+        after = _covered(after, variables, coverage)
+        fine = any_ok & tree.finite((after, moved))
+        return tree.select(fine, moved, slot), tree.select(fine, after, variables)
+
+    def others(slot: PyTree, variables: PyTree) -> dict[str, PyTree]:
+        return {"sel": {**variables, "params": jax.tree.map(jnp.subtract, variables["params"], slot)}}
+
+    def info(slot: PyTree, variables: PyTree) -> dict[str, Array]:
+        return {"correction": optax.tree.norm(slot) / optax.tree.norm(variables["params"])}
+
+    return Server(_zeros, update, others=others, info=info)
+
+
+def scaffold(clients: int, learning_rate: float = 1.0) -> Server:
+    """SCAFFOLD's server: ``w <- w + learning_rate * mean delta``, ``c <- c + sum of variate changes / clients``.
+
+    Wants a plain mean over clients.
+
+    Raises:
+      ValueError: a learning rate <= 0.
+    """
+    averaging = optimizer("sgd", learning_rate)
+
+    def update(
+        slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array, extra: PyTree = ()
+    ) -> tuple[PyTree, PyTree]:
+        _, after = averaging.update(averaging.init(variables), variables, mean, coverage, any_ok, extra)
+        return jax.tree.map(lambda c, d: c + d / clients, slot, extra["params"]), after
+
+    return Server(_zeros, update, context=lambda slot: {"params": slot})
+
+
+def _zeros(variables: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, variables["params"])

@@ -1,0 +1,62 @@
+"""FedDyn (Acar et al., ICLR 2021): dynamic regularisation; every client corrects for its own drift.
+
+Client k keeps ``s_k``, the sum of its changes ``w_k - w`` over the rounds in which it took part, and trains
+``min_w F_k(w) + alpha_k <s_k, w> + alpha_k / 2 ||w - w_received||^2``. The server keeps ``m = mean_k s_k`` over ALL
+clients and sends ``w = mean_{participants} w_k + m``. In the paper's terms the dual is ``-alpha_k s_k`` and ``h`` is
+``-alpha m``; with clients of unequal size only the sums are well defined, so they are what is kept.
+
+| slot | here |
+|---|---|
+| select | uniform cohort, or every client independently (``participation``) |
+| drift | the sums s_k, linear part inside the clipping, quadratic part as weight decay |
+| merge | plain mean over clients |
+| server | mean plus m |
+
+Evaluated are the model that is sent (``cld`` in the paper's code), the mean of the round's participants (``sel``), and
+with ``keep_models`` the mean of every client's last model (``all``).
+"""
+
+from collections.abc import Sequence
+
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import compose
+from hetfl_jax.parts import drift, merge, select, server
+from hetfl_jax.parts.local import Local
+from hetfl_jax.types import Algorithm
+
+
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    clients_per_level: Sequence[int],
+    feddyn_alpha: float,
+    mean_examples: float = 0.0,
+    participation: float = 0.0,
+    feddyn_denominator: str = "all",
+    max_correction: float = 0.0,
+    keep_models: bool = False,
+) -> Algorithm:
+    """FedDyn with alpha ``feddyn_alpha``.
+
+    Args:
+      cohort: clients a round, if ``participation`` is 0.
+      clients_per_level: [L] clients of each level.
+      mean_examples: if > 0, ``alpha_k = alpha * mean_examples / n_k`` (as the paper's code does for unequal clients).
+      participation: if > 0, every client takes part with this probability instead.
+      feddyn_denominator, max_correction: see ``parts.server.feddyn``.
+      keep_models: keep every client's last model, a second model-sized memory, and evaluate their mean.
+
+    Raises:
+      ValueError: alpha <= 0, or another value out of range.
+    """
+    rule = drift.feddyn(feddyn_alpha, mean_examples)
+    return compose(
+        family,
+        local=local,
+        select=select.bernoulli(participation, sum(clients_per_level)) if participation else select.uniform(cohort),
+        drift=drift.remembering(rule) if keep_models else rule,
+        merge=merge.overlap_mean(family, by_examples=False),
+        server=server.feddyn(family, clients_per_level, feddyn_denominator, max_correction),
+    )

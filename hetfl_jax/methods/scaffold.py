@@ -1,0 +1,54 @@
+"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378, algorithm 1, option II): control variates.
+
+A local step is ``w <- w - rate (g + c - c_k)``; then ``c_k' = c_k - c + (w_received - w_k) / (steps rate)``. The server
+averages the models and ``c <- c + sum_k (c_k' - c_k) / N`` over all N clients.
+
+| slot | here |
+|---|---|
+| drift | the variate c_k of the client against c, which the server sends along |
+| merge | plain mean over clients |
+| server | mean, and the update of c |
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import compose
+from hetfl_jax.parts import drift, merge, select, server
+from hetfl_jax.parts.local import Local
+from hetfl_jax.types import Algorithm
+
+
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    clients: int,
+    mean_examples: float = 0.0,
+    participation: float = 0.0,
+    server_learning_rate: float = 1.0,
+    keep_models: bool = False,
+) -> Algorithm:
+    """SCAFFOLD over a population of ``clients``; its messages are twice as large as FedAvg's.
+
+    Args:
+      mean_examples: if > 0, variates are weighed by ``n_k / mean_examples``, as FedDyn's authors do.
+      participation, keep_models: as in ``feddyn``.
+      server_learning_rate: of the server's step along the mean.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    rule = drift.scaffold(local.learning_rate(jnp.int32(0)), mean_examples)
+    return compose(
+        family,
+        local=local,
+        select=select.bernoulli(participation, clients) if participation else select.uniform(cohort),
+        drift=drift.remembering(rule) if keep_models else rule,
+        merge=merge.overlap_mean(family, by_examples=False),
+        server=server.scaffold(clients, server_learning_rate),
+    )
