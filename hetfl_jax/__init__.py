@@ -7,7 +7,8 @@ use the sum. Start at ``hetfl_jax.types``.
 from hetfl_jax.capacity import Family, costs, family, mask, narrow, overlay, view, widen
 from hetfl_jax.compose import compose
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import executor, make_round, query, start
+from hetfl_jax.engine import make_round, query, start
+from hetfl_jax.executors import executor
 from hetfl_jax.parts.local import local
 from hetfl_jax.run import Result, over_seeds, train
 from hetfl_jax.store import device_store

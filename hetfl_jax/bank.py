@@ -155,7 +155,8 @@ def bank(
 
     return base._replace(
         members=size, init=init, plan=plan, client=client, server=server, model=model, judge=None, models=route.models,
-        broadcast=route.broadcast, others=lambda server, memory: {}, place=lambda state, losses, ids: route.place(state.route, losses, ids),
+        broadcast=route.broadcast, others=lambda server, memory: {},
+        place=lambda state, losses, ids: route.place(state.route, losses, ids),
     )  # fmt: skip
 
 

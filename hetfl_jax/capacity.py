@@ -142,6 +142,15 @@ def init(fam: Family, key: Array) -> PyTree:
     return fam.nets[0].init(key, fam.prepare(tree.zeros(fam.example), None))
 
 
+def memory_extents(fam: Family, memory: PyTree) -> tuple[list[tuple[int, ...]], ...]:
+    """For each level, the leading extents of every leaf of a client memory ``{name: {"params": tree}}``."""
+    parts = [flat(memory[name]) for name in sorted(memory)]
+    return tuple(
+        [tuple(map(int, fam.windows[path].extents[level])) for part in parts for path in part]
+        for level in range(fam.levels)
+    )
+
+
 def _is_struct(example: Any) -> bool:
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 

@@ -73,7 +73,12 @@ def compose(
     def plan(key: Array, round: Array, state: ServerState, population: Population, survey: Any) -> Plan:
         who, how = jax.random.split(key)
         cohort = select(who, round, state, population, survey)
-        return Plan(*cohort, capacity_of(how, cohort.ids, population), Sent(state.variables, round, server.context(state.slot)), ())
+        return Plan(
+            *cohort,
+            capacity_of(how, cohort.ids, population),
+            Sent(state.variables, round, server.context(state.slot)),
+            (),
+        )
 
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
         view = capacity.view(family, sent.variables, level)

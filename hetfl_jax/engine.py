@@ -7,170 +7,48 @@ the devices that run them, an all-gather back to those that keep them).
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from hetfl_jax import tree
 from hetfl_jax.data.population import shards
+from hetfl_jax.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
 from hetfl_jax.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
-from hetfl_jax.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
+from hetfl_jax.runners import Pool
 from hetfl_jax.store import Store, device_store
 from hetfl_jax.types import Algorithm, Array, Between, Items, Outcome, Plan, Population, PyTree, Reply, Shard, State
 
 Step = Callable[[State, Population, Array], tuple[State, PyTree]]
 
-EXECUTORS = ("vmapped", "chunked", "bucketed", "debugging")
-_AXIS = "clients"
-_EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(_AXIS)
-
-
-class Executor(NamedTuple):
-    """How the items of a round are run."""
-
-    run: Runner
-    jit: bool = True
-    mesh: Mesh | None = None
-
-    @property
-    def devices(self) -> int:
-        """Over how many devices the items are spread."""
-        return 1 if self.mesh is None else self.mesh.size
-
-    def place(self, values: PyTree) -> PyTree:
-        """Put values where the first round expects them, so that it compiles like the others.
-
-        Over a mesh everything is replicated, but for the client memory of a ``State``: its rows are split by client id,
-        padded to a multiple of the devices. On one device nothing moves.
-        """
-        mesh = self.mesh
-        if mesh is None:
-            return values
-
-        def put(values: PyTree, spec: PartitionSpec) -> PyTree:
-            return jax.tree.map(lambda v: _put(v, NamedSharding(mesh, spec)), values)
-
-        def split(rows: Array) -> Array:
-            return jnp.pad(rows, [(0, -rows.shape[0] % mesh.size), *[(0, 0)] * (rows.ndim - 1)])
-
-        def one(value: PyTree) -> PyTree:
-            if not isinstance(value, State):
-                return put(value, _EVERYWHERE)
-            memory = put(jax.tree.map(split, value.memory), _SPLIT)
-            return State(put(value.server, _EVERYWHERE), memory, put(value.round, _EVERYWHERE))
-
-        return jax.tree.map(one, values, is_leaf=lambda v: isinstance(v, State))
-
-
-def _put(value: Array, sharding: NamedSharding) -> Array:
-    """``device_put``; with several processes from the host, since no device of one reaches those of another."""
-    if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
-        return jax.device_put(value, sharding)
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
-    return jax.device_put(np.asarray(value), sharding)
-
-
-def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = ()) -> Executor:
-    """The executor called ``name``.
-
-    Args:
-      name: ``vmapped`` (all items at once), ``chunked`` (a loop over chunks of vmapped items; memory does not grow with
-        the cohort), ``bucketed`` (the same, each level at its true shape), or ``debugging`` (no jit, one at a time,
-        stops at the first client whose reply is not finite).
-      clients_per_chunk: items that run under one vmap; 0 chooses by backend (1 on CPU, 16 elsewhere).
-      devices: spread items over this many devices.
-      buckets: of ``bucketed``: which levels share a bucket, e.g. ``((0,), (1, 2))``; a shared bucket has the shape of
-        its largest level and masks the others, which saves a program. Default: one a level.
-
-    Raises:
-      ValueError: an unknown name, or more devices than there are.
-    """
-    if name not in EXECUTORS:
-        raise ValueError(f"executor {name!r} is not one of {', '.join(EXECUTORS)} (train.executor)")
-    if clients_per_chunk < 0:
-        raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
-    if not 1 <= devices <= jax.device_count():
-        raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()}, those of all hosts (train.devices)")
-    if devices < jax.device_count() and jax.process_count() > 1:
-        raise ValueError(f"{devices} devices, need all {jax.device_count()} of {jax.process_count()} processes, or 0")
-    chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 16)
-    if name == "debugging":
-        return Executor(debugging(), jit=False)
-    makers: dict[str, Callable[[], Runner]] = {
-        "vmapped": vmapped,
-        "chunked": partial(chunked, chunk),
-        "bucketed": partial(bucketed, chunk, buckets),
-    }
-    inner = makers[name]()
-    if devices == 1:
-        return Executor(inner)
-    return sharded(jax.make_mesh((devices,), (_AXIS,), axis_types=(AxisType.Auto,)), inner)
-
-
-def sharded(mesh: Mesh, inner: Runner) -> Executor:
-    """``inner`` on each device of the mesh axis ``clients``, on its equal share of items that ``deal`` put in order.
-
-    Totals cross devices in one sum at the end, reports in one gather; memory rows stay with the device that ran them.
-    """
-
-    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        def on_device(sent: PyTree, pool: Pool, items: Items) -> Outcome:
-            outcome = inner(algorithm, sent, pool, items)
-            with jax.named_scope("collective"):
-                total, whole = tree.packed(outcome.total)
-                rows, stacked = tree.packed((outcome.report, outcome.ok), lead=1)
-                report, ok = stacked([jax.lax.all_gather(v, _AXIS, tiled=True) for v in rows])
-                return Outcome(whole([jax.lax.psum(v, _AXIS) for v in total]), outcome.memory, report, ok)
-
-        specs = Outcome(_EVERYWHERE, _SPLIT, _EVERYWHERE, _EVERYWHERE)  # type: ignore[arg-type]
-        # check_vma would sum gradients of the replicated model over devices; here the one psum is ours.
-        return jax.shard_map(
-            on_device, mesh=mesh, in_specs=(_EVERYWHERE, _EVERYWHERE, _SPLIT), out_specs=specs, check_vma=False
-        )(sent, pool, items)
-
-    return Executor(run, mesh=mesh)
-
-
-def deal(level: Array, size: Array, valid: Array, devices: int) -> Array:
-    """[K'] which item each place runs, place after place and device after device; K' is K padded to equal shares.
-
-    Items are sorted by (level, size descending) and dealt to devices 0 .. D-1, then D-1 .. 0, and so on, so that no
-    device waits for one that got all the wide clients. Numbers from K on are padding.
-
-    >>> deal(jnp.array([0, 0, 0, 0, 1]), jnp.array([6, 9, 7, 8, 5]), jnp.ones(5, bool), 2).tolist()
-    [1, 0, 4, 3, 2, 5]
-    """
-    missing = -valid.shape[0] % devices
-    absent = jnp.pad(~valid, (0, missing), constant_values=True)
-    order = jnp.lexsort((-jnp.pad(size, (0, missing)), jnp.pad(level, (0, missing)), absent))
-    hands = order.reshape(-1, devices)
-    return hands.at[1::2].set(hands[1::2, ::-1]).T.reshape(-1)
-
 
 def _execute(
-    executor: Executor, algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, store: Store, memory: PyTree
-) -> tuple[Outcome, PyTree, Array]:
-    """Run items with the rows of ``memory``: (outcome in the order of the items, memory, device of each item)."""
+    executor: Executor, algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, store: Store, memory: PyTree,
+    rows: Array | None = None,
+) -> tuple[Outcome, PyTree, Array]:  # fmt: skip
+    """Run items with the rows of ``memory``: (outcome in the order of the items, memory, device of each item).
+
+    ``rows`` [K] says which row of ``memory`` is an item's own; by default its client's id.
+    """
     slots = items.valid.shape[0]
     mesh = executor.mesh
+    rows = items.ids if rows is None else rows
     if mesh is None:
-        items = items._replace(memory=store.gather(memory, items.ids))
+        items = items._replace(memory=store.gather(memory, rows))
         outcome = executor.run(algorithm, sent, pool, items)
-        kept = store.scatter(memory, items.ids, items.valid, outcome.memory)
+        kept = store.scatter(memory, rows, items.valid, outcome.memory)
         return outcome._replace(memory=()), kept, jnp.zeros(slots, jnp.int32)
 
     order = deal(items.level, items.shard.size, items.valid, mesh.size)
-    dealt = tree.take(items, jnp.where(order < slots, order, 0))
+    dealt, rows = tree.take((items, rows), jnp.where(order < slots, order, 0))
     dealt = dealt._replace(valid=dealt.valid & (order < slots))
     with jax.named_scope("collective"):
-        dealt = dealt._replace(memory=_fetch(mesh, store, memory, dealt.ids))
+        dealt = dealt._replace(memory=_fetch(mesh, store, memory, rows))
     outcome = executor.run(algorithm, sent, pool, dealt)
     with jax.named_scope("collective"):
-        kept = _hand_back(mesh, store, memory, dealt, outcome.memory)
+        kept = _hand_back(mesh, store, memory, rows, dealt.valid, outcome.memory)
     place = jnp.argsort(order)[:slots]
     report, ok = tree.take((outcome.report, outcome.ok), place)
     return Outcome(outcome.total, (), report, ok), kept, place // (order.shape[0] // mesh.size)
@@ -179,7 +57,7 @@ def _execute(
 def _block(store_rows: PyTree, ids: Array) -> tuple[Array, Array]:
     """Which ids live in this device's block of the memory, and their rows in it."""
     rows = jax.tree.leaves(store_rows)[0].shape[0]
-    local = ids - jax.lax.axis_index(_AXIS) * rows
+    local = ids - jax.lax.axis_index(AXIS) * rows
     mine = (local >= 0) & (local < rows)
     return mine, jnp.where(mine, local, 0)
 
@@ -192,26 +70,26 @@ def _fetch(mesh: Mesh, store: Store, memory: PyTree, ids: Array) -> PyTree:
     def on_device(block: PyTree, ids: Array) -> PyTree:
         mine, local = _block(block, ids)
         rows, back = tree.packed(store.gather(block, local), lead=1)
-        return back([jax.lax.psum_scatter(jnp.where(mine[:, None], v, 0), _AXIS, tiled=True) for v in rows])
+        return back([jax.lax.psum_scatter(jnp.where(mine[:, None], v, 0), AXIS, tiled=True) for v in rows])
 
-    specs = (_SPLIT, _EVERYWHERE)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)(memory, ids)
+    specs = (SPLIT, EVERYWHERE)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)(memory, ids)
 
 
-def _hand_back(mesh: Mesh, store: Store, memory: PyTree, items: Items, rows: PyTree) -> PyTree:
+def _hand_back(mesh: Mesh, store: Store, memory: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
     """Rows from the devices that ran them to those that keep them, in one all-gather."""
     if not jax.tree.leaves(memory):
         return memory
 
     def on_device(block: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
         own, back = tree.packed(rows, lead=1)
-        everyone = back([jax.lax.all_gather(v, _AXIS, tiled=True) for v in own])
+        everyone = back([jax.lax.all_gather(v, AXIS, tiled=True) for v in own])
         mine, local = _block(block, ids)
         return store.scatter(block, local, valid & mine, everyone)
 
-    specs = (_SPLIT, _EVERYWHERE, _EVERYWHERE, _SPLIT)
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
-    return mapped(memory, items.ids, items.valid, rows)
+    specs = (SPLIT, EVERYWHERE, EVERYWHERE, SPLIT)
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+    return mapped(memory, ids, valid, rows)
 
 
 def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State:
@@ -220,9 +98,10 @@ def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State
     @jax.jit  # op by op, drawing a net's start values takes seconds
     def init(key: Array) -> State:
         server, one = algorithm.init(purpose_key(key, INIT))
-        return State(server, store.init(one, clients), jnp.int32(0))
+        return State(server, one if store.on_host else store.init(one, clients), jnp.int32(0))
 
-    return init(key)
+    state = init(key)
+    return state._replace(memory=store.init(state.memory, clients)) if store.on_host else state
 
 
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
@@ -245,9 +124,47 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
         state, (info, device) = step(algorithm, state, population, key)
         return state, {**info, "device": device}
 
+    if store.on_host:
+        return _with_host_memory(algorithm, executor, store)
     if algorithm.between is None:
         return compiled(usual, executor, donate_argnums=0)
     return _with_host_work(algorithm.between, executor, compiled(usual, executor), step)
+
+
+def _with_host_memory(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
+    """Rounds of two programs, plan and execution; in between the cohort's rows come from the store.
+
+    Raises:
+      ValueError: a method that works on the host between rounds.
+    """
+    if algorithm.between is not None:
+        raise ValueError("this method splits on the host between rounds: need store 'device' (train.store)")
+
+    def execute(
+        state: State, plan: Plan, items: Items, memory: PyTree, population: Population
+    ) -> tuple[State, PyTree, PyTree]:
+        slot = jnp.arange(items.ids.shape[0], dtype=jnp.int32)
+        outcome, rows, device = _execute(
+            executor, algorithm, plan.sent, _pool(population), items, device_store(), memory, slot
+        )
+        with jax.named_scope("server"):
+            server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
+        return State(server, (), state.round + 1), {**info, "device": device}, rows
+
+    planned = compiled(partial(_planned, algorithm, executor), executor)
+    run = compiled(execute, executor, donate_argnums=(0, 3))
+
+    def step(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
+        plan, items = planned(state, population, key)
+        ids, valid = jax.device_get((plan.ids, plan.valid))
+        own = executor.place(State((), jax.tree.map(jnp.asarray, store.gather((), ids)), jnp.int32(0))).memory
+        state, info, rows = run(state, plan, items, own, population)
+        store.scatter((), ids, valid, jax.device_get(rows))
+        return executor.place(state), info
+
+    if executor.jit:
+        step.jitted, step._cache_size = getattr(run, "jitted", run), run._cache_size  # type: ignore[attr-defined]
+    return step
 
 
 def _with_host_work(between: Between, executor: Executor, usual: Step, step: Callable[..., Any]) -> Step:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax import tree
 from hetfl_jax.data.population import examples
 from hetfl_jax.engine import Executor, compiled, query
 from hetfl_jax.parts.local import Tally, tally
@@ -23,6 +24,7 @@ class Scores(NamedTuple):
     placed: Array  #: [test and validation batches] the model that each is judged by, where there are several
     local_accuracy: Array  #: over all clients' test examples, each judged as its client sees it
     client_accuracy: Array  #: [clients with test data]
+    ensemble_accuracy: Array  #: of the mean of the logits of all exits, NaN with one exit
 
 
 def judged(
@@ -44,7 +46,8 @@ def _judged(
     def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, Tally]:
         def of(variables: PyTree) -> Tally:
             def logits(x: Array) -> Array:
-                return readings(algorithm.predict(variables, level_of(sent), x, shard))
+                exits = algorithm.predict(variables, level_of(sent), x, shard)
+                return readings(exits) if algorithm.models == 1 else exits[-1]
 
             return tally(logits, optax.softmax_cross_entropy_with_integer_labels, batch, shard)
 
@@ -152,6 +155,10 @@ def evaluator(
             seen, placed = _judged(algorithm, executor, variables, level, test, eval_batch), jnp.zeros(shared, int)
         else:
             seen, placed = _of_own_model(level, server, train, test)
+        ensemble = jnp.asarray(jnp.nan)
+        if seen.loss.ndim > 1:  # several exits: the last one is the model, all of them together the ensemble
+            together = seen.correct[:test_batches, 1].sum() / seen.examples[:test_batches, 1].sum()
+            seen, ensemble = tree.take(seen, (slice(None), 0)), together
         everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
         validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
         own = jax.tree.map(lambda v: v[shared:], seen)
@@ -162,6 +169,7 @@ def evaluator(
             placed[:shared],
             own.correct.sum() / own.examples.sum(),
             own.correct / own.examples,
+            ensemble,
         )
 
     def _of_own_model(level: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:

@@ -12,7 +12,7 @@ from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.engine import compiled
 from hetfl_jax.evaluate import with_statistics
-from hetfl_jax.federation import net_fields, parse_mix
+from hetfl_jax.federation import level_fields, net_fields, parse_mix
 from hetfl_jax.folder import Checkpoints, read_metrics
 from hetfl_jax.types import PyTree, State
 
@@ -40,7 +40,7 @@ def _restored(folder: Path, round: int | None) -> tuple[run.Lab, State, int]:
 def evaluate_run(folder: Path, round: int | None = None) -> str:
     """Scores of every level at a checkpoint (default: the best), as text."""
     lab, state, chosen = _restored(folder, round)
-    scores = run.evaluate_levels(lab, state.server)
+    scores = run.evaluate_levels(lab, state)
     lines = [f"{folder}, round {chosen}"]
     for letter in lab.federation.mix.letters:
         parts = [f"{name.replace('_', ' ')} {value[letter]:.4f}" for name, value in scores.items() if letter in value]
@@ -86,7 +86,7 @@ def export_level(folder: Path, level: str, round: int | None = None, output: Pat
 
     variables = compiled(model, lab.executor)(state.server, lab.place(fed.train_batches))
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in capacity.flat(variables).items()}
-    net = net_fields(config, mix, fed.train.classes.shape[1]) | {"width": mix.widths[number]}
+    net = net_fields(config, mix, fed.train.classes.shape[1]) | level_fields(mix, number)
     path = output or folder / f"level_{level}.npz"
     arrays["net"] = np.asarray(json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))
     np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any, NamedTuple
@@ -26,12 +27,13 @@ RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each l
 
 
 class Mix(NamedTuple):
-    """Capacity levels and how often each occurs."""
+    """Capacity levels and how often each occurs, the global (largest) one first."""
 
-    letters: tuple[str, ...]
-    widths: tuple[float, ...]  #: relative to the first, global level
+    letters: tuple[str, ...]  #: name of each level, e.g. ``b``, ``3`` or ``b3``
+    widths: tuple[float, ...]  #: relative to the global level
     proportions: tuple[int, ...]
     global_rate: float
+    depths: tuple[int, ...] = ()  #: of each level, where levels have one
 
 
 class Federation(NamedTuple):
@@ -53,33 +55,46 @@ class Federation(NamedTuple):
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
 
+_PART = re.compile(r"([a-z])?(?:(\d+)x)?(\d+)")
+
+
 def parse_mix(text: str) -> Mix:
-    """A mix such as ``a1-b1-e2``: level letters with integer proportions, the global (largest) level first.
+    """A mix such as ``a1-b1-e2``: levels with integer proportions, the global (largest) level first.
+
+    A level is a width letter, a depth (``4x1-3x1``: depth 4 and 3, once each), or both (``a4x1-b2x3``).
 
     Raises:
-      ValueError: an unknown letter, a missing or zero proportion, a level above the global one, a repeated letter.
+      ValueError: an unknown letter, a missing or zero proportion, a level above the global one, a repeated level.
 
-    >>> parse_mix("b1-e3").widths
-    (1.0, 0.125)
+    >>> parse_mix("b1-e3").widths, parse_mix("a4x1-b2x1").depths
+    ((1.0, 0.125), (4, 2))
     """
     parts = text.split("-") if text else []
+    found = []
     for part in parts:
-        if part[:1] not in RATES:
+        if part[:1].isalpha() and part[0] not in RATES:
             raise ValueError(f"level {part[:1]!r} in mix {text!r} is not one of {', '.join(RATES)} (family.mix)")
-        if not part[1:].isdigit() or int(part[1:]) < 1:
+        match = _PART.fullmatch(part)
+        if not match or int(match[3]) < 1 or match[2] == "0" or not (match[1] or match[2]):
             raise ValueError(
-                f"part {part!r} in mix {text!r}: need a letter and a proportion >= 1, as in a1-b1 (family.mix)"
+                f"part {part!r} in mix {text!r}: need a level and a proportion >= 1, as in a1-b1 or 4x1 (family.mix)"
             )
-    letters = tuple(part[0] for part in parts)
+        found.append((match[1] or "", int(match[2] or 0), int(match[3])))
+    letters = tuple(f"{letter}{depth or ''}" for letter, depth, _ in found)
     if not letters or len(set(letters)) != len(letters):
-        raise ValueError(f"mix {text!r}: need at least one level, each letter once (family.mix)")
-    if above := [letter for letter in letters if letter < letters[0]]:
+        raise ValueError(f"mix {text!r}: need at least one level, each level once (family.mix)")
+    kinds = {(bool(letter), bool(depth)) for letter, depth, _ in found}
+    if len(kinds) > 1:
+        raise ValueError(f"mix {text!r}: levels differ in width, in depth or in both, all alike (family.mix)")
+    above = [name for name, (letter, depth, _) in zip(letters, found) if letter < found[0][0] or depth > found[0][1]]
+    if above:
         raise ValueError(
             f"level {above[0]!r} in mix {text!r} is above the global level {letters[0]!r}, the first (family.mix)"
         )
-    first = RATES[letters[0]]
-    widths = tuple(RATES[letter] / first for letter in letters)
-    return Mix(letters, widths, tuple(int(part[1:]) for part in parts), first)
+    first = RATES.get(found[0][0], 1.0)
+    widths = tuple(RATES.get(letter, 1.0) / first for letter, _, _ in found)
+    depths = tuple(depth for _, depth, _ in found) if found[0][1] else ()
+    return Mix(letters, widths, tuple(count for *_, count in found), first, depths)
 
 
 def method_names() -> tuple[str, ...]:
@@ -106,7 +121,7 @@ def build(config: Any) -> Federation:
     # A net may have more outputs than the data has classes (the published nets of EMNIST have 62).
     classes = max(int(max(source.y_train.max(), source.y_test.max())) + 1, config.family.get("outputs", 0))
     fam = _family(config, mix, source, classes)
-    level = partition.levels_fixed(mix.proportions, clients)
+    level = (partition.levels_by_id if mix.depths else partition.levels_fixed)(mix.proportions, clients)
     held = part.classes if part.classes is not None else held_classes(source.y_train[part.index], part.size, classes)
     if part.classes is not None and held.shape[1] < classes:
         held = np.pad(held, ((0, 0), (0, classes - held.shape[1])))
@@ -128,7 +143,13 @@ def build(config: Any) -> Federation:
         x, y, part.index, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
     )
     test, batched = _test(train, source, part, held, config.run.eval_batch_size)
-    told = {"proportions": mix.proportions, "clients": clients}
+    told = {
+        "proportions": mix.proportions,
+        "clients": clients,
+        "clients_per_level": np.bincount(level, minlength=fam.levels).tolist(),
+    }
+    if args.get("mean_examples"):  # a switch in configs, a number for the method
+        args["mean_examples"] = float(part.size.mean())
     args |= {name: value for name, value in told.items() if name in method_arguments(config.method.name)}
     return Federation(
         algorithm=make_method(config.method.name, fam, settings, args),
@@ -217,7 +238,7 @@ def _source(config: Any) -> sources.Source:
 
 def split(data: Any, source: sources.Source, seed: int) -> Partition:
     """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
-    part = _split(data, source, seed)
+    part = partition.first_clients(_split(data, source, seed), data.get("first_clients", 0))
     return partition.hold_out_own(part, data.own_test, seed) if data.own_test else part
 
 
@@ -258,7 +279,19 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
     fields = net_fields(config, mix, classes)
     module = build_net(fields.pop("net"), **fields)
-    return capacity.family(module, [{"width": width} for width in mix.widths], example, prepare)
+    if mix.depths and not hasattr(module, "depth"):
+        raise ValueError(f"mix {config.family.mix!r} has depths, which net {config.family.net!r} has not (family.mix)")
+    return capacity.family(module, [level_fields(mix, i) for i in range(len(mix.letters))], example, prepare)
+
+
+def level_fields(mix: Mix, level: int) -> dict[str, Any]:
+    """What a level changes in the net of the global one.
+
+    >>> level_fields(parse_mix("4x1-2x1"), 1)
+    {'depth': 2}
+    """
+    width = {"width": mix.widths[level]} if not mix.depths or len(set(mix.widths)) > 1 else {}
+    return width | ({"depth": mix.depths[level]} if mix.depths else {})
 
 
 def _test(
@@ -305,9 +338,9 @@ def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
     """
     if text == "each":
         return ()
-    groups = text.split("-")
-    if sorted("".join(groups)) != sorted(mix.letters) or not all(groups):
+    groups = [re.findall(r"[a-z]\d*|\d", group) for group in text.split("-")]
+    if sorted(name for group in groups for name in group) != sorted(mix.letters) or not all(groups):
         raise ValueError(
-            f"buckets {text!r}: allowed 'each' or groups of {''.join(mix.letters)}, each once (train.buckets)"
+            f"buckets {text!r}: allowed 'each' or groups of {', '.join(mix.letters)}, each once (train.buckets)"
         )
-    return tuple(tuple(mix.letters.index(letter) for letter in group) for group in groups)
+    return tuple(tuple(mix.letters.index(name) for name in group) for group in groups)

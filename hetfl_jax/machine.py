@@ -1,6 +1,7 @@
 """What a run may use of the machine: cores, the compilation cache, and other hosts. Called before jax starts."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -73,3 +74,25 @@ def wait_for_all(name: str) -> None:
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
+
+
+def host_memory() -> int:
+    """Bytes of main memory that are free for use."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory() -> int:
+    """Bytes of one device's memory; of the host where devices are its cores."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    return int(stats["bytes_limit"]) if stats else host_memory()
+
+
+def free_disk(folder: str) -> int:
+    """Free bytes where a folder is or will be."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

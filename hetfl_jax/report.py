@@ -84,10 +84,13 @@ def table(fed: Federation, lines: Sequence[Line], best: int | None) -> list[Line
         row = {
             "level": letter,
             "width": fed.mix.widths[level],
+            "depth": fed.mix.depths[level] if fed.mix.depths else None,
             "start": first["accuracy"][letter],
             "last": last["accuracy"][letter],
             "best": chosen["accuracy"][letter],
             "local": last.get("local_accuracy", {}).get(letter),
+            "ensemble": last.get("ensemble_accuracy", {}).get(letter),
+            "sel": last.get("sel_accuracy", {}).get(letter),
             "parameters": int(fed.costs.parameters[level]),
             "macs": int(fed.costs.macs[level]),
             "bytes": int(fed.costs.bytes[level]),
@@ -136,11 +139,14 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     out = Table(
         title=f"after {summary['rounds']} rounds (best by {summary['best_by']} accuracy: round {summary['best_round']})"
     )
-    for name in ("model", "untrained", "last", "best round", "local", "parameters", "MACs", "one way"):
+    shown = ["start", "last", *(key for key in ("ensemble", "sel") if rows[0].get(key) is not None), "best", "local"]
+    titles = {"start": "untrained", "best": "best round"}
+    for name in ("model", *(titles.get(key, key) for key in shown), "parameters", "MACs", "one way"):
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):
-        name = f"{row['level']} (x{row['width']:g})" + (" global" if i == 0 else "")
-        scores = (_percent(row[key]) for key in ("start", "last", "best", "local"))
+        size = f"x{row['width']:g}" + (f", depth {row['depth']}" if row.get("depth") else "")
+        name = f"{row['level']} ({size})" + (" global" if i == 0 else "")
+        scores = (_percent(row[key]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
     Console(file=buffer, width=110).print(out)

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax import clusters, engine, machine, profile, report
+from hetfl_jax import clusters, engine, executors, machine, profile, report, tree
 from hetfl_jax.bank import alike
+from hetfl_jax.capacity import memory_extents
 from hetfl_jax.data import partition
 from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
-from hetfl_jax.federation import Federation, build, parse_buckets
+from hetfl_jax.federation import Federation, build, parse_buckets, parse_mix
 from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
 from hetfl_jax.progress import Progress
-from hetfl_jax.store import device_store
+from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, unpacked
 from hetfl_jax.types import Algorithm, PyTree, State
 
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
@@ -54,6 +55,7 @@ class Lab(NamedTuple):
     start: Callable[[], State]
     population: PyTree
     key: jax.Array
+    store: Store
 
 
 def prepare(config: Any) -> Lab:
@@ -63,12 +65,16 @@ def prepare(config: Any) -> Lab:
       ValueError: a value that is out of range.
     """
     _check_run(config)
+    if config.run.eval_masked and parse_mix(config.family.mix).depths:
+        raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
     machine.warn_of_idle_cores()
     fed = build(config)
     train = config.train
     devices = train.devices or jax.device_count()
-    executor = engine.executor(train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix))
-    store = device_store()
+    executor = executors.executor(
+        train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
+    )
+    store = _store(config, fed, executor)
     key = executor.place(jax.random.key(config.run.seed))
     population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
     score = evaluator(
@@ -90,7 +96,42 @@ def prepare(config: Any) -> Lab:
         lambda: executor.place(engine.start(fed.algorithm, store, fed.partition.size.size, key)),
         population,
         key,
+        store,
     )
+
+
+def _store(config: Any, fed: Federation, executor: engine.Executor) -> Store:
+    """Where client memory lives; a store that does not fit is an error now."""
+    name = config.train.get("store", "device")
+    if name not in STORES:
+        raise ValueError(f"store {name!r} is not one of {', '.join(STORES)} (train.store)")
+    one = jax.eval_shape(fed.algorithm.init, jax.random.key(0))[1]
+    fixed = config.method.args.get("assignment", "fixed") != "dynamic"
+    level = np.asarray(fed.train.level)
+    packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
+    needs = {"device": tree.nbytes(one) * level.size // executor.devices}
+    needs["host"] = 4 * int(packing.sizes()[packing.level].sum())
+    rounds = config.train.rounds * config.method.args.get("cohort", level.size)
+    needs["file"] = 2 * min(needs["host"], 4 * rounds * int(packing.sizes().max()))
+    has = {
+        "device": machine.device_memory(),
+        "host": machine.host_memory(),
+        "file": machine.free_disk(config.run.folder),
+    }
+    if needs[name] > has[name]:
+        fits = [other for other in STORES if needs[other] <= has[other]]
+        raise ValueError(
+            f"client memory of {level.size} clients needs {needs[name] / 1e9:.1f} GB in store {name!r}, which has "
+            f"{has[name] / 1e9:.1f}: use {' or '.join(map(repr, fits)) or 'a smaller net'} (train.store)"
+        )
+    if name == "device":
+        return device_store()
+    if jax.process_count() > 1:
+        raise ValueError(f"store {name!r} with several processes: need 'device' (train.store)")
+    if config.method.args.get("keep_models"):
+        raise ValueError(f"keep_models with store {name!r}: the mean of all models needs 'device' (train.store)")
+    make = {"host": host_store, "file": file_store}[name]
+    return make(Path(config.run.folder) / config.run.name / "memory", packing)
 
 
 def _check_run(config: Any) -> None:
@@ -139,16 +180,19 @@ def train(
     checkpoints = Checkpoints(folder, config.run.keep)
     if resume and (found := checkpoints.restore(state)):
         state, extra = lab.place(found[0]), found[1]
+        lab.store.restore(int(state.round))
         totals = Totals(**extra["totals"])
     done = int(state.round)
     metrics = Metrics(folder, done, write=first)
     if done == 0 and alike(jax.device_get(state.server)):
         warnings.warn("all models start equal: every client will prefer the first (method.args)", stacklevel=2)
     if done == 0 and not metrics.lines:
-        scores = evaluate_levels(lab, state.server)
+        scores = evaluate_levels(lab, state)
         metrics.append([{"round": 0, **scores}])
     for line in metrics.lines:
-        scores = {k: line[k] for k in _SCORES if k in line} or scores
+        scores = {
+            k: v for k, v in line.items() if k in (*_SCORES, "test_recovery") or k.endswith("_accuracy")
+        } or scores
 
     block = partial(_lines, fed=fed, devices=lab.executor.devices)
     clock = time.perf_counter()
@@ -168,7 +212,7 @@ def train(
             lines, totals = block(jax.device_get(pending), round + 2 - len(pending), totals)
             pending = []
             if last or _due(round + 1, config.run.eval_every):
-                scores = evaluate_levels(lab, state.server)
+                scores = evaluate_levels(lab, state)
                 lines[-1] |= scores
             for line in lines:
                 line["seconds"] = round_seconds(clock, len(lines))
@@ -176,7 +220,9 @@ def train(
             metrics.append(lines)
             report.warn_failures(lines)
             if last or _due(round + 1, config.run.checkpoint_every):
-                chosen_by = scores.get("validation_accuracy", scores["accuracy"])[fed.mix.letters[0]]
+                judged_by = next(k for k in ("validation_accuracy", "ensemble_accuracy", "accuracy") if k in scores)
+                chosen_by = scores[judged_by][fed.mix.letters[0]]
+                lab.store.commit(round + 1, checkpoints.rounds())
                 checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
             progress.advance(round + 1, lines[-1])
     best = checkpoints.best()
@@ -193,7 +239,7 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
 
         def run() -> tuple[State, PyTree]:
             after, info = lab.step(state, population, key)
-            evaluate_levels(lab, after.server)
+            evaluate_levels(lab, after)
             return after, info
 
         out = profile.profiled(run, folder / "profile")
@@ -203,7 +249,7 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
     return step
 
 
-_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "test_recovery")
+_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "ensemble_accuracy")
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -215,17 +261,26 @@ def _due(round: int, every: int) -> bool:
     return round % every == 0
 
 
-def evaluate_levels(lab: Lab, server: PyTree) -> dict[str, dict[str, float]]:
-    """Scores of every level, and the distribution of the global model's over clients, if they have test data."""
-    letters = lab.federation.mix.letters
+def evaluate_levels(lab: Lab, state: State) -> dict[str, dict[str, float]]:
+    """Scores of every level, and the distribution of the global model's over clients, if they have test data.
+
+    Further models that the method wants to see evaluated (FedDyn's ``sel``) are scored by accuracy.
+    """
+    letters, server = lab.federation.mix.letters, state.server
     found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
-    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES[:4]}
+    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
     if lab.federation.algorithm.models > 1 and lab.federation.test_groups is not None:
         groups = lab.federation.test_groups
         scores["test_recovery"] = {letter: clusters.matched(s.placed, groups) for letter, s in found.items()}
+    clients = lab.federation.partition.size.size
+    memory = jax.tree.map(lambda rows: rows[:clients], state.memory)
+    for name, other in lab.federation.algorithm.others(server, memory).items():
+        other = lab.place(other)
+        of_level = (float(lab.evaluate(level, other).accuracy) for level in range(len(letters)))
+        scores[f"{name}_accuracy"] = dict(zip(letters, of_level))
     known = {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
-    clients = found[letters[0]].client_accuracy
-    return {**known, "client_accuracy": over_clients(clients)} if clients.size else known
+    spread = found[letters[0]].client_accuracy
+    return {**known, "client_accuracy": over_clients(spread)} if spread.size else known
 
 
 def _imbalance(info: Any, macs: np.ndarray, devices: int) -> float:
@@ -259,6 +314,8 @@ def _lines(
         line["items"] = dict(zip(fed.mix.letters, items.tolist()))
         if failed:
             line["failed_ids"] = failed
+        if "correction" in info:
+            line["correction"] = float(info["correction"])
         if "cluster" in info:
             line |= clusters.of_round(info, fed.algorithm.models, fed.groups)
         lines.append(line)

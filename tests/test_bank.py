@@ -10,7 +10,7 @@ from hetfl_jax.bank import alike
 from hetfl_jax.clusters import matched
 from hetfl_jax.data import partition
 from hetfl_jax.data.population import population, renamings, rotations
-from hetfl_jax.engine import executor
+from hetfl_jax.executors import executor
 from hetfl_jax.methods import cfl, fedavg, ifca
 from hetfl_jax.parts import bipartition
 from tests.test_contract import EXECUTORS, play

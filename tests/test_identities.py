@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hetfl_jax import capacity
-from hetfl_jax.engine import executor
+from hetfl_jax.executors import executor
 from hetfl_jax.methods import fedavg, fedprox, heterofl
 from hetfl_jax.parts import merge, server
 from hetfl_jax.types import Shard

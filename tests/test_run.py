@@ -210,7 +210,7 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
             [f"--config={ROOT}/configs/heterofl_digits.py:mix=b1-a1"],
             "level 'a' in mix 'b1-a1' is above the global level",
         ),
-        ([f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-a2"], "each letter once"),
+        ([f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-a2"], "each level once"),
         ([f"--config={ROOT}/configs/heterofl_digits.py:mix=a0"], "need a letter and a proportion >= 1"),
         ([f"--config={ROOT}/configs/heterofl_digits.py:colour=1"], "'colour' is not one of mix, quick"),
         (["--config.method.args.cohort=101"], "cohort of 101 clients, allowed 1..100"),

@@ -31,8 +31,8 @@ def mlp_family(levels=LEVELS, features=6, classes=3, **fields):
     return capacity.family(build("mlp", hidden=(8,), classes=classes, **fields), levels, jnp.zeros((1, features)))
 
 
-def exits_family(levels=({"depth": 2}, {"depth": 1}), features=6, classes=3, **fields):
-    module = build("mlp", hidden=(8, 8), classes=classes, **fields)
+def exits_family(levels=({"depth": 2}, {"depth": 1}), features=6, classes=3, hidden=(8, 8), **fields):
+    module = build("mlp", hidden=hidden, classes=classes, **fields)
     return capacity.family(module, levels, jnp.zeros((1, features)))
 
 

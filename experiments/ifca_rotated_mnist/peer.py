@@ -25,6 +25,7 @@ from hetfl_jax.data import preprocess
 from hetfl_jax.data.population import population, rotations
 from hetfl_jax.data.sources import load
 from hetfl_jax.evaluate import judged
+from hetfl_jax.executors import executor
 from hetfl_jax.folder import write_json
 from hetfl_jax.methods import ifca
 from hetfl_jax.models import MLP
@@ -55,7 +56,7 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
     fam = capacity.family(MLP(), [{"width": 1.0}], example, preprocess.images([0.0], [1.0]))
     training = local(learning_rate=RATE, batch_size=n, epochs=STEPS, full_batch=True)
     algorithm = ifca.make(fam, training, cohort=clients, clusters=4)
-    run = engine.executor("bucketed", devices=jax.device_count())
+    run = executor("bucketed", devices=jax.device_count())
     w1, b1, w2, b2 = (jnp.asarray(z[f"init_s{seed}_{name}"]) for name in ("W1", "b1", "W2", "b2"))
     start, _ = algorithm.init(jax.random.key(0))
     params = {"dense_0": {"kernel": w1, "bias": b1}, "head": {"kernel": w2, "bias": b2}}

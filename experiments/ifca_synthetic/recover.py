@@ -25,6 +25,7 @@ from rich.table import Table
 
 from hetfl_jax import capacity, engine, machine
 from hetfl_jax.data.population import population
+from hetfl_jax.executors import executor
 from hetfl_jax.folder import write_json
 from hetfl_jax.methods import ifca
 from hetfl_jax.parts.local import local
@@ -79,7 +80,7 @@ def recover(given: Any, seed: int) -> dict[str, Any]:
     bank, _ = algorithm.init(jax.random.key(0))
     kernel = {"params": {"theta": {"kernel": jnp.asarray(starts[..., None], jnp.float32)}}}
     bank = bank._replace(members=bank.members._replace(variables=kernel))
-    run = engine.executor("bucketed", devices=jax.device_count())
+    run = executor("bucketed", devices=jax.device_count())
     state, data, key = run.place((State(bank, (), jnp.int32(0)), data, jax.random.key(0)))
     step = engine.make_round(algorithm, run, device_store())
     began = time.perf_counter()

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.throughput import common
 from hetfl_jax import capacity, tree
-from hetfl_jax.engine import executor
+from hetfl_jax.executors import executor
 from hetfl_jax.federation import parse_buckets, parse_mix
 from hetfl_jax.methods import fedavg, heterofl
 from hetfl_jax.models.layers import conv_layer, dense_layer

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from experiments.throughput import common
-from hetfl_jax.engine import executor
+from hetfl_jax.executors import executor
 
 
 class Preset(NamedTuple):

@@ -22,7 +22,7 @@ import numpy as np
 from experiments.throughput import common
 from hetfl_jax import engine
 from hetfl_jax.data.population import shards
-from hetfl_jax.engine import executor
+from hetfl_jax.executors import executor
 from hetfl_jax.methods import fedavg
 from hetfl_jax.runners import executed_steps
 from hetfl_jax.store import device_store

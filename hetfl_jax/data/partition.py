@@ -4,7 +4,7 @@ Two different things are called Dirichlet in the literature: ``dirichlet_per_cla
 each class) and ``dirichlet_per_client`` (a class prior for each client). The same number means different data.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,6 +85,24 @@ def hold_out_own(part: Partition, fraction: float, seed: int) -> Partition:
     return part._replace(
         index=index[~is_test], size=size - tests, test_index=index[is_test], test_size=tests, held_out=True
     )
+
+
+def first_clients(part: Partition, count: int) -> Partition:
+    """The first ``count`` clients of a partition (0: all); the data of the others is not used.
+
+    >>> first_clients(iid(10, 5, seed=0), 2).index.size
+    4
+    """
+    if not count:
+        return part
+    _need(0 < count <= part.size.size, f"first {count} clients, allowed 1..{part.size.size}, or 0 for all")
+    test: dict[str, Any] = {}
+    if part.test_index is not None and part.test_size is not None:
+        kept = part.test_size[:count]
+        test = {"test_index": part.test_index[: kept.sum()], "test_size": kept}
+    classes = None if part.classes is None else part.classes[:count]
+    size = part.size[:count]
+    return part._replace(index=part.index[: size.sum()], size=size, classes=classes, **test)
 
 
 def shards(

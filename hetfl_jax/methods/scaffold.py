@@ -10,9 +10,6 @@ averages the models and ``c <- c + sum_k (c_k' - c_k) / N`` over all N clients.
 | server | mean, and the update of c |
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax.numpy as jnp
 
 from hetfl_jax.capacity import Family

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax.models.layers import Norm, dense_layer, traced_channels
 from hetfl_jax.models.conv import lowered
+from hetfl_jax.models.layers import Norm, dense_layer, traced_channels
 from hetfl_jax.models.nets import BaseNet, Capacity
 from hetfl_jax.types import Array
 
@@ -64,7 +64,7 @@ class ExitResNet(BaseNet):
                 gate = norm(separable(x, full, full, f"attention{level}"), full, f"attention{level}_norm")
                 x = nn.sigmoid(upsample(nn.relu(gate), x.shape[1:3])) * x
                 for step in range(level, last):
-                    x = separable(x, *self.hidden[step - 1 : step + 1], f"bottleneck{level}_{step - level}")
+                    x = separable(x, self.hidden[step - 1], self.hidden[step], f"bottleneck{level}_{step - level}")
             return dense_layer(x.mean((1, 2)), self.classes, name=f"head{level}")
 
         x = nn.relu(norm(conv(x, self.hidden[0], 3, 1, "stem"), self.hidden[0], "stem_norm"))

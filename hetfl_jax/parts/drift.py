@@ -95,7 +95,7 @@ def feddyn(alpha: float, mean_examples: float = 0.0) -> Drift:
     return Drift(_zeros("sum"), gradient, update, strength)
 
 
-def scaffold(rate: float, mean_examples: float = 0.0) -> Drift:
+def scaffold(rate: float | Array, mean_examples: float = 0.0) -> Drift:
     """SCAFFOLD (Karimireddy et al., ICML 2020, option II): control variates c_k of clients against c of the server.
 
     The gradient gets ``c / v_k - c_k``, inside the clipping; then ``c_k' = c_k - c + (received - w) / (steps rate)``,
@@ -115,9 +115,7 @@ def scaffold(rate: float, mean_examples: float = 0.0) -> Drift:
 
     def update(after: PyTree, around: Around, steps: Array) -> tuple[PyTree, PyTree]:
         per_step, v = 1 / (jnp.maximum(steps, 1) * rate), weight(around)
-        moved = jax.tree.map(
-            lambda c, p, p0: (p0 - p) * per_step - c, around.context["params"], after, around.received
-        )
+        moved = jax.tree.map(lambda c, p, p0: (p0 - p) * per_step - c, around.context["params"], after, around.received)
         new = jax.tree.map(jnp.add, around.memory["variate"]["params"], moved)
         sent = {"params": jax.tree.map(lambda d: v * d, moved)}
         return {**around.memory, "variate": {"params": new}}, sent

@@ -14,8 +14,8 @@ from hetfl_jax.bank import Report, Sent
 from hetfl_jax.clusters import matched
 from hetfl_jax.data import partition
 from hetfl_jax.data.population import population, rotations
-from hetfl_jax.engine import executor
 from hetfl_jax.evaluate import judged
+from hetfl_jax.executors import executor
 from hetfl_jax.methods import cfl, ifca
 from hetfl_jax.models import MLP
 from hetfl_jax.parts import bipartition, merge

@@ -12,9 +12,10 @@ import pytest
 from hetfl_jax import capacity
 from hetfl_jax.data import partition
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import executor, make_round
+from hetfl_jax.engine import make_round
 from hetfl_jax.evaluate import readings
-from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, scaffold
+from hetfl_jax.executors import executor
+from hetfl_jax.methods import fedavg, feddyn, fedprox, scaffold
 from hetfl_jax.models import build
 from hetfl_jax.parts import drift, merge, objective, server
 from hetfl_jax.parts.local import local, tally, train
@@ -73,7 +74,7 @@ def test_loss_of_all_exits(name, double):
     cases = [str(case) for case in z["cases"]]
     assert cases
     for case in cases:
-        which, kind, extended, distilled = re.fullmatch(r"(M\d+_\w)_cw(.*)_ext(\d)_kd(\d)", case).groups()
+        which, _, extended, distilled = re.fullmatch(r"(M\d+_\w)_cw(.*)_ext(\d)_kd(\d)", case).groups()
         logits, labels = jnp.asarray(z[f"{which}/logits"]), jnp.asarray(z[f"{which}/labels"])
         # A constant weight c is a ramp in its first round: exp(-power) = c.
         weight = float(z[f"{case}/cw"])
@@ -105,7 +106,10 @@ def test_accuracy_of_exits_and_ensembles(name, double):
     for depth in range(1, len(z["logits"]) + 1):
         table = jnp.asarray(z["logits"][:depth])
         shard = everything(len(labels), jnp.arange(len(labels)), labels, table.shape[-1])
-        found = tally(lambda rows: readings(table[:, rows]), optax.softmax_cross_entropy_with_integer_labels, batch, shard)  # noqa: B023
+        found = tally(
+            lambda rows, table=table: readings(table[:, rows]),
+            optax.softmax_cross_entropy_with_integer_labels, batch, shard,
+        )  # fmt: skip
         accuracy = found.correct / found.examples
         single = float(accuracy[0] if depth > 1 else accuracy)
         ensemble = float(accuracy[1] if depth > 1 else accuracy)
@@ -113,7 +117,9 @@ def test_accuracy_of_exits_and_ensembles(name, double):
         assert ensemble == pytest.approx(float(z[f"M{depth}/ensemble_acc"]))
         # The published routine divides the sum of batch means by the number of samples; the true mean is ours.
         mean = [
-            objective.mean_cross_entropy(table[:, i : i + batch].mean(0), labels[i : i + batch], jnp.ones(len(labels[i : i + batch]), bool))
+            objective.mean_cross_entropy(
+                table[:, i : i + batch].mean(0), labels[i : i + batch], jnp.ones(len(labels[i : i + batch]), bool)
+            )
             for i in range(0, len(labels), batch)
         ]
         assert float(sum(mean)) / len(labels) == pytest.approx(float(z[f"M{depth}/loss"]), abs=1e-10)
@@ -219,9 +225,15 @@ def test_local_round(name, double):
     own = {k: view.cut(v) for k, v in memory.items()}
     after, seen, kept, _ = jax.jit(
         lambda: train(
-            settings, view, goal, rule, key=jax.random.key(0), shard=everything(steps * batch, x, y), memory=own,
+            settings,
+            view,
+            goal,
+            rule,
+            key=jax.random.key(0),
+            shard=everything(steps * batch, x, y),
+            memory=own,
             round=jnp.int32(0),
-        )  # fmt: skip
+        )
     )()
     wanted = {k: v for k, v in below(z, "final").items() if k in owned}
     for path, value in capacity.flat(exits.to_variables(wanted, fam.levels)).items():

@@ -14,6 +14,23 @@ HANDLED = (
     "width/o2?_heterofl_*_forward",
     "width/o2?_heterofl_sbn_*",
     "width/o2?_heterofl_local_train_*",
+    *(
+        f"depth/depthfl_{kind}*"
+        for kind in (
+            "forward",
+            "local_loss",
+            "local_train_",
+            "aggregate_",
+            "schedule",
+            "eval",
+            "partition",
+            "param_counts",
+        )
+    ),
+    "depth/feddyn_client_step*",
+    "depth/feddyn_rounds_*",
+    "depth/inclusivefl_aggregate*",
+    "depth/inclusivefl_momentum_corrected_sgd*",
     *(f"cluster/ifca_{kind}*" for kind in ("mlp_", "synth_", "data", "weighted_agg", "rotmnist_")),
     "cluster/cfl_*",
 )

@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from hetfl_jax import capacity
 from hetfl_jax.data.population import batches, population
-from hetfl_jax.engine import executor
 from hetfl_jax.evaluate import with_statistics
+from hetfl_jax.executors import executor
 from hetfl_jax.methods import heterofl
 from hetfl_jax.parts import drift, merge, objective
 from hetfl_jax.parts.local import local, train

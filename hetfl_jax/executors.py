@@ -1,0 +1,141 @@
+"""Executors: how the items of a round are run, as values chosen by configuration, on one device or over a mesh."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hetfl_jax import tree
+from hetfl_jax.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
+from hetfl_jax.types import Algorithm, Array, Items, Outcome, PyTree, State
+
+EXECUTORS = ("vmapped", "chunked", "bucketed", "debugging")
+AXIS = "clients"
+EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
+
+
+class Executor(NamedTuple):
+    """How the items of a round are run."""
+
+    run: Runner
+    jit: bool = True
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices the items are spread."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def place(self, values: PyTree) -> PyTree:
+        """Put values where the first round expects them, so that it compiles like the others.
+
+        Over a mesh everything is replicated, but for the client memory of a ``State``: its rows are split by client id,
+        padded to a multiple of the devices. On one device nothing moves.
+        """
+        mesh = self.mesh
+        if mesh is None:
+            return values
+
+        def put(values: PyTree, spec: PartitionSpec) -> PyTree:
+            return jax.tree.map(lambda v: _put(v, NamedSharding(mesh, spec)), values)
+
+        def split(rows: Array) -> Array:
+            return jnp.pad(rows, [(0, -rows.shape[0] % mesh.size), *[(0, 0)] * (rows.ndim - 1)])
+
+        def one(value: PyTree) -> PyTree:
+            if not isinstance(value, State):
+                return put(value, EVERYWHERE)
+            memory = put(jax.tree.map(split, value.memory), SPLIT)
+            return State(put(value.server, EVERYWHERE), memory, put(value.round, EVERYWHERE))
+
+        return jax.tree.map(one, values, is_leaf=lambda v: isinstance(v, State))
+
+
+def _put(value: Array, sharding: NamedSharding) -> Array:
+    """``device_put``; with several processes from the host, since no device of one reaches those of another."""
+    if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, sharding)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
+    return jax.device_put(np.asarray(value), sharding)
+
+
+def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = ()) -> Executor:
+    """The executor called ``name``.
+
+    Args:
+      name: ``vmapped`` (all items at once), ``chunked`` (a loop over chunks of vmapped items; memory does not grow with
+        the cohort), ``bucketed`` (the same, each level at its true shape), or ``debugging`` (no jit, one at a time,
+        stops at the first client whose reply is not finite).
+      clients_per_chunk: items that run under one vmap; 0 chooses by backend (1 on CPU, 16 elsewhere).
+      devices: spread items over this many devices.
+      buckets: of ``bucketed``: which levels share a bucket, e.g. ``((0,), (1, 2))``; a shared bucket has the shape of
+        its largest level and masks the others, which saves a program. Default: one a level.
+
+    Raises:
+      ValueError: an unknown name, or more devices than there are.
+    """
+    if name not in EXECUTORS:
+        raise ValueError(f"executor {name!r} is not one of {', '.join(EXECUTORS)} (train.executor)")
+    if clients_per_chunk < 0:
+        raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
+    if not 1 <= devices <= jax.device_count():
+        raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()}, those of all hosts (train.devices)")
+    if devices < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(f"{devices} devices, need all {jax.device_count()} of {jax.process_count()} processes, or 0")
+    chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 16)
+    if name == "debugging":
+        return Executor(debugging(), jit=False)
+    makers: dict[str, Callable[[], Runner]] = {
+        "vmapped": vmapped,
+        "chunked": partial(chunked, chunk),
+        "bucketed": partial(bucketed, chunk, buckets),
+    }
+    inner = makers[name]()
+    if devices == 1:
+        return Executor(inner)
+    return sharded(jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,)), inner)
+
+
+def sharded(mesh: Mesh, inner: Runner) -> Executor:
+    """``inner`` on each device of the mesh axis ``clients``, on its equal share of items that ``deal`` put in order.
+
+    Totals cross devices in one sum at the end, reports in one gather; memory rows stay with the device that ran them.
+    """
+
+    def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
+        def on_device(sent: PyTree, pool: Pool, items: Items) -> Outcome:
+            outcome = inner(algorithm, sent, pool, items)
+            with jax.named_scope("collective"):
+                total, whole = tree.packed(outcome.total)
+                rows, stacked = tree.packed((outcome.report, outcome.ok), lead=1)
+                report, ok = stacked([jax.lax.all_gather(v, AXIS, tiled=True) for v in rows])
+                return Outcome(whole([jax.lax.psum(v, AXIS) for v in total]), outcome.memory, report, ok)
+
+        specs = Outcome(EVERYWHERE, SPLIT, EVERYWHERE, EVERYWHERE)  # type: ignore[arg-type]
+        # check_vma would sum gradients of the replicated model over devices; here the one psum is ours.
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=(EVERYWHERE, EVERYWHERE, SPLIT), out_specs=specs, check_vma=False
+        )(sent, pool, items)
+
+    return Executor(run, mesh=mesh)
+
+
+def deal(level: Array, size: Array, valid: Array, devices: int) -> Array:
+    """[K'] which item each place runs, place after place and device after device; K' is K padded to equal shares.
+
+    Items are sorted by (level, size descending) and dealt to devices 0 .. D-1, then D-1 .. 0, and so on, so that no
+    device waits for one that got all the wide clients. Numbers from K on are padding.
+
+    >>> deal(jnp.array([0, 0, 0, 0, 1]), jnp.array([6, 9, 7, 8, 5]), jnp.ones(5, bool), 2).tolist()
+    [1, 0, 4, 3, 2, 5]
+    """
+    missing = -valid.shape[0] % devices
+    absent = jnp.pad(~valid, (0, missing), constant_values=True)
+    order = jnp.lexsort((-jnp.pad(size, (0, missing)), jnp.pad(level, (0, missing)), absent))
+    hands = order.reshape(-1, devices)
+    return hands.at[1::2].set(hands[1::2, ::-1]).T.reshape(-1)

@@ -1,0 +1,113 @@
+"""InclusiveFL (Liu et al., KDD 2022): one model per depth, which share all layers but their last.
+
+A client trains the model of its own depth, the largest it can afford. After a round the models' layers become means
+over the models that have them, weighted by examples; every model's last layer and head stay its own, and the last
+layer also learns from the mean change of the layers that the next larger model has in its place (momentum
+distillation): ``g <- beta m_s + (1 - beta) g``, ``m_s = mean_{j = L_s - 1 .. L_s' - 1} G^s'_j``.
+
+As the paper's text intends it; the released code never applies the momentum and divides by zero when the only owners of
+a layer are absent. Layers must be equal, as in the MLP or the Transformer; the ResNets of this library are not (a
+stride or a width changes at every level), so their layers are shared, but no momentum can be taken: use ``beta=0``.
+
+| slot | here |
+|---|---|
+| members | one a level, the item's own |
+| objective | the deepest exit |
+| server | written by hand: mean, momentum, sharing |
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax import capacity, tree
+from hetfl_jax.capacity import Family
+from hetfl_jax.compose import Sent, compose, round_info
+from hetfl_jax.parts import merge, select, sharing
+from hetfl_jax.parts.local import Local
+from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+
+TIMINGS = ("previous", "same")
+
+
+class Types(NamedTuple):
+    """The models of all depths, leaves [L, ...] at full shape, and what their last layers are to learn."""
+
+    variables: PyTree
+    momentum: PyTree
+    known: Array  #: [L] bool, whether there is a momentum yet
+
+
+def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing: str = "previous") -> Algorithm:
+    """InclusiveFL over a family whose levels differ in depth.
+
+    Args:
+      beta: weight of the momentum, 0 for none.
+      timing: take the momentum of the ``previous`` round, or of the ``same``.
+
+    Raises:
+      ValueError: a value out of range, a family without depths, or layers of unlike shape.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta {beta}, allowed 0..1 (method.args.beta)")
+    if timing not in TIMINGS:
+        raise ValueError(f"timing {timing!r} is not one of {', '.join(TIMINGS)} (method.args.timing)")
+    if "depth" not in family.fields:
+        raise ValueError("InclusiveFL needs levels of depth, such as 4x1-2x1 (family.mix)")
+    if "batch_stats" in family.shapes[0]:
+        raise ValueError("InclusiveFL keeps no statistics for each model: need another norm (family.norm)")
+    depths, count = family.fields["depth"].tolist(), family.levels
+    rule = merge.overlap_mean(family)
+    base = compose(family, local=local, select=select.uniform(cohort), merge=rule)
+
+    def momentum(change: PyTree) -> PyTree:
+        return sharing.momentum(change, depths) if beta else {}
+
+    whole = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), family.shapes[0]["params"])
+    empty = jax.eval_shape(momentum, whole)  # layers of unlike shape are found here
+
+    def init(key: Array) -> tuple[Types, PyTree]:
+        server, memory = base.init(key)
+        start = jax.tree.map(lambda v: jnp.tile(v[None], (count, *[1] * v.ndim)), server.variables)
+        return Types(start, tree.zeros(empty), jnp.zeros(count, bool)), memory
+
+    def plan(key: Array, round: Array, state: Types, population: Population, survey: Any) -> Plan:
+        server = base_state._replace(variables=tree.take(state.variables, 0))
+        planned = base.plan(key, round, server, population, survey)
+        return planned._replace(sent=Sent(state.variables, round, {}))
+
+    base_state = jax.eval_shape(base.init, jax.random.key(0))[0]
+
+    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+        own = capacity.index_of(level)
+        reply = base.client(key, sent._replace(variables=tree.take(sent.variables, own)), level, ticket, shard, memory)
+        return reply._replace(member=own)
+
+    def server(state: Types, plan: Plan, total: merge.Total, report: PyTree, ok: Array) -> tuple[Types, PyTree]:
+        mean, _ = jax.vmap(rule.settle)(total)
+        examples = total.count.sum(1)
+        change, params = mean["params"], state.variables["params"]
+        larger = [t if above is None else above for t, above in enumerate(sharing.next_larger(depths))]
+        fresh = (examples > 0)[np.asarray(larger)] & (np.asarray(larger) != np.arange(count))
+        new = momentum(change)
+        taught = jax.tree.map(lambda n, o: jnp.where(_rows(fresh, n), n, o), new, state.momentum)
+        known = state.known | fresh
+        used, there = (taught, known) if timing == "same" else (state.momentum, state.known)
+        mixed = sharing.mix(change, used, beta, depths, there & (examples > 0))
+        moved = jax.tree.map(lambda p, d: jnp.where(_rows(examples > 0, p), p + d, p), params, mixed)
+        shared = sharing.share(moved, examples, depths)
+        return Types({"params": shared}, taught, known), round_info(plan, report, ok, count)
+
+    def model(state: Types, level: Level, member: int = 0) -> PyTree:
+        return capacity.view(family, tree.take(state.variables, capacity.index_of(level)), level).variables
+
+    return base._replace(
+        members=count, init=init, plan=plan, client=client, server=server, model=model, judge=None,
+        others=lambda server, memory: {},
+    )  # fmt: skip
+
+
+def _rows(which: Array, like: Array) -> Array:
+    return which.reshape(-1, *[1] * (like.ndim - 1))
