@@ -144,12 +144,12 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     for name in ("model", *(titles.get(key, key) for key in shown), "parameters", "MACs", "one way"):
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):
-        size = f"x{row['width']:g}" + (f", depth {row['depth']}" if row.get("depth") else "")
+        size = f"x{row['width']:g}" if not row.get("depth") or row["width"] != 1 else f"depth {row['depth']}"
         name = f"{row['level']} ({size})" + (" global" if i == 0 else "")
         scores = (_percent(row[key]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
-    Console(file=buffer, width=110).print(out)
+    Console(file=buffer, width=130).print(out)
     ratio = summary["traffic_ratio"]
     text = (
         f"down {_megabytes(summary['down_bytes'])}, up {_megabytes(summary['up_bytes'])}; "

@@ -29,7 +29,7 @@ def test_quick(name, tmp_path, monkeypatch):
     source = ""
     if "mnist" in name:
         need("mnist.npz")
-    if "cifar10" in name:
+    if "cifar" in name:
         rng = np.random.default_rng(0)
         x, y = rng.integers(0, 256, (120, 32, 32, 3)).astype(np.uint8), np.arange(120) % 10
         np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
