@@ -84,11 +84,12 @@ def compose(
         view = capacity.view(family, sent.variables, level)
         after, seen, kept, extra = train(
             local, view, objective, drift, key=key, shard=shard, round=sent.round,
-            memory={name: view.cut(part) for name, part in memory.items()}, context=view.cut(dict(sent.context)),
+            memory={name: view.cut(part) for name, part in dict(memory).items()}, context=view.cut(dict(sent.context)),
         )  # fmt: skip
         delta = jax.tree.map(jnp.subtract, after, view.variables)
         total = merge.lift(delta, level, shard)._replace(extra=extra)
-        return Reply(total, 0, {name: view.put(part, kept[name]) for name, part in memory.items()}, seen)
+        put = {name: view.put(part, kept[name]) for name, part in memory.items()} if memory else memory
+        return Reply(total, 0, put, seen)
 
     def widen(total: merges.Total, level: int) -> merges.Total:
         return total._replace(

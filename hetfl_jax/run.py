@@ -190,10 +190,8 @@ def train(
         scores = evaluate_levels(lab, state)
         metrics.append([{"round": 0, **scores}])
     for line in metrics.lines:
-        scores = {
-            k: v for k, v in line.items() if k in (*_SCORES, "test_recovery") or k.endswith("_accuracy")
-        } or scores
-
+        if "accuracy" in line:
+            scores = {name: value for name, value in line.items() if isinstance(value, dict) and name != "items"}
     block = partial(_lines, fed=fed, devices=lab.executor.devices)
     clock = time.perf_counter()
     pending: list[PyTree] = []

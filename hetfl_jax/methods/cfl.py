@@ -80,7 +80,7 @@ def make(
     )
 
     def start() -> Clusters:
-        rows, sent = (max_clusters,), Sent(family.shapes[0], jnp.int32(0))
+        rows, sent = (max_clusters,), Sent(family.shapes[0], jnp.int32(0), {})
         return Clusters(
             jnp.zeros(clients, jnp.int32), jnp.int32(1), jnp.int32(0), jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32), jax.tree.map(lambda s: jnp.zeros((*rows, *s.shape), s.dtype), sent),

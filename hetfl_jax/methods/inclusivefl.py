@@ -86,7 +86,7 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         return reply._replace(member=own)
 
     def server(state: Types, plan: Plan, total: merge.Total, report: PyTree, ok: Array) -> tuple[Types, PyTree]:
-        mean, _ = jax.vmap(rule.settle)(total)
+        mean, _ = merge.settle_each(rule, total)
         examples = total.count.sum(1)
         change, params = mean["params"], state.variables["params"]
         larger = [t if above is None else above for t, above in enumerate(sharing.next_larger(depths))]

@@ -91,6 +91,11 @@ def overlap_mean(
     return Merge(lift, settle)
 
 
+def settle_each(merge: Merge, total: Total) -> tuple[PyTree, PyTree]:
+    """``settle`` for each row of a total with a leading axis of members."""
+    return jax.vmap(merge.settle)(total)
+
+
 def mean_of_stacks(
     family: Family, stacks: Sequence[PyTree], weights: Sequence[Array], classes: Sequence[Array] | None = None
 ) -> tuple[PyTree, PyTree]:
