@@ -8,7 +8,7 @@ Commands (``source`` is an .npz with x_train, y_train, x_test, y_test, or tfds:c
   hetfl train --config=configs/depthfl_cifar10.py:exclusive=1                  all clients train depth 1; 4: a quarter,
                                                                                depth 4, on their own data only
   hetfl train --config=configs/depthfl_cifar10.py:method=heterofl              width levels at the same mean MACs
-Device and time: one CPU core, about 8 minutes a run of 40 rounds with 5 local steps; see experiments/depthfl_cifar.
+Device and time: one CPU core, about 10 minutes a run of 40 rounds with 5 local steps; see experiments/depthfl_cifar.
 """
 
 from hetfl_jax.config import blocks, parse_arg, shrink
