@@ -112,7 +112,6 @@ def get_config(arg=""):
     config = shrink(config)
     config.family.hidden = (4, 4)
     config.family.mix = "2x1-1x1" if depth else "a1-b1"
-    if not depth:
-        config.family.net, config.family.norm = "conv", "none"
+    config.family.net, config.family.norm = "conv", "none"
     config.train.steps = 1
     return config

@@ -36,8 +36,7 @@ def depth_run(store_of, rounds=3, how=("bucketed",), between=lambda store, round
     return state, info, store
 
 
-@pytest.mark.parametrize("name", STORES)
-@pytest.mark.parametrize("how", [("bucketed",), ("bucketed", 1, 4)], ids=["one", "sharded"])
+@pytest.mark.parametrize(("name", "how"), [("host", ("bucketed",)), ("file", ("bucketed", 1, 4))], ids=["host", "file"])
 def test_same_rounds_as_on_the_device(name, how, tmp_path):
     algorithm = depthfl.make(exits_family(), sgd(), cohort=5, clients_per_level=(6, 6))
     wanted, infos, _ = play(algorithm, executor("bucketed"), toy_population())

@@ -221,7 +221,7 @@ def test_local_round(name, double):
 
     memory, rule = {}, drift.none()
     if dynamic:
-        memory, rule = {"sum": jax.tree.map(lambda v: -v / alpha, tree_of(duals))}, drift.feddyn(alpha)
+        memory, rule = {"sum": jax.tree.map(lambda v: jnp.asarray(-v / alpha), tree_of(duals))}, drift.feddyn(alpha)
     own = {k: view.cut(v) for k, v in memory.items()}
     after, seen, kept, _ = jax.jit(
         lambda: train(
