@@ -91,6 +91,7 @@ CASES = [
         "cnn": ("none", "gn"),
         "conv": ("bn", "in", "ln", "gn", "none", "bn_tracked"),
         "preresnet_1112": ("bn", "gn"),
+        "resnet18_exits": ("bn_tracked",),
     }.items()
     for norm in norms
 ]
@@ -99,8 +100,10 @@ CASES = [
 @pytest.mark.parametrize(("net", "norm"), CASES)
 def test_masked_equals_dense(net, norm):
     """Training loss and gradients, new statistics and evaluation, at every level."""
-    hidden = {"mlp": (16, 8), "cnn": (8, 16, 16), "conv": (8, 16), "preresnet_1112": (8, 8, 16, 16)}[net]
+    hidden = {"mlp": (16, 8), "cnn": (8, 16, 16), "conv": (8, 16), "preresnet_1112": (8, 8, 16, 16)}.get(net, (8, 16))
     levels = [{"width": w} for w in (1.0, 0.5)] + ([] if norm == "gn" else [{"width": 0.25}])
+    if net == "resnet18_exits":  # width and depth together
+        levels = [{"width": 1.0, "depth": 2}, {"width": 0.5, "depth": 2}, {"width": 0.5, "depth": 1}]
     module = build(net, hidden=hidden, classes=3, norm=norm, scaler=norm != "bn_tracked", lowering="lax")
     x = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
     y, valid = jnp.array([0, 1, 2, 0, 1]), jnp.array([True, True, True, True, False])
@@ -130,8 +133,8 @@ def test_masked_equals_dense(net, norm):
 def _outcome(fam, view, x, y, valid, base):
     def loss(params):
         exits, stats = view.apply({**view.variables, "params": params}, x, train=True, valid=valid)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(exits[0]), y[:, None], 1)[:, 0]
-        return -jnp.where(valid, chosen, 0).sum(), (exits, stats)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(exits), y[None, :, None], 2)[:, :, 0]
+        return -jnp.where(view.active[:, None] & valid, chosen, 0).sum(), (exits, stats)
 
     (value, (exits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(view.variables["params"])
     logits, _ = view.apply(view.variables, x, valid=valid)
