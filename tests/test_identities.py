@@ -7,11 +7,11 @@ import pytest
 
 from hetfl_jax import capacity
 from hetfl_jax.executors import executor
-from hetfl_jax.methods import fedavg, fedprox, heterofl
+from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl
 from hetfl_jax.parts import merge, server
 from hetfl_jax.types import Shard
 from tests.test_contract import play
-from tests.toys import LEVELS, mlp_family, sgd, toy_population, worst
+from tests.toys import LEVELS, exits_family, mlp_family, sgd, toy_population, worst
 
 
 def equal_clients(classes=3):
@@ -38,6 +38,24 @@ def test_heterofl_with_one_level_equal_sizes_and_all_classes_is_fedavg():
     fam = mlp_family(LEVELS[:1])
     found = final(heterofl.make(fam, sgd(), cohort=4, proportions=(1,)), equal_clients())
     assert worst(found, final(fedavg.make(fam, sgd(), cohort=4), equal_clients())) < 1e-6
+
+
+def test_depthfl_with_one_level_and_no_feddyn_is_fedavg():
+    fam = exits_family(({"depth": 1},))
+    found = final(depthfl.make(fam, sgd(), cohort=4, clients_per_level=(8,), feddyn=False), equal_clients())
+    assert worst(found, final(fedavg.make(fam, sgd(), cohort=4), equal_clients())) < 1e-6
+
+
+def test_the_first_round_of_feddyn_is_that_of_fedprox():
+    """Before anybody has a sum only the quadratic term is left; the participants' mean is then FedProx's model."""
+    fam, settings = mlp_family(LEVELS[:1]), sgd(clip_norm=0.0, momentum=0.0)
+    dynamic = feddyn.make(fam, settings, cohort=4, clients_per_level=(8,), feddyn_alpha=0.5)
+    state, _, _ = play(dynamic, executor("bucketed"), equal_clients(), rounds=1)
+    prox = fedprox.make(fam, settings, cohort=4, proximal_weight=0.5)
+    wanted, _, _ = play(prox, executor("bucketed"), equal_clients(), rounds=1)
+    assert worst(dynamic.others(state.server, {})["sel"].variables, wanted.server.variables) < 1e-6
+    moved = worst(state.server.variables, wanted.server.variables)
+    assert moved > 1e-4, "the model that is sent has the correction on top"
 
 
 def test_heterofl_assignments_agree_when_there_is_nothing_to_draw():
