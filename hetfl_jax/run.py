@@ -271,7 +271,8 @@ def evaluate_levels(lab: Lab, state: State) -> dict[str, dict[str, float]]:
         groups = lab.federation.test_groups
         scores["test_recovery"] = {letter: clusters.matched(s.placed, groups) for letter, s in found.items()}
     clients = lab.federation.partition.size.size
-    memory = jax.tree.map(lambda rows: rows[:clients], state.memory)
+    kept = {name: rows for name, rows in dict(state.memory).items() if name == "last"}  # the others are not looked at
+    memory = jax.tree.map(lambda rows: rows[:clients], kept)
     for name, other in lab.federation.algorithm.others(server, memory).items():
         other = lab.place(other)
         of_level = (float(lab.evaluate(level, other).accuracy) for level in range(len(letters)))

@@ -8,7 +8,7 @@ import pytest
 from hetfl_jax import capacity
 from hetfl_jax.executors import executor
 from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl
-from hetfl_jax.parts import merge, server
+from hetfl_jax.parts import merge, select, server
 from hetfl_jax.types import Shard
 from tests.test_contract import play
 from tests.toys import LEVELS, exits_family, mlp_family, sgd, toy_population, worst
@@ -147,3 +147,63 @@ def test_a_class_that_nobody_holds_keeps_its_row():
 def test_errors_before_anything_compiles(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_participants_are_independent_given_that_somebody_takes_part():
+    """Binomial counts without zero, and every client equally often."""
+    clients, probability, draws = 12, 0.1, 4000
+    choose = select.bernoulli(probability, clients)
+    cohorts = jax.vmap(lambda key: choose(key, 0, None, None, None))(jax.random.split(jax.random.key(0), draws))
+    count = np.asarray(cohorts.valid.sum(1))
+    wanted = clients * probability / (1 - (1 - probability) ** clients)
+    assert count.min() == 1
+    assert count.mean() == pytest.approx(wanted, rel=0.03)
+    often = np.bincount(np.asarray(cohorts.ids)[np.asarray(cohorts.valid)], minlength=clients) / draws
+    np.testing.assert_allclose(often, wanted / clients, atol=0.02)
+    with pytest.raises(ValueError, match="participation probability 0"):
+        select.bernoulli(0.0, 3)
+
+
+def depth_step(**changes):
+    """One server step of FedDyn in which two of three deep clients of six take part and move every entry by one."""
+    fam = exits_family()
+    rule = server.feddyn(fam, (2, 4), **changes)
+    variables = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[0])
+    mean = jax.tree.map(jnp.ones_like, variables)
+    coverage = jax.tree.map(lambda v: jnp.full(v.shape, 2.0), variables)
+    return rule, variables, rule.update(rule.init(variables), variables, mean, coverage, jnp.bool_(True))
+
+
+def test_the_denominator_of_feddyn_is_all_clients_or_the_owners_of_an_entry():
+    for denominator, deep in (("all", 2 / 6), ("owners", 2 / 2)):
+        _, _, (m, after) = depth_step(denominator=denominator)
+        np.testing.assert_allclose(m["dense_1"]["bias"], deep, rtol=1e-6)
+        np.testing.assert_allclose(m["dense_0"]["bias"], 2 / 6, rtol=1e-6)
+        np.testing.assert_allclose(after["params"]["dense_1"]["bias"], 2 + deep, rtol=1e-6)
+
+
+def test_feddyns_correction_stops_growing_at_its_bound_and_nan_changes_nothing():
+    rule, variables, (m, after) = depth_step(max_correction=0.1)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(m)), "1/3 of the model's norm is too much"
+    assert worst(after, jax.tree.map(lambda v: v + 1, variables)) == 0
+    broken = jax.tree.map(lambda v: jnp.full_like(v, jnp.nan), variables)
+    slot, kept = rule.update(m, variables, broken, variables, jnp.bool_(True))
+    assert worst((slot, kept), (m, variables)) == 0
+
+
+def test_an_exit_counts_only_for_the_clients_that_trained_it():
+    """With ``own_exit`` the first exit is averaged over shallow clients alone; the trunk over all of them."""
+    fam = exits_family()
+    shard = Shard(None, None, None, jnp.int32(0), jnp.int32(1), jnp.ones(3, bool))
+    for own, wanted in ((True, 1.0), (False, 2.0)):
+        rule = merge.overlap_mean(fam, by_examples=False, own_exit=own)
+        total = None
+        for level, moved in ((0, 3.0), (1, 1.0)):
+            delta = jax.tree.map(lambda s: jnp.full(s.shape, moved), fam.shapes[level])  # noqa: B023
+            one = rule.lift(delta, level, shard)
+            one = one._replace(delta=capacity.widen(fam, one.delta, level))
+            total = one if total is None else jax.tree.map(jnp.add, total, one)
+        mean = rule.settle(total)[0]["params"]
+        assert mean["head_0"]["bias"].tolist() == [wanted] * 3
+        assert mean["dense_0"]["bias"].tolist() == [2.0] * 8
+        assert mean["head_1"]["bias"].tolist() == [3.0] * 3

@@ -103,8 +103,11 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
     def model(state: Types, level: Level, member: int = 0) -> PyTree:
         return capacity.view(family, tree.take(state.variables, capacity.index_of(level)), level).variables
 
+    def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
+        return base.predict(variables, level, x, shard)[-1:]  # the exits before are nobody's: they were never trained
+
     return base._replace(
-        members=count, init=init, plan=plan, client=client, server=server, model=model, judge=None,
+        members=count, predict=predict, init=init, plan=plan, client=client, server=server, model=model, judge=None,
         others=lambda server, memory: {},
     )  # fmt: skip
 
