@@ -74,11 +74,10 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         return Types(start, tree.zeros(empty), jnp.zeros(count, bool)), memory
 
     def plan(key: Array, round: Array, state: Types, population: Population, survey: Any) -> Plan:
-        server = base_state._replace(variables=tree.take(state.variables, 0))
-        planned = base.plan(key, round, server, population, survey)
+        planned = base.plan(key, round, plain, population, survey)
         return planned._replace(sent=Sent(state.variables, round, {}))
 
-    base_state = jax.eval_shape(base.init, jax.random.key(0))[0]
+    plain = jax.eval_shape(base.init, jax.random.key(0))[0]  # which clients come does not depend on the models
 
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
         own = capacity.index_of(level)
