@@ -34,6 +34,7 @@ def get_config(arg=""):
             net="mlp",
             hidden=(200, 200, 200, 200),
             mix="4x1-3x1-2x1",
+            exits=False,
             norm="none",
             scaler=False,
             lowering="auto",

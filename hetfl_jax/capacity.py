@@ -18,6 +18,7 @@ from hetfl_jax.models.adapter import Net, adapt
 from hetfl_jax.types import Array, Level, PyTree, Within
 
 Path = tuple[str, ...]
+Prepare = Callable[[Array, Array | None], Array]
 
 
 class Window(NamedTuple):
@@ -35,7 +36,7 @@ class Family(NamedTuple):
     shapes: tuple[PyTree, ...]  #: variables of each level as ShapeDtypeStruct
     windows: Mapping[Path, Window]
     example: PyTree  #: ShapeDtypeStruct of a batch of one, as stored
-    prepare: Callable[[Array, Array | None], Array]  #: (x as stored, key or None) -> input of the net
+    prepare: Prepare  #: (x as stored, key or None) -> input of the net
     exits: np.ndarray  #: [L] number of exits of each level
     masked: bool  #: whether masked execution gives the same answer as the dense net of a level
 
@@ -86,7 +87,7 @@ def family(
     module: Any,
     levels: Sequence[Mapping[str, Any]],
     example: Any,
-    prepare: Callable[[Array, Array | None], Array] = _as_stored,
+    prepare: Prepare = _as_stored,
     masked: bool = True,
 ) -> Family:
     """The capacity table of ``module`` at each of ``levels``.
@@ -96,7 +97,8 @@ def family(
       levels: fields of each level, the largest first, e.g. ``[dict(width=1.0), dict(width=0.5)]``.
       example: one stored batch (or its ShapeDtypeStruct), [B, ...].
       prepare: turns stored examples into the net's input; gets a key while training (augmentation), else ``None``.
-      masked: ``False`` for a net that runs only at its true shape (it then refuses masked execution).
+      masked: ``False`` for a net that runs only at its true shape (it then refuses masked execution), as any does
+        whose levels differ in depth but have no exits of their own.
 
     Raises:
       ValueError: a level that is not contained in level 0, or has another leaf rank.
@@ -123,7 +125,8 @@ def family(
     names = dict.fromkeys(name for fields in levels for name in fields)
     table = {name: np.asarray([getattr(m, name) for m in modules]) for name in names}
     exits = np.asarray([_evaluate(net, s, ready)[0].shape[0] for net, s in zip(nets, shapes)])
-    return Family(nets, table, shapes, windows, example, prepare, exits, masked)
+    one_head = len(set(table.get("depth", (0,)))) > 1 == len(set(exits))
+    return Family(nets, table, shapes, windows, example, prepare, exits, masked and not one_head)
 
 
 def _evaluate(net: Net, shapes: PyTree, ready: Any, **options: Any) -> tuple[Any, PyTree]:

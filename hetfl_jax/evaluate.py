@@ -25,6 +25,7 @@ class Scores(NamedTuple):
     local_accuracy: Array  #: over all clients' test examples, each judged as its client sees it
     client_accuracy: Array  #: [clients with test data]
     ensemble_accuracy: Array  #: of the mean of the logits of all exits, NaN with one exit
+    perplexity: Array  #: mean over test batches of exp(their loss), NaN where examples are not sequences
 
 
 def judged(
@@ -170,6 +171,9 @@ def evaluator(
             own.correct.sum() / own.examples.sum(),
             own.correct / own.examples,
             ensemble,
+            jnp.exp(tree.take(seen.loss / seen.examples, slice(test_batches))).mean()
+            if train.y.ndim > 1
+            else jnp.asarray(jnp.nan),
         )
 
     def _of_own_model(level: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:

@@ -247,10 +247,12 @@ def _split(data: Any, source: sources.Source, seed: int) -> Partition:
     if data.split not in SPLITS:
         raise ValueError(f"split {data.split!r} is not one of {', '.join(SPLITS)} (data.split)")
     if data.split == "iid":
-        return partition.iid(labels.size, clients, seed, source.y_test.size)
+        return partition.iid(len(labels), clients, seed, len(source.y_test))
     if data.split == "per_group":
         groups = data.groups.partition(":")[2]
-        return partition.per_group(labels.size, clients, int(groups) if groups.isdigit() else 1, seed)
+        return partition.per_group(len(labels), clients, int(groups) if groups.isdigit() else 1, seed)
+    if labels.ndim > 1 and data.split != "natural":
+        raise ValueError(f"split {data.split!r} of sequences, allowed iid, per_group, natural (data.split)")
     if data.split == "shards":
         return partition.shards(labels, clients, data.classes_per_client, seed, source.y_test)
     if data.split == "natural":
@@ -272,10 +274,11 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
 
 
 def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
-    image = source.x_train.ndim == 4
-    prepare = (
-        preprocess.images(config.data.mean, config.data.std, config.data.augment) if image else preprocess.features
-    )
+    prepare: capacity.Prepare = preprocess.features
+    if source.x_train.ndim == 4:
+        prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
+    elif source.y_train.ndim > 1:
+        prepare = preprocess.tokens(config.data.augment, classes)
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
     fields = net_fields(config, mix, classes)
     module = build_net(fields.pop("net"), **fields)

@@ -17,6 +17,7 @@ from rich.table import Table
 from hetfl_jax.federation import Federation
 
 Line = dict[str, Any]
+_MOST_CLASSES = 200  #: that a heat map shows
 _COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
 
 
@@ -91,6 +92,7 @@ def table(fed: Federation, lines: Sequence[Line], best: int | None) -> list[Line
             "local": last.get("local_accuracy", {}).get(letter),
             "ensemble": last.get("ensemble_accuracy", {}).get(letter),
             "sel": last.get("sel_accuracy", {}).get(letter),
+            "perplexity": last.get("perplexity", {}).get(letter),
             "parameters": int(fed.costs.parameters[level]),
             "macs": int(fed.costs.macs[level]),
             "bytes": int(fed.costs.bytes[level]),
@@ -139,14 +141,20 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     out = Table(
         title=f"after {summary['rounds']} rounds (best by {summary['best_by']} accuracy: round {summary['best_round']})"
     )
-    shown = ["start", "last", *(key for key in ("ensemble", "sel") if rows[0].get(key) is not None), "best", "local"]
+    shown = [
+        "start",
+        "last",
+        *(key for key in ("ensemble", "sel", "perplexity") if rows[0].get(key) is not None),
+        "best",
+        "local",
+    ]
     titles = {"start": "untrained", "best": "best round"}
     for name in ("model", *(titles.get(key, key) for key in shown), "parameters", "MACs", "one way"):
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):
         size = f"x{row['width']:g}" if not row.get("depth") or row["width"] != 1 else f"depth {row['depth']}"
         name = f"{row['level']} ({size})" + (" global" if i == 0 else "")
-        scores = (_percent(row[key]) for key in shown)
+        scores = (f"{row[key]:.2f}" if key == "perplexity" else _percent(row[key]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
     Console(file=buffer, width=130).print(out)
@@ -213,8 +221,10 @@ def plot(folder: Path, lines: Sequence[Line], counts: np.ndarray) -> list[Path]:
     curves("bytes.png", sent, "MB sent, down and up")
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(counts.T, aspect="auto", interpolation="nearest", cmap="viridis")
-    axes.set(xlabel="client", ylabel="class", yticks=range(counts.shape[1]) if counts.shape[1] <= 20 else [])
+    common = np.sort(np.argsort(-counts.sum(0), kind="stable")[:_MOST_CLASSES])
+    image = axes.imshow(counts[:, common].T, aspect="auto", interpolation="nearest", cmap="viridis")
+    label = "class" if counts.shape[1] <= _MOST_CLASSES else f"class (the {_MOST_CLASSES} most common)"
+    axes.set(xlabel="client", ylabel=label, yticks=range(counts.shape[1]) if counts.shape[1] <= 20 else [])
     figure.colorbar(image, ax=axes, label="examples")
     files.append(folder / "partition.png")
     figure.savefig(files[-1], dpi=150)

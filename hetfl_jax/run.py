@@ -247,7 +247,7 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
     return step
 
 
-_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "ensemble_accuracy")
+_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "ensemble_accuracy", "perplexity")
 
 
 def round_seconds(clock: float, rounds: int) -> float:

@@ -32,7 +32,7 @@ class Population(NamedTuple):
     """
 
     x: Array  #: [M, ...] examples as stored, e.g. uint8 images
-    y: Array  #: [M] int32 labels
+    y: Array  #: [M] int32 labels; of sequences [M, S], -1 where there is none
     index: Array  # type: ignore[assignment]  #: [n] int32 pool rows, client after client
     offset: Array  #: [N] int32 first position of a client in ``index``
     size: Array  #: [N] int32 examples per client

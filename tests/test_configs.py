@@ -12,6 +12,7 @@ from hetfl_jax.config import blocks
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+CONFIGS.append("heterofl_wikitext2.py:method=inclusivefl")
 DATA = Path(os.environ.get("HETFL_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -24,17 +25,22 @@ def need(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quick(name, tmp_path, monkeypatch):
-    """Each config end to end on a few clients; CIFAR-10's on random images of its shape."""
+    """Each config end to end on a few clients; CIFAR-10's on random images, WikiText-2's on random tokens."""
     monkeypatch.setenv("HETFL_DATA", str(DATA))
     source = ""
     if "mnist" in name:
         need("mnist.npz")
+    if "wikitext2" in name:  # the real vocabulary makes a step of compiled-in-haste code slow
+        train, test = np.random.default_rng(0).integers(0, 40, (2, 4000))
+        np.savez(tmp_path / "wikitext2.npz", train=train, test=test)
+        source = f"source=text:{tmp_path}/wikitext2.npz,"
     if "cifar" in name:
         rng = np.random.default_rng(0)
         x, y = rng.integers(0, 256, (120, 32, 32, 3)).astype(np.uint8), np.arange(120) % 10
         np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
         source = f"source=npz:{tmp_path}/cifar10.npz,"
-    config = load_config([f"--config={ROOT}/configs/{name}:{source}quick", f"--config.run.folder={tmp_path}"])
+    name = name if ":" in name else f"{name}:"
+    config = load_config([f"--config={ROOT}/configs/{name},{source}quick", f"--config.run.folder={tmp_path}"])
     result = run.train(config, quiet=True)
     assert result.summary["rounds"] == 2
     assert all(0 <= row["last"] <= 1 for row in result.table)

@@ -249,13 +249,14 @@ def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
         "examples": int(size.sum()),
         "size": {"min": int(size.min()), "median": float(np.median(size)), "max": int(size.max())},
         "classes per client": {"min": int(held.min()), "median": float(np.median(held)), "max": int(held.max())},
-        "largest class share": round(float((count.max(1) / size).mean()), 4),
+        "largest class share": round(float((count.max(1) / count.sum(1)).mean()), 4),
     }
 
 
 def class_counts(labels: np.ndarray, part: Partition) -> np.ndarray:
-    """[N, C] examples of each class per client."""
-    classes = int(labels.max()) + 1
-    client = np.repeat(np.arange(part.size.size), part.size)
-    flat = np.bincount(client * classes + labels[part.index], minlength=part.size.size * classes)
+    """[N, C] examples of each class per client; of sequences, labels of each class."""
+    classes, each = int(labels.max()) + 1, labels.size // len(labels)
+    client = np.repeat(np.arange(part.size.size), part.size * each)
+    held = labels[part.index].ravel()
+    flat = np.bincount((client * classes + held)[held >= 0], minlength=part.size.size * classes)
     return flat.reshape(part.size.size, classes)

@@ -28,7 +28,8 @@ def population(
 
     Args:
       x: [M, ...] examples as they should be stored (images as uint8); a device array is shared, not copied.
-      y: [M] integer labels in ``[0, classes)``, or float targets of a regression.
+      y: [M] integer labels in ``[0, classes)``, or float targets of a regression; [M, S] labels of sequences, -1 where
+        there is none.
       index: [n] pool rows, client after client.
       size: [N] examples per client, each >= 1, summing to n.
       level: [N] capacity level of each client, default 0.
@@ -62,7 +63,8 @@ def population(
     table = classes if isinstance(classes, np.ndarray) else None
     count = table.shape[1] if table is not None else int(y.max()) + 1 if classes is None else int(classes)
     _check(
-        numbers or (int(y.min()) >= 0 and int(y.max()) < count), f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}"
+        numbers or (int(y.min()) >= (0 if y.ndim == 1 else -1) and int(y.max()) < count),
+        f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}",
     )
     level = np.zeros(size.size, np.int32) if level is None else np.asarray(level)
     _check(level.shape == size.shape, f"{level.size} levels for {size.size} clients")
@@ -116,9 +118,11 @@ def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
-    """[N, C] bool: which labels occur among each client's consecutive examples."""
+    """[N, C] bool: which labels occur among each client's consecutive examples, [n] or [n, S]."""
     held = np.zeros((size.size, count), bool)
-    held[np.repeat(np.arange(size.size), size), labels] = True
+    client = np.repeat(np.arange(size.size), size * (labels.size // max(len(labels), 1)))
+    there = labels.ravel() >= 0
+    held[client[there], labels.ravel()[there]] = True
     return held
 
 

@@ -1,4 +1,4 @@
-"""Normalisation and augmentation inside jit: images stay uint8 on the device."""
+"""What happens to stored examples inside jit: images are normalised and augmented, tokens hidden."""
 
 from collections.abc import Callable, Sequence
 
@@ -46,6 +46,43 @@ def images(
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))
             x = jax.vmap(one)(keys, x)
         return (x.astype(jnp.float32) / 255.0 - shift) / scale
+
+    return prepare
+
+
+def tokens(augment: str, hidden: int) -> Callable[[Array, Array | None], Array]:
+    """A ``prepare`` function for windows of tokens (masked language modelling as in HeteroFL).
+
+    With ``corrupt:<p>`` every token becomes ``hidden`` with probability p, in evaluation too: there by a fixed key and
+    the window's own tokens. -1 (no token) stays.
+
+    Args:
+      augment: ``none`` or ``corrupt:<p>`` with 0 < p < 1.
+      hidden: the id that stands for a hidden token.
+
+    Raises:
+      ValueError: anything else.
+
+    >>> x = jnp.arange(1000)[None]
+    >>> int((tokens("corrupt:0.15", 1000)(x, None) == 1000).sum())
+    148
+    """
+    kind, _, text = augment.partition(":")
+    try:
+        rate = float(text or "nan") if kind == "corrupt" else 0.0
+    except ValueError:
+        rate = float("nan")
+    if not (augment == "none" or (kind == "corrupt" and 0 < rate < 1)):
+        raise ValueError(f"augmentation {augment!r} of tokens, allowed none or corrupt:<p>, 0 < p < 1 (data.augment)")
+
+    def prepare(x: Array, key: Array | None) -> Array:
+        if not rate:
+            return x
+        places = jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1
+        own = jnp.arange(x.shape[0]) if key is not None else (x.astype(jnp.uint32) * places).sum(1)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, own)
+        hide = jax.vmap(lambda k: jax.random.bernoulli(k, rate, x.shape[1:]))(keys)
+        return jnp.where(hide & (x >= 0), hidden, x)
 
     return prepare
 

@@ -1,4 +1,4 @@
-"""Data sets by name: ``digits``, ``npz:<path>``, ``tfds:<name>``, ``synthetic``. Arrays come back on the host."""
+"""Data sets by name: digits, npz:<path>, text:<path>, tfds:<name>, synthetic. Arrays come back on the host."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ DATA_FOLDER = "HETFL_DATA"  #: environment variable: where ``npz:`` looks for fi
 
 
 class Source(NamedTuple):
-    """A data set: images [M, H, W, C] uint8 or features [M, D] float32, labels int32."""
+    """A data set: images [M, H, W, C] uint8, features [M, D] float32, or tokens [M, S] int32; labels int32."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -56,8 +56,10 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
 
     Args:
       name: ``digits`` (1,797 images that scikit-learn ships), ``npz:<path>`` with x_train, y_train, x_test, y_test,
-        ``tfds:<name>`` prepared beforehand, or ``synthetic`` (Synthetic(alpha, beta)).
-      clients, seed, options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``) only.
+        ``text:<path>`` with streams of token ids train and test, ``tfds:<name>`` prepared beforehand, or
+        ``synthetic`` (Synthetic(alpha, beta)).
+      clients, seed: of ``synthetic`` only.
+      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``) and ``text`` (see there) only.
       writers: ``<npz path>:<array>`` with the client id of each training example.
 
     Raises:
@@ -73,10 +75,14 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
         source = synthetic(clients, seed, **options)
     elif kind == "npz" and rest:
         source = _npz(rest)
+    elif kind == "text" and rest:
+        source = text(rest, **options)
     elif kind == "tfds" and rest:
         source = _tfds(rest)
     else:
-        raise ValueError(f"data source {name!r} is not one of digits, synthetic, npz:<path>, tfds:<name> (data.source)")
+        raise ValueError(
+            f"data source {name!r} is not one of digits, synthetic, npz:<path>, text:<path>, tfds:<name> (data.source)"
+        )
     if writers:
         path, _, array = writers.rpartition(":")
         source = source._replace(writer=np.load(_find(path), allow_pickle=False)[array])
@@ -116,6 +122,41 @@ def _npz(path: str) -> Source:
         writer = file.get("writer_train")
         arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
     return Source(_stored(arrays[0]), _labels(arrays[1]), _stored(arrays[2]), _labels(arrays[3]), writer)
+
+
+def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, test_tokens: int = 0) -> Source:
+    """Windows of a token stream, whose every token is to be predicted (WikiText-2 as in HeteroFL).
+
+    The streams ``train`` and ``test`` (integer ids) are cut into equal rows, the rest dropped, and each row into
+    windows of ``length``; a row's last window may be shorter, filled up with -1. The writer of a training window is its
+    row. Test windows stand place by place: a batch of ``test_rows`` is one place of all rows. Of the test stream only
+    the first ``test_tokens`` are taken, 0 for all.
+
+    Raises:
+      ValueError: a value out of range, or arrays that are not streams.
+    """
+    with np.load(_find(path), allow_pickle=False) as file:
+        streams = [file[name] if name in file else np.zeros((0, 0)) for name in ("train", "test")]
+    if not 0 <= test_tokens <= streams[1].size:
+        raise ValueError(f"test_tokens {test_tokens}, allowed 0..{streams[1].size} (data.options)")
+    streams[1] = streams[1][: test_tokens or None]
+    if any(s.ndim != 1 or not np.issubdtype(s.dtype, np.integer) for s in streams):
+        raise ValueError(f"{path}: need streams of token ids, train [n] and test [m] of integers (data.source)")
+    for name, count, stream in (("rows", rows, streams[0]), ("test_rows", test_rows, streams[1])):
+        if not 1 <= count <= stream.size:
+            raise ValueError(f"{name} {count}, allowed 1..{stream.size} (data.options)")
+    if length < 1:
+        raise ValueError(f"length {length}, allowed >= 1 (data.options)")
+
+    def windows(stream: np.ndarray, count: int) -> np.ndarray:
+        each = stream.size // count
+        cut = stream[: count * each].astype(np.int32).reshape(count, each)
+        return np.pad(cut, ((0, 0), (0, -each % length)), constant_values=-1).reshape(count, -1, length)
+
+    train, test = windows(streams[0], rows), windows(streams[1], test_rows).swapaxes(0, 1)
+    writer = np.repeat(np.arange(rows), train.shape[1])
+    train, test = train.reshape(-1, length), test.reshape(-1, length)
+    return Source(train, train, test, test, writer)
 
 
 def _jpeg_npz(file: Any) -> Source:

@@ -8,8 +8,11 @@ import flax.linen as nn
 from hetfl_jax.models.conv import conv, depthwise_conv
 from hetfl_jax.models.exits import ExitResNet
 from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet
+from hetfl_jax.models.transformer import Transformer
 
-__all__ = ["CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "build", "conv", "depthwise_conv"]
+__all__ = [
+    "CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "Transformer", "build", "conv", "depthwise_conv",
+]  # fmt: skip
 
 
 def _preresnet_1112(**fields: Any) -> nn.Module:
@@ -26,6 +29,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "conv": Conv,
     "resnet18_exits": ExitResNet,
+    "transformer": Transformer,
     "preresnet_1112": _preresnet_1112,
     "preresnet18": _preresnet18,
 }

@@ -1,7 +1,7 @@
 """The one place where a linen module becomes plain functions.
 
 A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. It returns
-logits [B, C], or [E, B, C] with one row per exit.
+logits [B, C], or [E, B, C] with one row per exit; of sequences, whose every position has a label, [E, B, S, C].
 """
 
 import inspect
@@ -55,7 +55,7 @@ def adapt(module: nn.Module) -> Net:
         mutable = ["batch_stats"] if train or collect else False
         out = call(module, variables, x, rngs, mutable, train=train, valid=valid, capacity=capacity)
         logits, stats = (out[0], out[1].get("batch_stats", {})) if mutable else (out, {})
-        return (logits if logits.ndim == 3 else logits[None]), stats
+        return (logits if logits.ndim > 2 else logits[None]), stats
 
     plain = module.clone(lowering="lax") if hasattr(module, "lowering") else module
 

@@ -20,7 +20,7 @@ GROUPS = 4  # of gn, as in HeteroFL
 MOMENTUM = 0.9  # of tracked statistics, PyTorch's 0.1
 _SLACK = 1e-3  # keeps 0.6 * 10 at 6 in float32 and in float64
 
-_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # bound 1 / sqrt(fan_in)
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # bound 1 / sqrt(fan_in)
 
 
 def active_channels(full: int, width: float) -> int:
@@ -54,7 +54,7 @@ def conv_layer(
         (stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=bias,
-        kernel_init=_uniform_fan_in,
+        kernel_init=uniform_fan_in,
         bias_init=_bias_init(kernel * kernel * x.shape[-1]),
         conv_general_dilated=lowered(lowering),
         name=name,
@@ -64,7 +64,7 @@ def conv_layer(
 def dense_layer(x: Array, features: int, *, zero_bias: bool = False, name: str) -> Array:
     """A linear layer with PyTorch's default initialisation; HeteroFL's classifiers start with a zero bias."""
     bias_init = nn.initializers.zeros if zero_bias else _bias_init(x.shape[-1])
-    return nn.Dense(features, kernel_init=_uniform_fan_in, bias_init=bias_init, name=name)(x)
+    return nn.Dense(features, kernel_init=uniform_fan_in, bias_init=bias_init, name=name)(x)
 
 
 def scale(x: Array, width: float | Array, *, train: bool) -> Array:

@@ -58,11 +58,13 @@ class BaseNet(nn.Module):
 class MLP(BaseNet):
     """Linear layers with ReLU; the default 784-200-10 is the "2NN" baseline with one hidden layer.
 
-    With ``depth`` d > 0 only the first d hidden layers are there, and each has an exit: [d, B, C].
+    With ``depth`` d > 0 only the first d hidden layers are there, and each has an exit: [d, B, C]; without ``exits``
+    there is one head behind the last of them, as in a net of that depth.
     """
 
     hidden: Sequence[int] = (200,)
     depth: int = 0
+    exits: bool = True
 
     @nn.compact
     def __call__(
@@ -73,7 +75,7 @@ class MLP(BaseNet):
         for i, full in enumerate(self.hidden[: self.depth or None]):
             x = dense_layer(x, self._channels(full), name=f"dense_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
-            if self.depth:
+            if self.depth and self.exits:
                 exits.append(dense_layer(x, self.classes, name=f"head_{i}"))
         return jnp.stack(exits) if exits else dense_layer(x, self.classes, name="head")
 
@@ -120,13 +122,15 @@ class LeNet(BaseNet):
 class Conv(BaseNet):
     """HeteroFL's Conv: 3x3 convolutions with bias, Scaler, norm, ReLU, pool (none after the last), mean, linear.
 
-    With ``depth`` d > 0 only the first d convolutions are there, and each has an exit: [d, B, C].
+    With ``depth`` d > 0 only the first d convolutions are there, and each has an exit: [d, B, C]; without ``exits``
+    there is one head behind the last of them.
     """
 
     hidden: Sequence[int] = (64, 128, 256, 512)
     norm: str = "bn"
     scaler: bool = True
     depth: int = 0
+    exits: bool = True
 
     @nn.compact
     def __call__(
@@ -137,7 +141,7 @@ class Conv(BaseNet):
         for i, full in enumerate(self.hidden[: self.depth or None]):
             x = conv_layer(max_pool(x) if i else x, self._channels(full), 3, lowering=self.lowering, name=f"conv_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
-            if self.depth:
+            if self.depth and self.exits:
                 exits.append(dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name=f"head_{i}"))
         return jnp.stack(exits) if exits else dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
 

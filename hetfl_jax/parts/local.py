@@ -1,7 +1,7 @@
 """Local training: epochs of shuffled batches over one client's examples."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from hetfl_jax.capacity import View
 from hetfl_jax.data.population import examples
 from hetfl_jax.parts.drift import Around, Drift
-from hetfl_jax.parts.objective import Objective, last_exit
+from hetfl_jax.parts.objective import Objective, by_label, last_exit
 from hetfl_jax.random import permute
 from hetfl_jax.types import Array, PyTree, Shard
 
@@ -101,7 +101,8 @@ def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array
     """Loss and hits over all of a shard's examples, in batches.
 
     Args:
-      logits: examples -> [B, C], or [R, B, C] of several ways to read a model: then the sums have a leading R.
+      logits: examples -> [B, C] ([B, S, C] where an example is a sequence of labels), or [R, ...] of several ways to
+        read a model: then the sums have a leading R.
       each: (logits, labels) -> loss of each example, [B].
       batch: examples at a time.
     """
@@ -110,17 +111,15 @@ def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array
         position = i * batch + jnp.arange(batch)
         valid = position < shard.size
         x, labels = examples(shard, shard.index[shard.offset + jnp.minimum(position, shard.size - 1)])
+        found, labels, valid = by_label(logits(x), labels, valid)
         of = lambda found: _count(found, each(found, labels), labels, valid)  # noqa: E731
-        found = logits(x)
-        return jax.tree.map(lambda a, b: a + b.astype(dtype), seen, jax.vmap(of)(found) if lead(found) else of(found))
-
-    def lead(found: Any) -> tuple[int, ...]:
-        return found.shape[:-2]
+        return jax.tree.map(lambda a, b: a + b.astype(dtype), seen, jax.vmap(of)(found) if readings else of(found))
 
     dtype = jnp.result_type(float)
-    first = examples(shard, shard.index[shard.offset + jnp.zeros(batch, int)])[0]
-    shape = lead(jax.eval_shape(logits, first))
-    zero = Tally(*(jnp.zeros(shape, dtype) for _ in Tally._fields))
+    first, of_first = examples(shard, shard.index[shard.offset + jnp.zeros(batch, int)])
+    found = jax.eval_shape(logits, first)
+    readings = found.shape[: found.ndim - of_first.ndim - 1]
+    zero = Tally(*(jnp.zeros(readings, dtype) for _ in Tally._fields))
     return jax.lax.fori_loop(0, -(-shard.size // batch), step, zero)
 
 
@@ -169,33 +168,32 @@ def train(
             position = permute(jax.random.fold_in(key, step // per_epoch), position, shard.size)
         return shard.index[shard.offset + position], valid
 
-    def batch_of(step: Array) -> tuple[Array, Array, Array]:
-        rows, valid = rows_of(step)
-        return *examples(shard, rows), valid
+    first = rows_of(jnp.int32(0))
+    whole = (*examples(shard, first[0]), first[1]) if settings.full_batch else None
 
-    whole = batch_of(jnp.int32(0)) if settings.full_batch else None
-
-    def step(i: Array, carry: tuple[PyTree, PyTree, Tally]) -> tuple[PyTree, PyTree, Tally]:
-        variables, slot, seen = carry
-        x, y, valid = whole or batch_of(i)
+    def step(i: Array, carry: tuple[PyTree, PyTree, Tally, PyTree]) -> tuple[PyTree, PyTree, Tally, PyTree]:
+        variables, slot, seen, batch = carry
+        x, labels, valid = whole or (*examples(shard, batch[0]), batch[1])
         step_key = jax.random.fold_in(key, (1 << 20) + i)  # apart from the epochs' keys
 
-        def loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+        def loss(params: PyTree) -> tuple[Array, tuple[Array, Array, PyTree]]:
             exits, stats = view.apply({**variables, "params": params}, x, train=True, valid=valid, key=step_key)
-            value = objective.loss(exits, view.active, y, valid, shard, round)
-            return value, (last_exit(objective.local(exits, shard), view.active), stats)
+            exits, y, counts = by_label(exits, labels, valid)
+            value = objective.loss(exits, view.active, y, counts, shard, round)
+            hits = counts & (last_exit(objective.local(exits, shard), view.active).argmax(-1) == y)
+            return value, (hits.sum().astype(dtype), counts.sum().astype(dtype), stats)
 
         params = variables["params"]
-        (value, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, (hits, count, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         gradient = drift.gradient(gradient, params, around)
         gradient = view.cut({"params": gradient})["params"]
         update, slot = transform.update(gradient, slot, params)
         after = {**variables, "params": optax.apply_updates(params, update)}
         if "batch_stats" in variables:
             after["batch_stats"] = view.cut({"batch_stats": stats})["batch_stats"]
-        count = valid.sum().astype(dtype)
-        hits = (valid & (logits.argmax(-1) == y)).sum().astype(dtype)
-        return after, slot, Tally(seen.loss + value * count, seen.correct + hits, seen.examples + count)
+        tally = Tally(seen.loss + value * count, seen.correct + hits, seen.examples + count)
+        # The next batch's rows are carried: XLA would repeat the shuffle in everything that reads from the batch.
+        return after, slot, tally, batch if whole else rows_of(i + 1)
 
     dtype = jnp.result_type(*jax.tree.leaves(start["params"]))
     zero = Tally(*(jnp.zeros((), dtype) for _ in Tally._fields))
@@ -203,7 +201,7 @@ def train(
     if settings.keep_momentum:
         slot = optax.tree.set(slot, trace=memory["momentum"]["params"])
     steps = local_steps(settings, shard.size)
-    variables, slot, seen = jax.lax.fori_loop(0, steps, step, (start, slot, zero))
+    variables, slot, seen, _ = jax.lax.fori_loop(0, steps, step, (start, slot, zero, first))
     kept, sent = drift.update(variables["params"], around, steps)
     if settings.keep_momentum:
         kept = {**kept, "momentum": {"params": optax.tree.get(slot, "trace")}}

@@ -61,9 +61,9 @@ def overlap_mean(
             return np.ones(exits.size, bool)
         return exits == exits[owners].min()
 
-    def along(path: tuple[str, ...], ndim: int, rows: Array) -> Array:
+    def along(path: tuple[str, ...], d: Array, rows: Array) -> Array:
         axis = family.windows[path].class_axis
-        return rows.reshape([-1 if i == axis else 1 for i in range(ndim)])
+        return padded(rows, d.shape[axis]).reshape([-1 if i == axis else 1 for i in range(d.ndim)])
 
     def has_rows(path: tuple[str, ...]) -> bool:
         return class_rows and family.windows[path].class_axis >= 0
@@ -75,20 +75,26 @@ def overlap_mean(
         def weigh(path: tuple[str, ...], d: Array) -> Array:
             if not trains(path).all():
                 d = jnp.where(jnp.asarray(trains(path))[capacity.index_of(level)], d, 0)
-            return jnp.where(along(path, d.ndim, shard.classes), d * weight, 0) if has_rows(path) else d * weight
+            return jnp.where(along(path, d, shard.classes), d * weight, 0) if has_rows(path) else d * weight
 
         return Total(capacity.map_leaves(weigh, delta), one, one[:, None] * shard.classes)
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
             count = total.count if trains(path).all() else total.count * trains(path)
-            return capacity.spread(family, path, count, total.rows if has_rows(path) else None)
+            rows = padded(total.rows, d.shape[family.windows[path].class_axis]) if has_rows(path) else None
+            return capacity.spread(family, path, count, rows)
 
         coverage = capacity.map_leaves(cover, total.delta)
         mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)
         return mean, coverage
 
     return Merge(lift, settle)
+
+
+def padded(rows: Array, size: int) -> Array:
+    """[..., C] as [..., size]: rows beyond the classes (the token that hides others) are nobody's."""
+    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, size - rows.shape[-1])])
 
 
 def settle_each(merge: Merge, total: Total) -> tuple[PyTree, PyTree]:
@@ -127,7 +133,9 @@ def mean_of_stacks(
         if classes is None or axis < 0:
             return jnp.einsum("c,c...->...", weight, leaf, precision=jax.lax.Precision.HIGHEST)
         last = jnp.moveaxis(leaf, axis + 1, -1)
-        per_class = jnp.einsum("cl,c...l->...l", weight[:, None] * has, last, precision=jax.lax.Precision.HIGHEST)
+        per_class = jnp.einsum(
+            "cl,c...l->...l", weight[:, None] * padded(has, last.shape[-1]), last, precision=jax.lax.Precision.HIGHEST
+        )
         return jnp.moveaxis(per_class, -1, axis)
 
     def of_level(level: int) -> PyTree:

@@ -26,6 +26,21 @@ def last_exit(exits: Array, active: Array) -> Array:
     return exits[jnp.maximum(active.sum() - 1, 0)]
 
 
+def by_label(exits: Array, labels: Array, valid: Array) -> tuple[Array, Array, Array]:
+    """Sequences as rows: every label of a window counts as one example, and -1 is no label.
+
+    [..., B, S, C], [B, S], [B] -> [..., B S, C], [B S], [B S]; labels [B] stay as they are.
+
+    >>> [v.shape for v in by_label(jnp.zeros((1, 2, 3, 5)), jnp.zeros((2, 3), int), jnp.ones(2, bool))]
+    [(1, 6, 5), (6,), (6,)]
+    """
+    if labels.ndim == 1:
+        return exits, labels, valid
+    there = valid.reshape(-1, *[1] * (labels.ndim - 1)) & (labels >= 0)
+    rows = exits.reshape(*exits.shape[: exits.ndim - labels.ndim - 1], -1, exits.shape[-1])
+    return rows, jnp.maximum(labels, 0).reshape(-1), there.reshape(-1)
+
+
 def mean_cross_entropy(logits: Array, labels: Array, valid: Array) -> Array:
     """Cross-entropy averaged over the valid rows.
 

@@ -11,7 +11,6 @@ FOLDER = Path(os.environ.get("HETFL_VECTORS", Path(__file__).parents[3] / "share
 
 #: Kinds whose method is not built yet, with the reason.
 NOT_BUILT = {
-    "width/o3?_heterofl_transformer*": "the Transformer comes with the depth family",
     **dict.fromkeys(
         [f"width/o4?_splitmix_{kind}" for kind in ("ensemble_*", "aggregate*", "sheterofl_aggregate*", "dbn_lambda*",
          "masked_ce*", "pgd*", "base_sampling_trace*", "lr*")], "Split-Mix is not built"),

@@ -14,6 +14,7 @@ HANDLED = (
     "width/o2?_heterofl_*_forward",
     "width/o2?_heterofl_sbn_*",
     "width/o2?_heterofl_local_train_*",
+    "width/o3?_heterofl_transformer*",
     *(
         f"depth/depthfl_{kind}*"
         for kind in (

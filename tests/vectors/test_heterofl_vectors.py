@@ -37,6 +37,25 @@ def assert_trees(found, wanted, atol, relative_to_largest=0.0):
         assert worst <= max(atol, relative_to_largest * largest), (path, worst)
 
 
+def combine(fam, variables, replies):
+    """(the global model after HeteroFL's aggregation of (level, classes held, given, returned), coverage)."""
+    rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
+
+    def lifted(reply):
+        level, shard, given, returned = reply
+        total = rule.lift(jax.tree.map(jnp.subtract, returned, given), level, shard)
+        return total._replace(delta=capacity.widen(fam, total.delta, level))
+
+    # One program: op by op, dispatch is what this costs.
+    @jax.jit
+    def run(variables, given):
+        totals = [lifted((level, shard, *pair)) for (level, shard, *_), pair in zip(replies, given)]
+        mean, coverage = rule.settle(jax.tree.map(lambda *t: sum(t), *totals))
+        return jax.tree.map(lambda v, m, c: jnp.where(c > 0, v + m, v), variables, mean, coverage), coverage
+
+    return run(variables, [reply[2:] for reply in replies])
+
+
 @pytest.mark.parametrize("name", of_kind("width/o1?_heterofl_*"))
 def test_cut_and_combine(name):
     z = read(name)
@@ -44,19 +63,13 @@ def test_cut_and_combine(name):
     image = (8, 8, next(iter(start.values())).shape[1])
     fam = official.family(start, z["hidden_size"], z["rates"], image)
     variables = {"params": official.to_tree(start)}
-    rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
-    total = None
+    replies = []
     for user in range(len(z["rates"])):
-        level = user + 1
-        given = capacity.narrow(fam, variables, level)
+        given = capacity.narrow(fam, variables, user + 1)
         assert_trees(given["params"], official.to_tree(below(z, f"user{user}/given")), 0)
         returned = {"params": official.to_tree(below(z, f"user{user}/returned"))}
-        delta = jax.tree.map(jnp.subtract, returned, given)
-        lifted = rule.lift(delta, level, shard_of(z[f"user{user}/label_split"]))
-        lifted = lifted._replace(delta=capacity.widen(fam, lifted.delta, level))
-        total = lifted if total is None else jax.tree.map(jnp.add, total, lifted)
-    mean, coverage = rule.settle(total)
-    combined = jax.tree.map(lambda v, m, c: jnp.where(c > 0, v + m, v), variables, mean, coverage)
+        replies.append((user + 1, shard_of(z[f"user{user}/label_split"]), given, returned))
+    combined, coverage = combine(fam, variables, replies)
     assert_trees(combined["params"], official.to_tree(below(z, "global_out")), 1e-6)
     count = capacity.flat(official.to_tree(below(z, "derived_count")))
     for path, covered in capacity.flat(coverage["params"]).items():
