@@ -40,3 +40,8 @@ def test_a_cohort_of_a_million_clients_is_distinct_and_spread():
     ids = np.asarray(permute(jax.random.key(3), jnp.arange(1000), 1_000_000))
     assert len(set(ids.tolist())) == 1000
     assert abs(ids.mean() - 5e5) < 5 * 1e6 / np.sqrt(12 * 1000)
+
+
+def test_a_permutation_of_one():
+    """All constants: XLA's CPU compiler does not get through the shuffle itself."""
+    assert jax.jit(lambda key: permute(key, jnp.arange(1), 1))(jax.random.key(0)).tolist() == [0]
