@@ -1,6 +1,7 @@
 """The tables and the plot of this folder from finished runs: ``python -m experiments.depthfl_cifar.tables RUNS``.
 
-RUNS holds run folders named ``<row>_s<seed>``, e.g. ``kd_s0``; a row is read over all its seeds.
+RUNS holds run folders named ``<row>_s<seed>``, e.g. ``kd_s0``; a row is read over all its seeds. Rows that RUNS lacks
+stay as results.json has them. Widths stand in the columns of the depths of the same rank.
 """
 
 import json
@@ -21,18 +22,22 @@ def last_scores(folder: Path) -> dict[str, float]:
     """Accuracy of every exit and of the ensemble at the last evaluated round, in percent."""
     line = [line for line in read_metrics(folder) if "accuracy" in line][-1]
     found = {name: 100 * value for name, value in line["accuracy"].items()}
-    together = [v for v in line.get("ensemble_accuracy", {}).values() if v is not None]
-    return {**found, "ensemble": 100 * together[0] if together else np.nan, "round": line["round"]}
+    if not set(found) <= set(EXITS):  # width letters, the largest first
+        found = dict(zip(reversed(EXITS), found.values(), strict=True))
+    together = next(iter(line.get("ensemble_accuracy", {}).values()), None)
+    ensemble = {} if together is None else {"ensemble": 100 * together}
+    return {**found, **ensemble, "round": line["round"]}
 
 
 def collect(runs: Path) -> dict[str, list[dict[str, float]]]:
-    """Scores of each row, one a seed."""
-    rows = defaultdict(list)
+    """Scores of each row, one a seed, over those that are kept here."""
+    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     for folder in sorted(runs.glob("*_s*")):
         row = re.sub(r"_s\d+$", "", folder.name)
         if (folder / "table.json").exists():
             rows[row].append(last_scores(folder))
-    return dict(rows)
+    kept = json.loads((HERE / "results.json").read_text()) if (HERE / "results.json").exists() else {}
+    return dict(sorted((kept | rows).items()))
 
 
 def cell(values: list[float]) -> str:
@@ -63,7 +68,7 @@ def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
         axes.errorbar(x, mean, spread, marker="o", linestyle="none", capsize=3, label=row)
     axes.set(xticks=range(5), xticklabels=[f"exit {e}" for e in EXITS] + ["ensemble"], ylabel="test accuracy (%)")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
