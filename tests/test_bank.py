@@ -11,10 +11,10 @@ from hetfl_jax.clusters import matched
 from hetfl_jax.data import partition
 from hetfl_jax.data.population import population, renamings, rotations
 from hetfl_jax.executors import executor
-from hetfl_jax.methods import cfl, fedavg, ifca
+from hetfl_jax.methods import cfl, depthfl, fedavg, ifca
 from hetfl_jax.parts import bipartition
 from tests.test_contract import EXECUTORS, play
-from tests.toys import mlp_family, sgd, toy_population, worst
+from tests.toys import exits_family, mlp_family, sgd, toy_population, worst
 
 CFL = dict(clients=12, eps1=1.0, eps2=1.0, max_clusters=4)
 
@@ -54,6 +54,29 @@ def test_ifca_over_one_level_of_heterofl_is_ifca():
     plainly = ifca.make(family, sgd(), cohort=6, clusters=2)
     found, wanted = (play(a, executor("bucketed"), pop)[0] for a in (inside, plainly))
     assert worst(found.server.members.variables, wanted.server.members.variables) < 1e-6
+
+
+def test_ifca_of_one_cluster_of_depthfl_is_depthfl():
+    """FedDyn's private memory, what is sent besides the model and the server's own sums go through the bank."""
+    family, told = exits_family(), {"clients_per_level": (6, 6)}
+    one = ifca.make(family, sgd(), cohort=5, clusters=1, over="depthfl", **told)
+    alone = depthfl.make(family, sgd(), cohort=5, **told)
+    found, wanted = (play(a, executor("bucketed"), toy_population())[0] for a in (one, alone))
+    assert worst(jax.tree.map(lambda v: v[0], found.server.members), wanted.server) < 1e-6
+    assert worst(found.memory, wanted.memory) < 1e-6
+
+
+def test_two_clusters_of_depthfl_with_feddyn():
+    """The two worlds are told apart by clients of two depths, and a client's memory is its own in either."""
+    pop, groups = two_worlds()
+    family = exits_family(levels=({"depth": 2}, {"depth": 1}))
+    told = {"over_args": {"clients_per_level": (3, 3)}, "clients_per_level": (6, 6)}
+    rule = ifca.make(family, sgd(), cohort=12, clusters=2, over="depthfl", restarts=3, restart_rounds=3, **told)
+    state, infos, compilations = play(rule, executor(*EXECUTORS["sharded8"]), pop, rounds=8)
+    assert matched(infos[-1]["cluster"][np.argsort(infos[-1]["cluster_ids"])][-12:], groups) == 1
+    assert infos[-1]["train_loss"] < infos[0]["train_loss"]
+    assert set(compilations) == {1}
+    assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(state.memory))
 
 
 def swapped(algorithm, order):
@@ -311,6 +334,7 @@ def test_views_turn_images_and_rename_classes():
         (ifca, dict(clusters=2, min_share=0.6), "min_share 0.6"),
         (ifca, dict(clusters=2, shared=("nope",)), "layer 'nope' is not one of dense_0, head"),
         (ifca, dict(clusters=2, over="nope"), "method 'nope' inside IFCA"),
+        (ifca, dict(clusters=2, over="feddyn"), "argument 'feddyn_alpha' of feddyn is missing"),
         (cfl, CFL | dict(eps1=0.0), r"eps1 0.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(eps1=2.0), r"eps1 2.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(gamma_max=1.0), "gamma_max 1.0"),

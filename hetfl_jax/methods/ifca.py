@@ -19,6 +19,7 @@ can be tried in one program and the best by training loss goes on.
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ def make(
     redraw: Sequence[str] = ("head",),
     server_optimizer: Mapping[str, Any] | None = None,
     proportions: Sequence[float] = (),
+    clients_per_level: Sequence[int] = (),
+    clients: int = 0,
 ) -> Algorithm:
     """IFCA with ``clusters`` models.
 
@@ -83,7 +86,9 @@ def make(
         (``freeze_shared``).
       warm_start: file that ``hetfl export`` wrote; all models start there, apart from the layers ``redraw``.
       server_optimizer: as in ``parts.server.optimizer``.
-      proportions: how often each level occurs, for a method inside that wants to know.
+      proportions, clients_per_level, clients: how often each level occurs, and how many clients there are, for a method
+        inside that wants to know. FedDyn and DepthFL inside divide a cluster's sums by all clients unless ``over_args``
+        gives fewer.
 
     Raises:
       ValueError: a value out of range.
@@ -92,11 +97,16 @@ def make(
         raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} (method.args.loss)")
     _check(cohort, clusters, averaging, restarts, min_share, family, [*shared, *(redraw if warm_start else ())])
     if over:
-        given = {"cohort": cohort, **(over_args or {})}
         if importlib.util.find_spec(f"hetfl_jax.methods.{over}") is None:
             raise ValueError(f"method {over!r} inside IFCA is not there (method.args.over)")
         inside = importlib.import_module(f"hetfl_jax.methods.{over}").make
-        base = inside(family, local, **given, **({"proportions": proportions} if over == "heterofl" else {}))
+        told = {"proportions": proportions, "clients_per_level": clients_per_level, "clients": clients}
+        known = inspect.signature(inside).parameters
+        given = {"cohort": cohort, **{k: v for k, v in told.items() if k in known}, **(over_args or {})}
+        need = {name for name, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+        if wrong := (set(given) - set(known)) | (need - set(given)):
+            raise ValueError(f"argument {min(wrong)!r} of {over} is missing or unknown (method.args.over_args)")
+        base = inside(family, local, **given)
     else:
         base = compose(
             family,
