@@ -46,6 +46,7 @@ def get_config(arg=""):
                 restarts=arg.restarts,
                 restart_rounds=3,
                 min_share=0.0,
+                forced_rounds=0,
                 shared=(),
                 freeze_shared=False,
                 warm_start="",

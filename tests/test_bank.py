@@ -347,3 +347,19 @@ def test_views_turn_images_and_rename_classes():
 def test_mistakes_are_named(make, changes, message):
     with pytest.raises(ValueError, match=message):
         make.make(mlp_family(), sgd(), cohort=5, **changes)
+
+
+def test_models_are_first_trained_by_forced_groups():
+    """For two rounds every client trains the model of its share, whatever its loss; then it chooses."""
+    pop, groups = two_worlds()
+    given = dict(cohort=12, clusters=2, clients=12)
+    rule = ifca.make(mlp_family(), sgd(), forced_rounds=2, **given)
+    _, infos, _ = play(rule, executor("bucketed"), pop)
+    taken = [dict(zip(info["cluster_ids"].tolist(), info["cluster"].tolist())) for info in infos]
+    assert taken[0] == taken[1]
+    assert sorted(taken[0].values()) == [0] * 6 + [1] * 6
+    assert matched(np.array([taken[0][client] for client in range(12)]), groups) < 1
+    free = play(ifca.make(mlp_family(), sgd(), **given), executor("bucketed"), pop)[1]
+    assert (free[0]["cluster"] != infos[0]["cluster"]).any()
+    with pytest.raises(ValueError, match="forced_rounds 2 with 3 restarts"):
+        ifca.make(mlp_family(), sgd(), forced_rounds=2, restarts=3, **given)

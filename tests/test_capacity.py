@@ -82,6 +82,8 @@ def test_sizes_equal_the_published_table(net, image):
 def test_fedavg_nets_have_the_published_sizes():
     assert capacity.costs(family(build("cnn"), FIVE[:1], jnp.zeros((1, 28, 28, 1)))).parameters[0] == 1_663_370
     assert capacity.costs(family(build("mlp"), FIVE[:1], jnp.zeros((1, 784)))).parameters[0] == 159_010
+    tutorial = capacity.costs(family(build("tutorial_cnn"), FIVE[:1], jnp.zeros((1, 24, 24, 3))))
+    assert tutorial.parameters[0] == 1_068_298
 
 
 CASES = [
@@ -89,6 +91,7 @@ CASES = [
     for net, norms in {
         "mlp": ("none", "ln", "gn", "bn"),
         "cnn": ("none", "gn"),
+        "tutorial_cnn": ("none",),
         "conv": ("bn", "in", "ln", "gn", "none", "bn_tracked"),
         "preresnet_1112": ("bn", "gn"),
         "resnet18_exits": ("bn_tracked",),
@@ -101,6 +104,7 @@ CASES = [
 def test_masked_equals_dense(net, norm):
     """Training loss and gradients, new statistics and evaluation, at every level."""
     hidden = {"mlp": (16, 8), "cnn": (8, 16, 16), "conv": (8, 16), "preresnet_1112": (8, 8, 16, 16)}.get(net, (8, 16))
+    hidden = (8, 8, 16, 8) if net == "tutorial_cnn" else hidden
     levels = [{"width": w} for w in (1.0, 0.5)] + ([] if norm == "gn" else [{"width": 0.25}])
     if net == "resnet18_exits":  # width and depth together
         levels = [{"width": 1.0, "depth": 2}, {"width": 0.5, "depth": 2}, {"width": 0.5, "depth": 1}]

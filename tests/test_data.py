@@ -128,6 +128,19 @@ def test_normalisation_and_augmentation():
     found = np.asarray(jax.jit(moving)(x, jax.random.key(0)))
     for example in range(2):
         assert any(np.allclose(found[example], w[example], atol=1e-5) for w in windows)
+    cut = preprocess.images([0.5], [0.25], "window:4")
+    flat = cut(x, None)
+    assert float(flat.std()) < 0.2, "a pale image is not blown up"
+    x = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, x.shape), 255, x).astype(jnp.uint8)
+    for key in (None, jax.random.key(3)):
+        small = np.asarray(cut(x, key))
+        assert small.shape == (2, 4, 4, 1)
+        np.testing.assert_allclose(small.mean((1, 2, 3)), 0, atol=1e-5)
+        np.testing.assert_allclose(small.std((1, 2, 3)), 1, rtol=1e-5)
+    middle = np.asarray(x)[:, 1:5, 1:5].astype(float)
+    np.testing.assert_allclose(cut(x, None)[0], (middle[0] - middle[0].mean()) / middle[0].std(), atol=1e-5)
+    with pytest.raises(ValueError, match="allowed windows inside"):
+        preprocess.images([0.5], [0.25], "window:7")(x, None)
     with pytest.raises(ValueError, match="'rotate' is not one of none, flip, crop_flip"):
         preprocess.images([0.5], [0.5], "rotate")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hetfl_jax.types import Array
 
-AUGMENTATIONS = ("none", "flip", "crop_flip")
+AUGMENTATIONS = ("none", "flip", "crop_flip", "window:<n>")
 
 
 def images(
@@ -18,7 +18,9 @@ def images(
 
     Args:
       mean, std: per channel, of pixels scaled to [0, 1].
-      augment: ``none``, ``flip``, or ``crop_flip`` (pad with black by ``pad``, crop at random, flip).
+      augment: ``none``, ``flip``, ``crop_flip`` (pad with black by ``pad``, crop at random, flip), or ``window:<n>``: a
+        window of n x n at random and flipped, the central one in evaluation, then standardised by itself (as in
+        TensorFlow's CIFAR-10 tutorial, whose changes of brightness and contrast that undoes) in place of mean and std.
 
     Returns:
       ``prepare(x [B, H, W, C], key or None) -> float32``; example ``i`` of the batch draws from ``fold_in(key, i)``.
@@ -29,6 +31,8 @@ def images(
     >>> images([0.5], [0.5])(jnp.full((1, 2, 2, 1), 255, jnp.uint8), None)[0, 0, 0]
     Array([1.], dtype=float32)
     """
+    if augment.startswith("window:"):
+        return _windows(augment)
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augmentation {augment!r} is not one of {', '.join(AUGMENTATIONS)} (data.augment)")
     shift, scale = np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -46,6 +50,33 @@ def images(
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))
             x = jax.vmap(one)(keys, x)
         return (x.astype(jnp.float32) / 255.0 - shift) / scale
+
+    return prepare
+
+
+def _windows(augment: str) -> Callable[[Array, Array | None], Array]:
+    text = augment.partition(":")[2]
+    side = int(text) if text.isdigit() else 0
+
+    def one(key: Array, x: Array) -> Array:
+        place, mirror = jax.random.split(key)
+        start = jax.random.randint(place, (2,), 0, jnp.asarray(x.shape[:2]) - side + 1)
+        x = jax.lax.dynamic_slice(x, (start[0], start[1], 0), (side, side, x.shape[2]))
+        return jnp.where(jax.random.bernoulli(mirror), x[:, ::-1], x)
+
+    def prepare(x: Array, key: Array | None) -> Array:
+        if not 1 <= side <= min(x.shape[1:3]):
+            raise ValueError(
+                f"augmentation {augment!r} of images of {x.shape[1:3]}: allowed windows inside (data.augment)"
+            )
+        if key is None:
+            top, left = ((extent - side) // 2 for extent in x.shape[1:3])
+            x = x[:, top : top + side, left : left + side]
+        else:
+            x = jax.vmap(one)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0])), x)
+        x = x.astype(jnp.float32) / 255.0
+        deviation = jnp.maximum(x.std((1, 2, 3), keepdims=True), 1 / (x[0].size) ** 0.5)
+        return (x - x.mean((1, 2, 3), keepdims=True)) / deviation
 
     return prepare
 

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from hetfl_jax.capacity import Family
 from hetfl_jax.compose import compose
 from hetfl_jax.parts import drift, merge, objective, select, server
 from hetfl_jax.parts.local import Local, Tally
+from hetfl_jax.random import permute
 from hetfl_jax.types import Algorithm, Array, Plan, PyTree
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
@@ -62,6 +64,7 @@ def make(
     restarts: int = 1,
     restart_rounds: int = 3,
     min_share: float = 0.0,
+    forced_rounds: int = 0,
     shared: Sequence[str] = (),
     freeze_shared: bool = False,
     warm_start: str = "",
@@ -82,6 +85,8 @@ def make(
         training loss goes on alone.
       min_share: if > 0, the start is chosen before training instead: the first of ``restarts`` in which every model is
         taken by at least this share of the first cohort (else the one whose least share is largest).
+      forced_rounds: rounds in which every model is trained by a random share of the clients, always the same, before
+        they choose (one start only).
       shared: layers that all clusters have in common, averaged over all participants, or not trained at all
         (``freeze_shared``).
       warm_start: file that ``hetfl export`` wrote; all models start there, apart from the layers ``redraw``.
@@ -119,7 +124,9 @@ def make(
         )
     if warm_start:
         base = base._replace(init=_warm(base.init, warm_start, redraw))
-    route = least_loss(clusters, restarts, restart_rounds, min_share)
+    if forced_rounds and (restarts > 1 or forced_rounds < 0):
+        raise ValueError(f"forced_rounds {forced_rounds} with {restarts} restarts: need 0, or > 0 and 1 (method.args)")
+    route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
     return bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
 
 
@@ -139,13 +146,23 @@ def _check(
         raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (method.args.shared, redraw)")
 
 
-def least_loss(clusters: int, restarts: int = 1, restart_rounds: int = 3, min_share: float = 0.0) -> Route:
-    """Every item trains the member of its group with the least loss; ``restarts`` groups run as further items."""
+def least_loss(
+    clusters: int, restarts: int = 1, restart_rounds: int = 3, min_share: float = 0.0, forced_rounds: int = 0,
+    clients: int = 0,
+) -> Route:  # fmt: skip
+    """Every item trains the member of its group with the least loss; ``restarts`` groups run as further items.
+
+    In the first ``forced_rounds`` a client's member is fixed, a share of all ``clients`` for each; the ticket says
+    which, counted from 1.
+    """
 
     def init() -> Restarts:
         return Restarts(jnp.int32(0), jnp.asarray(restarts == 1), jnp.int32(0))
 
     def plan(key: Array, state: Restarts, plan: Plan, ask: Callable[[Array], Tally]) -> tuple[Plan, Restarts]:
+        if forced_rounds:
+            forced = 1 + permute(jax.random.key(0), plan.ids, clients) % clusters
+            return plan._replace(ticket=jnp.where(state.rounds < forced_rounds, forced, 0)), state
         if restarts == 1:
             return plan, state
         if min_share > 0:
@@ -172,7 +189,8 @@ def least_loss(clusters: int, restarts: int = 1, restart_rounds: int = 3, min_sh
         judged = judge(first, clusters)
         # Equal models may differ by rounding when judged side by side: they are a tie, and the lowest number wins.
         tied = judged.loss <= judged.loss.min() * (1 + ROUNDING)
-        return first + tied.argmax().astype(jnp.int32), judged
+        chosen = first + tied.argmax().astype(jnp.int32)
+        return jnp.where(ticket > 0, ticket - 1, chosen) if forced_rounds else chosen, judged
 
     def serve(state: Restarts, plan: Plan, report: Report, ok: Array) -> Restarts:
         state = state._replace(rounds=state.rounds + 1)
@@ -195,6 +213,10 @@ def least_loss(clusters: int, restarts: int = 1, restart_rounds: int = 3, min_sh
 
 def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callable[..., Any]:
     """``init`` whose model comes from a file, but for the layers that are drawn anew."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"no file {path!r}: `hetfl export RUN --level a --output {path}` writes one (method.args.warm_start)"
+        )
     with np.load(path, allow_pickle=False) as file:
         saved = {tuple(name.split("/")): file[name] for name in file.files if "/" in name}
 

@@ -7,11 +7,12 @@ import flax.linen as nn
 
 from hetfl_jax.models.conv import conv, depthwise_conv
 from hetfl_jax.models.exits import ExitResNet
-from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet
+from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet, TutorialCNN
 from hetfl_jax.models.transformer import Transformer
 
 __all__ = [
-    "CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "Transformer", "build", "conv", "depthwise_conv",
+    "CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "Transformer", "TutorialCNN",
+    "build", "conv", "depthwise_conv",
 ]  # fmt: skip
 
 
@@ -27,6 +28,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "lenet": LeNet,
+    "tutorial_cnn": TutorialCNN,
     "conv": Conv,
     "resnet18_exits": ExitResNet,
     "transformer": Transformer,

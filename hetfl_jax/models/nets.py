@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hetfl_jax.models.conv import max_pool
+from hetfl_jax.models.conv import lowered, max_pool
 from hetfl_jax.models.layers import (
     GROUPS,
     Norm,
@@ -117,6 +117,53 @@ class LeNet(BaseNet):
         # Channel-major, so that a prefix of channels is a prefix of the flat axis.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         return dense_layer(x, self.classes, name="head")
+
+
+class TutorialCNN(BaseNet):
+    """The net of TensorFlow's CIFAR-10 tutorial, which IFCA takes: 1,068,298 parameters at 24x24x3.
+
+    Twice conv 5x5 and ReLU with pool 3x3/2 and local response norm (radius 4, alpha 0.001/9, beta 0.75; after the pool
+    of the first, before that of the second), then two linear layers with ReLU.
+    """
+
+    hidden: Sequence[int] = (64, 64, 384, 192)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, H, W, I] -> [B, C]."""
+
+        normal, constant = nn.initializers.truncated_normal, nn.initializers.constant
+
+        def dense(x: Array, features: int, deviation: float, bias: float, name: str) -> Array:
+            return nn.Dense(features, kernel_init=normal(deviation), bias_init=constant(bias), name=name)(x)
+
+        for i, full in enumerate(self.hidden[:2]):
+            conv = nn.Conv(
+                self._channels(full), (5, 5), kernel_init=normal(0.05), bias_init=constant(0.1 * i),
+                conv_general_dilated=lowered(self.lowering), name=f"conv_{i}",
+            )  # fmt: skip
+            x = nn.relu(conv(x))
+            x = response_norm(x) if i else x
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            x = x if i else response_norm(x)
+        # Channel-major, so that a prefix of channels is a prefix of the flat axis.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        for i, full in enumerate(self.hidden[2:], 2):
+            x = nn.relu(dense(x, self._channels(full), 0.04, 0.1, f"dense_{i}"))
+        return dense(x, self.classes, 1 / 192, 0.0, "head")
+
+
+def response_norm(x: Array, radius: int = 4, alpha: float = 0.001 / 9, beta: float = 0.75) -> Array:
+    """``x_c / (1 + alpha sum_{|d| <= radius} x_{c+d}^2)^beta`` over the channels of [B, H, W, C].
+
+    >>> response_norm(jnp.ones((1, 1, 1, 1)), alpha=1.0, beta=1.0)[0, 0, 0]
+    Array([0.5], dtype=float32)
+    """
+    squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(radius, radius)])
+    near = sum(squares[..., d : d + x.shape[-1]] for d in range(2 * radius + 1))
+    return x / (1 + alpha * near) ** beta
 
 
 class Conv(BaseNet):
