@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax.models.conv import conv, depthwise_conv, lowered, max_pool
+from hetfl_jax.models.conv import conv, depthwise_conv, examples_at_once, lowered, max_pool
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 PADDINGS = ("SAME", "VALID", ((0, 2), (3, 1)))
@@ -99,3 +99,17 @@ def test_max_pool_sends_the_gradient_to_the_first_largest_entry(size):
     np.testing.assert_array_equal(found, wanted)
     g = jax.random.normal(jax.random.key(1), wanted.shape)
     np.testing.assert_array_equal(ours(g)[0], back(g)[0])
+
+
+def test_a_kernel_gradient_in_parts_is_the_whole_one():
+    """Large enough to be cut: 6 examples of 5.3 MB of patches."""
+    x = jax.random.normal(jax.random.key(0), (6, 48, 48, 64))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 64, 32))
+    assert examples_at_once((6, 48, 48, 32), w.shape, 4) == 1
+    assert examples_at_once((6, 12, 12, 32), w.shape, 4) == 6
+    assert examples_at_once((6, 48, 48, 16), (3, 3, 64, 16), 4) == 6
+    wanted, found = (
+        jax.jit(jax.grad(lambda w, f=f: jnp.sin(f(x, w)).sum()))(w)
+        for f in (partial(reference, stride=1, padding="SAME"), partial(conv, lowering="canonical"))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))

@@ -28,6 +28,8 @@ LOWERINGS = ("auto", "canonical", "rows", "lax")
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # XLA:CPU convolves an image of few channels several times slower into fewer than 32 channels than into 32.
 _FEW_CHANNELS, _FAST_CHANNELS = 4, 32
+# It gathers all patches of a kernel gradient before it multiplies them: beyond a cache's size, up to ten times slower.
+_PATCH_BYTES = 3 << 20
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -74,10 +76,28 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
         crop = [min(high, 0) for _, high in kernel_pads]
         x = x[:, : x.shape[1] + crop[0], : x.shape[2] + crop[1]]
         kept = [(low, max(high, 0)) for low, high in kernel_pads]
-        moved = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), kept, rhs_dilation=strides)
-        return moved.transpose(1, 2, 0, 3)
+
+        def of(x: Array, g: Array) -> Array:
+            moved = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), kept, rhs_dilation=strides)
+            return moved.transpose(1, 2, 0, 3)
+
+        part = examples_at_once(g.shape, w.shape, g.dtype.itemsize)
+        if part == g.shape[0]:
+            return of(x, g)
+        parts = [v.reshape(-1, part, *v.shape[1:]) for v in (x, g)]
+        total, _ = jax.lax.scan(lambda total, xg: (total + of(*xg), None), jnp.zeros_like(w), parts)
+        return total
 
     return input_gradient(g, w), kernel_gradient(x, g)
+
+
+def examples_at_once(out: Sequence[int], kernel: Sequence[int], itemsize: int) -> int:
+    """The largest equal part of the batch whose patches and output gradients stay in cache; few channels gain nothing."""
+    if kernel[3] < _FAST_CHANNELS:
+        return out[0]
+    each = itemsize * out[1] * out[2] * (kernel[0] * kernel[1] * kernel[2] + kernel[3])
+    fits = max(1, _PATCH_BYTES // each)
+    return max(n for n in range(1, out[0] + 1) if out[0] % n == 0 and n <= fits)
 
 
 _canonical.defvjp(_canonical_fwd, _canonical_bwd)
