@@ -92,7 +92,7 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
 
 
 def examples_at_once(out: Sequence[int], kernel: Sequence[int], itemsize: int) -> int:
-    """The largest equal part of the batch whose patches and output gradients stay in cache; few channels gain nothing."""
+    """The largest equal part of a batch whose patches and output gradients stay in cache; few channels gain nothing."""
     if kernel[3] < _FAST_CHANNELS:
         return out[0]
     each = itemsize * out[1] * out[2] * (kernel[0] * kernel[1] * kernel[2] + kernel[3])
