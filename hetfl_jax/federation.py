@@ -280,6 +280,9 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
     elif source.y_train.ndim > 1:
         prepare = preprocess.tokens(config.data.augment, classes)
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
+    if (source.y_train.ndim > 1) != (config.family.net == "transformer"):
+        kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
+        raise ValueError(f"net {config.family.net!r} on a source with {kind}: text wants transformer (family.net)")
     fields = net_fields(config, mix, classes)
     module = build_net(fields.pop("net"), **fields)
     if mix.depths and not hasattr(module, "depth"):

@@ -137,11 +137,11 @@ def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, t
     """
     with np.load(_find(path), allow_pickle=False) as file:
         streams = [file[name] if name in file else np.zeros((0, 0)) for name in ("train", "test")]
+    if any(s.ndim != 1 or not np.issubdtype(s.dtype, np.integer) for s in streams):
+        raise ValueError(f"{path}: need streams of token ids, train [n] and test [m] of integers (data.source)")
     if not 0 <= test_tokens <= streams[1].size:
         raise ValueError(f"test_tokens {test_tokens}, allowed 0..{streams[1].size} (data.options)")
     streams[1] = streams[1][: test_tokens or None]
-    if any(s.ndim != 1 or not np.issubdtype(s.dtype, np.integer) for s in streams):
-        raise ValueError(f"{path}: need streams of token ids, train [n] and test [m] of integers (data.source)")
     for name, count, stream in (("rows", rows, streams[0]), ("test_rows", test_rows, streams[1])):
         if not 1 <= count <= stream.size:
             raise ValueError(f"{name} {count}, allowed 1..{stream.size} (data.options)")

@@ -124,8 +124,11 @@ def make(
         )
     if warm_start:
         base = base._replace(init=_warm(base.init, warm_start, redraw))
-    if forced_rounds and (restarts > 1 or forced_rounds < 0):
-        raise ValueError(f"forced_rounds {forced_rounds} with {restarts} restarts: need 0, or > 0 and 1 (method.args)")
+    if forced_rounds and (restarts > 1 or forced_rounds < 0 or clients < 1):
+        raise ValueError(
+            f"forced_rounds {forced_rounds} with {restarts} restarts, {clients} clients: need 0, or > 0, 1 and > 0 "
+            "(method.args)"
+        )
     route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
     return bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
 

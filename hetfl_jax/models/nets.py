@@ -144,14 +144,15 @@ class TutorialCNN(BaseNet):
                 self._channels(full), (5, 5), kernel_init=normal(0.05), bias_init=constant(0.1 * i),
                 conv_general_dilated=lowered(self.lowering), name=f"conv_{i}",
             )  # fmt: skip
-            x = nn.relu(conv(x))
+            x = nn.relu(self._scale_norm(conv(x), full, f"norm_{i}", train, valid, capacity))
             x = response_norm(x) if i else x
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
             x = x if i else response_norm(x)
         # Channel-major, so that a prefix of channels is a prefix of the flat axis.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         for i, full in enumerate(self.hidden[2:], 2):
-            x = nn.relu(dense(x, self._channels(full), 0.04, 0.1, f"dense_{i}"))
+            x = dense(x, self._channels(full), 0.04, 0.1, f"dense_{i}")
+            x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
         return dense(x, self.classes, 1 / 192, 0.0, "head")
 
 
