@@ -118,6 +118,11 @@ def test_every_position_is_judged():
     assert scores.perplexity == pytest.approx(np.mean(by_batch), rel=1e-5)
 
 
+def test_a_field_that_a_net_has_not_is_named():
+    with pytest.raises(ValueError, match=r"net 'lenet' has no field 'exits'.*family.exits"):
+        build("lenet", exits=False)
+
+
 def test_what_the_transformer_does_not_take():
     for wrong, message in (
         ({"norm": "bn"}, "allowed ln"),

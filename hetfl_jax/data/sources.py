@@ -100,14 +100,14 @@ def _digits() -> Source:
     return Source(x_train, y_train, x_test, y_test)
 
 
-def _find(path: str) -> Path:
+def _find(path: str, arrays: str = "x_train=..., y_train=..., x_test=..., y_test=...") -> Path:
     folder = os.environ.get(DATA_FOLDER, "../shared/data")
     for place in (Path(path), Path(folder) / path):
         if place.is_file():
             return place
     raise FileNotFoundError(
-        f"no file {path} here or in {folder}: write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., "
-        f"y_test=...), set {DATA_FOLDER} to its folder, or use --config.data.source=tfds:<name> (data.source)"
+        f"no file {path} here or in {folder}: write it with numpy.savez(path, {arrays}), "
+        f"set {DATA_FOLDER} to its folder, or use --config.data.source=tfds:<name> (data.source)"
     )
 
 
@@ -135,7 +135,7 @@ def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, t
     Raises:
       ValueError: a value out of range, or arrays that are not streams.
     """
-    with np.load(_find(path), allow_pickle=False) as file:
+    with np.load(_find(path, "train=..., test=..."), allow_pickle=False) as file:
         streams = [file[name] if name in file else np.zeros((0, 0)) for name in ("train", "test")]
     if any(s.ndim != 1 or not np.issubdtype(s.dtype, np.integer) for s in streams):
         raise ValueError(f"{path}: need streams of token ids, train [n] and test [m] of integers (data.source)")

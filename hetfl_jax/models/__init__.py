@@ -41,11 +41,14 @@ def build(net: str, **fields: Any) -> nn.Module:
     """The net called ``net`` with the given fields.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or a field that the net has not.
 
     >>> build("mlp", hidden=(8,), classes=3).hidden
     (8,)
     """
     if net not in NETS:
         raise ValueError(f"net {net!r} is not one of {', '.join(NETS)} (family.net)")
+    made = NETS[net]()
+    if wrong := [name for name in fields if not hasattr(made, name)]:
+        raise ValueError(f"net {net!r} has no field {wrong[0]!r}, set in this config (family.{wrong[0]})")
     return NETS[net](**fields)
