@@ -5,6 +5,7 @@ Commands:
   hetfl train --config=configs/ifca_rotated_mnist.py:m=2400
   hetfl train --config=configs/ifca_rotated_mnist.py:m=1200,restarts=3      three starts, the best goes on
   hetfl train --config=configs/ifca_rotated_mnist.py:m=1200,clusters=1      the global model
+  hetfl train --config=configs/ifca_rotated_mnist.py:m=240,examples=12000   a fifth of the images, for one core
 Every client takes part in every round with 10 full-batch steps of rate 0.1; 300 rounds; test images of each rotation
 in clients of n, each judged by the model that is best on it (its labels are used, as in the published tables).
 Published accuracy, from memory of the paper: 94.20, 95.05, 95.25 for m = 4800, 2400, 1200; global 86.74, 88.65, 89.73.
@@ -14,12 +15,13 @@ from hetfl_jax.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):
-    arg = parse_arg(arg, m=4800, clusters=4, restarts=1, source="npz:mnist.npz", quick=False)
+    arg = parse_arg(arg, m=4800, clusters=4, restarts=1, examples=0, source="npz:mnist.npz", quick=False)
+    held = 4 * (arg.examples or 60_000) // arg.m  # images of a client, all of them in each step
     config = blocks(
         data=dict(
             source=arg.source,
             writers="",
-            examples=0,
+            examples=arg.examples,
             validation=0.0,
             clients=arg.m,
             split="per_group",
@@ -58,7 +60,7 @@ def get_config(arg=""):
             rounds=300,
             epochs=10,
             steps=0,
-            batch_size=240_000 // arg.m,
+            batch_size=held,
             optimizer="sgd",
             learning_rate=0.1,
             momentum=0.0,
@@ -80,7 +82,7 @@ def get_config(arg=""):
             seed=0,
             eval_every=10,
             eval_masked=False,
-            eval_batch_size=240_000 // arg.m,
+            eval_batch_size=held,
             statistics_batch_size=50,
             checkpoint_every=10,
             keep=2,

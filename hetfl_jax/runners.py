@@ -46,7 +46,12 @@ def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
     if members > 1 and jnp.ndim(member):
-        return jax.tree.map(lambda a, t: a.at[member].add(t), accumulated, total)
+        # A product reads the chunk once, and in one order; a scatter on an accelerator adds in any order.
+        def into_rows(a: Array, t: Array) -> Array:
+            one_hot = jax.nn.one_hot(member, members, dtype=t.dtype)
+            return a + jnp.einsum("cm,c...->m...", one_hot, t, precision="highest")
+
+        return jax.tree.map(into_rows, accumulated, total)
     if members > 1:
         # One row is read and written in place; a scatter would go through all of them.
         rows = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, member), accumulated)

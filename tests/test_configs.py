@@ -1,6 +1,5 @@
 """Every config runs in its quick form, and real MNIST is learned."""
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from hetfl_jax import run
 from hetfl_jax.cli import load_config
 from hetfl_jax.config import blocks
+from tests.toys import DATA, need
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -21,14 +21,6 @@ TRACED = {
     "fedprox_mnist.py", "heterofl_mnist.py", "heterofl_cifar10.py", "feddyn_mnist.py", "depthfl_cifar100.py",
     "ifca_mnist_writers.py", "ifca_rotated_cifar10.py", "heterofl_wikitext2.py:method=inclusivefl",
 }  # fmt: skip
-DATA = Path(os.environ.get("HETFL_DATA", ROOT.parent / "shared" / "data"))
-
-
-def need(name):
-    if not (DATA / name).exists():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI needs {name} in {DATA} (HETFL_DATA)")
-        pytest.skip(f"no {name} in {DATA}; HETFL_DATA names its folder")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

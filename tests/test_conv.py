@@ -65,8 +65,10 @@ def test_vmap_with_kernels_of_their_own(lowering):
     np.testing.assert_allclose(jax.vmap(gradient)(w, x), one_by_one, atol=1e-4)
 
 
-def test_depthwise_is_a_grouped_convolution():
-    x = jax.random.normal(jax.random.key(0), (2, 8, 9, 4))
+@pytest.mark.parametrize("batch", [1, 6])
+def test_depthwise_is_a_grouped_convolution(batch):
+    """A batch of six goes in two parts."""
+    x = jax.random.normal(jax.random.key(0), (batch, 8, 9, 4))
     w = jax.random.normal(jax.random.key(1), (3, 3, 1, 4))
     assert_same(
         *(

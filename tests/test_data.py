@@ -1,6 +1,5 @@
 """Sources, partitions and the population builder."""
 
-import os
 import time
 
 import jax
@@ -12,6 +11,7 @@ import tensorflow_datasets as tfds
 from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
+from tests.toys import DATA, need
 
 
 def clients(part: Partition):
@@ -220,19 +220,9 @@ def test_synthetic_is_label_skewed_and_seeded():
     assert abs(len(source.y_test) / (len(source.y_test) + len(source.y_train)) - 0.1) < 0.02
 
 
-def data_folder():
-    from pathlib import Path
-
-    return Path(os.environ.get("HETFL_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
 def test_natural_split_of_real_writers():
-    folder = data_folder()
-    if not (folder / "mnist_writers.npz").exists():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI needs mnist_writers.npz in {folder} (HETFL_DATA)")
-        pytest.skip(f"no mnist_writers.npz in {folder}; HETFL_DATA names its folder")
-    writer = np.load(folder / "mnist_writers.npz")["writer_train"]
+    need("mnist_writers.npz")
+    writer = np.load(DATA / "mnist_writers.npz")["writer_train"]
     part = partition.natural(writer, seed=0)
     assert part.size.size == 539
     assert part.size.sum() + part.test_size.sum() == 60_000

@@ -2,14 +2,21 @@
 
 import json
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from experiments.ifca_rotated_mnist import alone
 from experiments.ifca_synthetic import recover
 from experiments.throughput import aggregation, common, compare, scaling
-from hetfl_jax import capacity, machine
+from hetfl_jax import capacity, federation, machine
+from hetfl_jax.cli import load_config
 from hetfl_jax.runners import executed_steps
+from tests.toys import DATA, need
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_benchmark_prints_and_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -27,7 +34,7 @@ def test_a_benchmark_prints_and_keeps_what_it_measured(tmp_path, monkeypatch, ca
 
 def test_every_aggregation_rule_reads_its_bytes():
     rows = aggregation.measure(0.1, 6, repeats=1)
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(row["GB/s"] > 0 and row["MB"] > 0 for row in rows)
     sizes = {row["rule"]: row["MB"] for row in rows}
     assert sizes["five levels, stacked"] < 0.5 * sizes["one level, stacked"]
@@ -41,6 +48,25 @@ def test_stacked_and_streaming_sums_agree():
     for m, c, t in zip(*(capacity.flat(v).values() for v in (mean, coverage, total))):
         np.testing.assert_allclose(m * c, t, rtol=1e-6)
         assert c.max() == 5
+
+
+def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other():
+    trees = aggregation.stacks(aggregation.cnn(0.02, "a1"), 6)
+    trees = [jax.tree.map(lambda v: jax.random.normal(jax.random.key(v.size), v.shape), trees[0])]
+    for k in (1, 4):
+        chunk, one_by_one = aggregation.chunk_of_clusters(trees, k)(), aggregation.clusters(trees, k)()
+        for a, b in zip(jax.tree.leaves(chunk), jax.tree.leaves(one_by_one), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):
+    need("mnist.npz")
+    monkeypatch.setenv("HETFL_DATA", str(DATA))
+    given = [f"--config={ROOT}/configs/ifca_rotated_mnist.py:quick", "--config.train.epochs=100"]
+    fed = federation.build(load_config(given))
+    found = alone.accuracies(fed, 0)
+    assert found.shape == (8,)
+    assert found.min() > 0.5, "a tenth by chance"
 
 
 def test_flops_leave_out_the_first_layers_input_gradient():

@@ -27,7 +27,7 @@ NAME = "heterofl_digits_quick"
 def launch(folder, *flags):
     """The same command in two processes of two CPU devices each."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
         "HETFL_CACHE": str(folder.parent / "cache"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }

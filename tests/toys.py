@@ -1,14 +1,19 @@
-"""Small federations for tests: a two-level MLP with 8 hidden units on random data, ragged clients."""
+"""Small federations for tests: a two-level MLP with 8 hidden units on random data, ragged clients; and real data."""
+
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hetfl_jax import capacity
 from hetfl_jax.data.population import population
 from hetfl_jax.models import build
 from hetfl_jax.parts.local import local
 
+DATA = Path(os.environ.get("HETFL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LEVELS = ({"width": 1.0}, {"width": 0.5})
 
 
@@ -50,3 +55,11 @@ def worst(a, b):
     """Largest absolute difference between two trees of one structure."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(jnp.abs(jnp.asarray(u, jnp.float32) - jnp.asarray(v, jnp.float32)).max()) for u, v in pairs)
+
+
+def need(name):
+    """Skip a test without its data, fail where everything is to be tested."""
+    if not (DATA / name).exists():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs {name} in {DATA} (HETFL_DATA)")
+        pytest.skip(f"no {name} in {DATA}; HETFL_DATA names its folder")

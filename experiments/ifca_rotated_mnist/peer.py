@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.throughput import common
 from hetfl_jax import capacity, engine, machine
 from hetfl_jax.clusters import matched
 from hetfl_jax.data import preprocess
@@ -35,6 +36,7 @@ from hetfl_jax.types import State
 
 Row = dict[str, Any]
 RATE, STEPS = 0.1, 10
+TIMES = ("seconds", "CPU seconds", "matmul GFLOP/s", "of the roof")
 
 
 def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
@@ -65,6 +67,10 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
     state, train, test, key = run.place((State(start, (), jnp.int32(0)), train, test, key))
     step = engine.make_round(algorithm, run, device_store())
     ask = engine.compiled(lambda server, data: judged(algorithm, run, server, 0, data, n), run)
+    product, product_flops = common.matmul()
+    product().block_until_ready()
+    forward = 2 * 4 * int(capacity.costs(fam).macs[0]) * (clients * n + 4 * tests)  # every model on all that is placed
+    work = forward + common.training_flops(fam, 0) * clients * n * STEPS
 
     out = [_row(-1, jax.device_get(ask(state.server, test)), test_group, z, seed)]
     for number in range(rounds):
@@ -73,6 +79,10 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
         seen = jax.device_get(ask(state.server, test))
         row = _row(number, seen, test_group, z, seed)
         row |= {"seconds": time.perf_counter() - began, "CPU seconds": _cpu() - used}
+        began = time.perf_counter()
+        product().block_until_ready()
+        roof = product_flops / (time.perf_counter() - began)
+        row |= {"matmul GFLOP/s": roof / 1e9, "of the roof": work / row["seconds"] / roof}
         ids, cluster = np.asarray(info["cluster_ids"]), np.asarray(info["cluster"])
         row["train recovery before"] = matched(cluster, group[ids])
         out.append(row)
@@ -120,15 +130,28 @@ def main() -> None:
     machine.use_cache()
     rows = follow(given.file, given.rounds, given.seed)
     table = Table(title=f"IFCA from the official starts, seed {given.seed}")
-    columns = ("round", "accuracy", "official accuracy", "loss", "official loss", "recovery", "counts", "CPU seconds")
+    columns = (
+        "round",
+        "accuracy",
+        "official accuracy",
+        "loss",
+        "official loss",
+        "recovery",
+        "counts",
+        "CPU seconds",
+        "of the roof",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{v:.4f}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns))
-    Console(width=130).print(table)
+    Console(width=140).print(table)
+    timed = rows[2:]  # the first round compiles
+    median = {name: float(np.median([row[name] for row in timed])) for name in TIMES}
+    print("  ".join(f"{name} {value:.3g}" for name, value in median.items()), "(medians, rounds from the second on)")
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    write_json(results / f"peer_s{given.seed}.json", {"cores": machine.cores(), "rows": rows})
+    write_json(results / f"peer_s{given.seed}.json", {"cores": machine.cores(), "medians": median, "rows": rows})
 
 
 if __name__ == "__main__":

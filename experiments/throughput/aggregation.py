@@ -83,6 +83,14 @@ def clusters(trees: list[Any], k: int) -> Callable[[], Any]:
     return lambda: run(trees[0], member)
 
 
+def chunk_of_clusters(trees: list[Any], k: int) -> Callable[[], Any]:
+    """k sums of replies that lie in memory together, as after a chunk of clients."""
+    clients = jax.tree.leaves(trees[0])[0].shape[0]
+    zero = jax.tree.map(lambda s: jnp.zeros((k, *s.shape[1:]), s.dtype), trees[0])
+    add = jax.jit(add_reply)
+    return lambda: add(trees[0], jnp.arange(clients) % k, zero)
+
+
 def sides(millions: float, clients: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """What is measured at one size: (function, bytes that it reads)."""
     five, one, deep = cnn(millions, "a1-b1-c1-d1-e1"), cnn(millions, "a1"), depth(millions)
@@ -95,6 +103,8 @@ def sides(millions: float, clients: int) -> dict[str, tuple[Callable[[], Any], i
         "five levels, streaming": (streaming(five, each["five"]), size["five"]),
         "HeteroFL with class rows, stacked": (stacked(five, each["five"], True), size["five"]),
         "depth levels, stacked": (stacked(deep, each["deep"], False), size["deep"]),
+        "cluster sums, k = 1, stacked": (chunk_of_clusters(each["one"], 1), size["one"]),
+        f"cluster sums, k = {CLUSTERS}, stacked": (chunk_of_clusters(each["one"], CLUSTERS), size["one"]),
         "cluster sums, k = 1, streaming": (clusters(each["one"], 1), size["one"]),
         f"cluster sums, k = {CLUSTERS}, streaming": (clusters(each["one"], CLUSTERS), size["one"]),
     }

@@ -30,6 +30,8 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS, _FAST_CHANNELS = 4, 32
 # It gathers all patches of a kernel gradient before it multiplies them: beyond a cache's size, up to ten times slower.
 _PATCH_BYTES = 3 << 20
+# It computes what is sliced anew for every slice, however long its history, unless the slices are in a loop.
+_SLICED_BYTES = 1 << 18
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -175,6 +177,8 @@ def depthwise_conv(
 ) -> Array:
     """Depthwise 2-D convolution as a sum of shifted slices times per-channel weights, never a grouped convolution.
 
+    On a CPU the batch goes through it in parts that stay in cache.
+
     Args:
       x: [B, H, W, C].
       w: [kh, kw, 1, C], Flax's layout for ``feature_group_count = C``.
@@ -187,9 +191,46 @@ def depthwise_conv(
     Array([9., 9.], dtype=float32)
     """
     step, pads = _geometry(x, w, strides, padding)
-    view = _views(x, w.shape[:2], step, pads)
+    return (_in_parts if jax.default_backend() == "cpu" else _slices)(x, w, step, pads)
+
+
+def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    view = _views(x, w.shape[:2], strides, pads)
     places = [(i, j) for i in range(w.shape[0]) for j in range(w.shape[1])]
     return sum((view(i, j) * w[i, j, 0] for i, j in places[1:]), view(*places[0]) * w[places[0]][0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _in_parts(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    out = jax.lax.map(lambda part: _slices(part, w, strides, pads), _parts(x, x.shape))
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _in_parts_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return _in_parts(x, w, strides, pads), (x, w)
+
+
+def _in_parts_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+
+    def step(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+        _, pull = jax.vjp(lambda x, w: _slices(x, w, strides, pads), part[0], w)
+        input_gradient, kernel_gradient = pull(part[1])
+        return total + kernel_gradient, input_gradient
+
+    total, moved = jax.lax.scan(step, jnp.zeros_like(w), (_parts(x, x.shape), _parts(g, x.shape)))
+    return moved.reshape(x.shape), total
+
+
+_in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
+
+
+def _parts(x: Array, shape: Sequence[int]) -> Array:
+    """[B, ...] as [parts, B / parts, ...]: parts that stay in cache, and more than one, for XLA drops a loop of one."""
+    each = x.dtype.itemsize * shape[1] * shape[2] * shape[3]
+    fits = max(1, _SLICED_BYTES // each)
+    n = max(n for n in range(1, max(2, shape[0])) if shape[0] % n == 0 and n <= fits)
+    return x.reshape(-1, n, *x.shape[1:])
 
 
 def lowered(lowering: str) -> Callable[..., Array]:
