@@ -54,23 +54,14 @@ def _execute(
     return Outcome(outcome.total, (), report, ok), kept, place // (order.shape[0] // mesh.size)
 
 
-def _block(store_rows: PyTree, ids: Array) -> tuple[Array, Array]:
-    """Which ids live in this device's block of the memory, and their rows in it."""
-    rows = jax.tree.leaves(store_rows)[0].shape[0]
-    local = ids - jax.lax.axis_index(AXIS) * rows
-    mine = (local >= 0) & (local < rows)
-    return mine, jnp.where(mine, local, 0)
-
-
 def _fetch(mesh: Mesh, store: Store, memory: PyTree, ids: Array) -> PyTree:
     """Rows of ``ids`` from the devices that keep them to those that run them, in one reduce-scatter."""
     if not jax.tree.leaves(memory):
         return memory
 
     def on_device(block: PyTree, ids: Array) -> PyTree:
-        mine, local = _block(block, ids)
-        rows, back = tree.packed(store.gather(block, local), lead=1)
-        return back([jax.lax.psum_scatter(jnp.where(mine[:, None], v, 0), AXIS, tiled=True) for v in rows])
+        rows, back = tree.packed(store.gather(block, ids, jax.lax.axis_index(AXIS)), lead=1)
+        return back([jax.lax.psum_scatter(v, AXIS, tiled=True) for v in rows])
 
     specs = (SPLIT, EVERYWHERE)
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)(memory, ids)
@@ -84,8 +75,7 @@ def _hand_back(mesh: Mesh, store: Store, memory: PyTree, ids: Array, valid: Arra
     def on_device(block: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
         own, back = tree.packed(rows, lead=1)
         everyone = back([jax.lax.all_gather(v, AXIS, tiled=True) for v in own])
-        mine, local = _block(block, ids)
-        return store.scatter(block, local, valid & mine, everyone)
+        return store.scatter(block, ids, valid, everyone, jax.lax.axis_index(AXIS))
 
     specs = (SPLIT, EVERYWHERE, EVERYWHERE, SPLIT)
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)

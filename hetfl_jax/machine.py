@@ -36,7 +36,8 @@ def use_cache() -> Path:
     """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder."""
     folder = Path(os.environ.get(CACHE, Path.home() / ".cache" / "hetfl_jax"))
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     return folder
 
 

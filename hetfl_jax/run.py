@@ -18,7 +18,7 @@ from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
 from hetfl_jax.federation import Federation, build, parse_buckets, parse_mix
 from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
 from hetfl_jax.progress import Progress
-from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, unpacked
+from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, packed_device_store, unpacked
 from hetfl_jax.types import Algorithm, PyTree, State
 
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
@@ -109,8 +109,10 @@ def _store(config: Any, fed: Federation, executor: engine.Executor) -> Store:
     fixed = config.method.args.get("assignment", "fixed") != "dynamic"
     level = np.asarray(fed.train.level)
     packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
-    needs = {"device": tree.nbytes(one) * level.size // executor.devices}
-    needs["host"] = 4 * int(packing.sizes()[packing.level].sum())
+    whole = config.method.args.get("keep_models") or fed.algorithm.between is not None  # these read rows themselves
+    packed = fixed and not whole and fed.family.levels > 1
+    needs = {"host": 4 * int(packing.sizes()[packing.level].sum())}
+    needs["device"] = (needs["host"] if packed else tree.nbytes(one) * level.size) // executor.devices
     rounds = config.train.rounds * config.method.args.get("cohort", level.size)
     needs["file"] = 2 * min(needs["host"], 4 * rounds * int(packing.sizes().max()))
     has = {
@@ -125,7 +127,7 @@ def _store(config: Any, fed: Federation, executor: engine.Executor) -> Store:
             f"{has[name] / 1e9:.1f}: use {' or '.join(map(repr, fits)) or 'a smaller net'} (train.store)"
         )
     if name == "device":
-        return device_store()
+        return packed_device_store(packing, one) if packed else device_store()
     if jax.process_count() > 1:
         raise ValueError(f"store {name!r} with several processes: need 'device' (train.store)")
     if config.method.args.get("keep_models"):

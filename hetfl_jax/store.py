@@ -2,7 +2,8 @@
 
 A method's memory of ONE client is a tree of arrays; a store keeps N of them and the engine asks for the rows of a
 round's clients. On the device they are part of the state and a round is one jitted call. The other two keep them
-outside, so that only the cohort's rows ever reach the device, and packed: a client's row is as large as its own level.
+outside, so that only the cohort's rows ever reach the device. Where levels are fixed, rows are packed in all three: a
+client's row is as large as its own level.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +22,15 @@ STORES = ("device", "host", "file")
 
 
 class Store(NamedTuple):
-    """A home for ``[N, ...]`` rows of client memory."""
+    """A home for ``[N, ...]`` rows of client memory.
+
+    ``block``, which may be left out, is a device's number: ``memory`` is then what this device keeps of rows that are
+    split evenly over devices.
+    """
 
     init: Callable[[PyTree, int], PyTree]  #: (one client's memory, N) -> memory
-    gather: Callable[[PyTree, Array], PyTree]  #: (memory, ids [K]) -> rows [K, ...]
-    scatter: Callable[[PyTree, Array, Array, PyTree], PyTree]  #: (memory, ids, valid, rows) -> memory
+    gather: Callable[..., PyTree]  #: (memory, ids [K], block) -> rows [K, ...], zero where another device has them
+    scatter: Callable[..., PyTree]  #: (memory, ids, valid, rows, block) -> memory
     #: (round, rounds of the checkpoints there are): keep what was scattered, before the checkpoint of this round
     commit: Callable[[int, Sequence[int]], None] = lambda round, kept: None
     restore: Callable[[int], None] = lambda round: None  #: rows as they were at the checkpoint of this round
@@ -57,17 +62,93 @@ def device_store() -> Store:
     Array([0, 0, 5], dtype=int32)
     """
 
+    def gather(memory: PyTree, ids: Array, block: Array | None = None) -> PyTree:
+        if block is None:
+            return tree.take(memory, ids)
+        return jax.tree.map(lambda m: _read(m, ids, jnp.bool_(True), block), memory)
+
+    def scatter(memory: PyTree, ids: Array, valid: Array, rows: PyTree, block: Array | int = 0) -> PyTree:
+        return jax.tree.map(lambda m, r: _write(m, ids, valid, r, block), memory, rows)
+
+    return Store(lambda one, clients: jax.tree.map(lambda v: _tiled(v, clients), one), gather, scatter)
+
+
+def packed_device_store(packing: Packing, one: PyTree) -> Store:
+    """``device_store`` with rows as large as their client's level: one array for each level and leaf of the memory.
+
+    Outside its level a row reads as zero.
+
+    Args:
+      packing: every client's level, which must not change, and the sizes of levels.
+      one: one client's memory, or its shapes.
+
+    >>> store = packed_device_store(Packing(np.array([0, 1, 1]), ([(4,)], [(2,)])), {"sum": jnp.zeros(4)})
+    >>> memory = store.init({"sum": jnp.zeros(4)}, 3)
+    >>> {name: parts["0"].shape for name, parts in memory.items()}
+    {'level_0': (1, 4), 'level_1': (2, 2)}
+    >>> memory = store.scatter(memory, jnp.array([2]), jnp.array([True]), {"sum": jnp.ones((1, 4))})
+    >>> store.gather(memory, jnp.array([2, 0]))["sum"].tolist()
+    [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    leaves, structure = jax.tree.flatten(one)
+    names = [f"level_{level}" for level in range(len(packing.extents))]
+    here = [packing.level == level for level in range(len(names))]
+    rank = np.select(here, [np.cumsum(h) - 1 for h in here]).astype(np.int32)
+    windows = [
+        (level, i, _window(extent))
+        for level, extents in enumerate(packing.extents)
+        for i, extent in enumerate(extents)
+        if here[level].any() and np.prod(extent) > 0
+    ]
+
     def init(one: PyTree, clients: int) -> PyTree:
-        return jax.tree.map(lambda v: jnp.tile(jnp.asarray(v)[None], (clients,) + (1,) * jnp.ndim(v)), one)
+        rows = jax.tree.leaves(one)
+        memory: dict[str, dict[str, Array]] = {}
+        for level, i, window in windows:
+            memory.setdefault(names[level], {})[str(i)] = _tiled(rows[i][window], int(here[level].sum()))
+        return memory
 
-    def scatter(memory: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
-        def leaf(m: Array, r: Array) -> Array:
-            # Padding may repeat a real client's id: its row must not land anywhere.
-            return m.at[jnp.where(valid, ids, m.shape[0])].set(r, mode="drop")
+    def gather(memory: PyTree, ids: Array, block: Array | int = 0) -> PyTree:
+        level_of, row = jnp.asarray(packing.level)[ids], jnp.asarray(rank)[ids]
+        out = [jnp.zeros((*ids.shape, *leaf.shape), leaf.dtype) for leaf in leaves]
+        for level, i, window in windows:
+            part = _read(memory[names[level]][str(i)], row, level_of == level, block)
+            out[i] = out[i].at[(slice(None), *window)].add(part)
+        return jax.tree.unflatten(structure, out)
 
-        return jax.tree.map(leaf, memory, rows)
+    def scatter(memory: PyTree, ids: Array, valid: Array, rows: PyTree, block: Array | int = 0) -> PyTree:
+        level_of, row = jnp.asarray(packing.level)[ids], jnp.asarray(rank)[ids]
+        given, after = jax.tree.leaves(rows), {name: dict(parts) for name, parts in memory.items()}
+        for level, i, window in windows:
+            kept = memory[names[level]][str(i)]
+            own = given[i][(slice(None), *window)]
+            after[names[level]][str(i)] = _write(kept, row, valid & (level_of == level), own, block)
+        return after
 
-    return Store(init, tree.take, scatter)
+    return Store(init, gather, scatter)
+
+
+def _tiled(value: Array, rows: int) -> Array:
+    return jnp.tile(jnp.asarray(value)[None], (rows,) + (1,) * jnp.ndim(value))
+
+
+def _own(kept: Array, row: Array, wanted: Array, block: Array | int) -> tuple[Array, Array]:
+    """Which of ``row`` are wanted and in this block of a split array, and their places in it."""
+    local = row - block * kept.shape[0]
+    mine = wanted & (local >= 0) & (local < kept.shape[0])
+    return mine, local
+
+
+def _read(kept: Array, row: Array, wanted: Array, block: Array | int) -> Array:
+    mine, local = _own(kept, row, wanted, block)
+    rows = kept[jnp.where(mine, local, 0)]
+    return jnp.where(mine.reshape(-1, *(1 for _ in rows.shape[1:])), rows, 0)
+
+
+def _write(kept: Array, row: Array, wanted: Array, rows: Array, block: Array | int) -> Array:
+    # Padding may repeat a real client's id: what is not wanted must not land anywhere.
+    mine, local = _own(kept, row, wanted, block)
+    return kept.at[jnp.where(mine, local, kept.shape[0])].set(rows, mode="drop")
 
 
 def file_store(folder: Path, packing: Packing) -> Store:

@@ -18,19 +18,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # also for fixtures of a module, which are made earlier
-OPTIMISED = ("test_experiments",)  #: modules, and in others what trains for long or rounds as users do
+#: What is compiled as users run it: long trainings, and convolutions under the executor of accelerators.
+AS_USERS = ("learned", "follows_the_official_run", "max_pool", "heterofl_conv")
 
 
 @pytest.fixture(autouse=True)
 def quick_compile(request):
-    """Most tests compile without optimisation, since compiling is what they cost.
-
-    Convolutions under every executor, real training and benchmarks are compiled as users run them.
-    """
-    params = getattr(getattr(request.node, "callspec", None), "params", {})
-    module = request.module.__name__.rpartition(".")[2] if request.module else ""
-    as_users = getattr(params.get("row"), "image", False) or module in OPTIMISED
-    as_users |= any(word in request.node.name for word in ("learned", "rotated_mnist", "max_pool"))
+    """Most tests compile without optimisation, since compiling is what they cost."""
+    as_users = any(word in request.node.name for word in AS_USERS)
     jax.config.update("jax_disable_most_optimizations", not as_users)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

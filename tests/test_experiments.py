@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -51,12 +50,10 @@ def test_stacked_and_streaming_sums_agree():
 
 
 def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other():
-    trees = aggregation.stacks(aggregation.cnn(0.02, "a1"), 6)
-    trees = [jax.tree.map(lambda v: jax.random.normal(jax.random.key(v.size), v.shape), trees[0])]
+    trees = [{"kernel": np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)}]
     for k in (1, 4):
         chunk, one_by_one = aggregation.chunk_of_clusters(trees, k)(), aggregation.clusters(trees, k)()
-        for a, b in zip(jax.tree.leaves(chunk), jax.tree.leaves(one_by_one), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(chunk["kernel"], one_by_one["kernel"], atol=1e-6)
 
 
 def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):

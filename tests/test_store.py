@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity, run
+from hetfl_jax import capacity, run, tree
 from hetfl_jax.cli import load_config
 from hetfl_jax.engine import make_round, start
 from hetfl_jax.executors import executor
 from hetfl_jax.folder import Checkpoints
 from hetfl_jax.methods import depthfl
 from hetfl_jax.segments import Segments
-from hetfl_jax.store import Packing, device_store, file_store, host_store
+from hetfl_jax.store import Packing, device_store, file_store, host_store, packed_device_store
 from tests.test_configs import ROOT
 from tests.test_contract import play
 from tests.toys import exits_family, sgd, toy_population, worst
@@ -48,6 +48,23 @@ def test_same_rounds_as_on_the_device(name, how, tmp_path):
     assert info["train_loss"] == pytest.approx(infos[-1]["train_loss"], rel=1e-5)
     kernel = wanted.memory["sum"]["params"]["dense_1"]["kernel"]
     assert not kernel[np.asarray(toy_population().level) == 1].any()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_rows_packed_on_the_device_are_those_of_the_whole_store(devices):
+    """Twelve clients in turn of two levels; over eight devices both arrays are padded to eight rows."""
+    one = {"sum": {"params": exits_family().shapes[0]["params"]}}
+    algorithm = depthfl.make(exits_family(), sgd(), cohort=5, clients_per_level=(6, 6))
+    wanted, infos, _ = play(algorithm, executor("bucketed"), toy_population())
+    how = ("bucketed", 0, devices)
+    state, info, store = depth_run(lambda packing: packed_device_store(packing, one), how=how)
+    assert worst(state.server, wanted.server) < 1e-6
+    assert info["train_loss"] == pytest.approx(infos[-1]["train_loss"], rel=1e-5)
+    rows = {name: next(iter(parts.values())).shape[0] for name, parts in state.memory.items()}
+    assert rows == dict.fromkeys(("level_0", "level_1"), 8 if devices == 8 else 6)
+    if devices == 1:
+        assert worst(store.gather(state.memory, jnp.arange(12)), wanted.memory) < 1e-6
+        assert tree.nbytes(state.memory) == 4 * 6 * sum(capacity.costs(exits_family()).parameters)
 
 
 def test_rows_are_as_large_as_their_clients_level():
