@@ -45,11 +45,14 @@ def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tup
 def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
+    if members > 1 and jnp.ndim(member) and jax.default_backend() == "cpu":
+        one_by_one = lambda i, acc: add_reply(tree.take(total, i), member[i], acc)  # noqa: E731
+        return jax.lax.fori_loop(0, len(member), one_by_one, accumulated)
     if members > 1 and jnp.ndim(member):
         # A product reads the chunk once, and in one order; a scatter on an accelerator adds in any order.
         def into_rows(a: Array, t: Array) -> Array:
             one_hot = jax.nn.one_hot(member, members, dtype=t.dtype)
-            return a + jnp.einsum("cm,c...->m...", one_hot, t, precision="highest")
+            return a + jnp.matmul(one_hot.T, t.reshape(len(t), -1), precision="highest").reshape(a.shape)
 
         return jax.tree.map(into_rows, accumulated, total)
     if members > 1:

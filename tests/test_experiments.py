@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,7 +50,10 @@ def test_stacked_and_streaming_sums_agree():
         assert c.max() == 5
 
 
-def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other(backend, monkeypatch):
+    """Also the form that accelerators take, a product, here on a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     trees = [{"kernel": np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)}]
     for k in (1, 4):
         chunk, one_by_one = aggregation.chunk_of_clusters(trees, k)(), aggregation.clusters(trees, k)()

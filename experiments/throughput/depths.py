@@ -1,6 +1,7 @@
 """Depth levels of the multi-exit ResNet18: a mix of depths against its multiply-adds, and what depthwise ones cost.
 
     taskset -c 0 python -m experiments.throughput.depths --width 64
+    taskset -c 0 python -m experiments.throughput.depths --width 64 --mix apart    each depth on its own
 
 Every client makes ``--steps`` steps of ``--batch`` images of 32 x 32, all exits trained with distillation. The share of
 the depthwise convolutions is what a step loses when each of them is replaced by a strided slice of the same shape.
@@ -59,6 +60,19 @@ def mixed(width: int, size: tuple[int, int], repeats: int) -> common.Row:
     }  # fmt: skip
 
 
+def apart(width: int, size: tuple[int, int], repeats: int) -> common.Row:
+    """``mixed`` as the sum of its clients' rounds, each timed in a federation of its own depth."""
+    depths = (4, 3, 2, 1)
+    sides = {str(depth): federation(family(width, (depth,)), 1, *size).round for depth in depths}
+    s = common.medians(sides, repeats)
+    macs = capacity.costs(family(width, depths)).macs
+    ratio, taken = float(macs.mean() / macs[0]), sum(s.values()) / (4 * s["4"])
+    return {
+        "what": "depths 4, 3, 2, 1 one by one", "s": sum(s.values()), "against s": 4 * s["4"],
+        "ratio": taken, "of multiply-adds": ratio, "over it": taken / ratio,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Time a mix of depths against the deepest alone, and steps with and without depthwise convolutions."""
     parser = common.flags(__doc__)
@@ -66,10 +80,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--depths", type=int, nargs="*", default=[1, 4], help="depths whose share is measured")
-    parser.add_argument("--no-mix", dest="mix", action="store_false", help="only the shares")
+    parser.add_argument("--mix", choices=("together", "apart", "none"), default="together", help="in one round or not")
     given = common.begin(parser)
     size = (given.batch, given.steps)
-    rows: list[common.Row] = [mixed(given.width, size, given.repeats)] if given.mix else []
+    how = {"together": [mixed], "apart": [apart], "none": []}[given.mix]
+    rows: list[common.Row] = [of(given.width, size, given.repeats) for of in how]
     for depth in given.depths:
         fam = family(given.width, (depth,))
         usual = federation(fam, 1, *size).round
