@@ -2,9 +2,9 @@
 
     python -m experiments.ifca_rotated_mnist.alone --config=configs/ifca_rotated_mnist.py:m=1200
 
-Models start anew for every client and make 100 full-batch steps, as the paper's script does by default
-(``--config.train.epochs=100``; a federation's own number of rounds times steps would only overfit longer). Each is
-tested on all test images that look as its client's do; the figure is the mean over models.
+Models start anew for every client and make 100 full-batch steps, as the paper's script does by default (change them by
+``--config.train.epochs``). Each is tested on all test images that look as its client's do; the figure is the mean over
+models.
 """
 
 import sys
