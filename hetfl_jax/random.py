@@ -48,12 +48,17 @@ def permute(key: Array, position: Array, size: Array | int) -> Array:
         return jnp.zeros(jnp.shape(position), jnp.int32)
     size = jnp.asarray(size, jnp.uint32)
     salt = jax.random.bits(key, (2, _ROUNDS), jnp.uint32)
-    mirror = salt[0] % size
+
+    def turn(value: Array, keyed: tuple[Array, Array]) -> tuple[Array, None]:
+        mirror, salt = keyed
+        partner = jnp.where(value <= mirror, mirror - value, mirror + size - value)
+        swap = _mix(jnp.maximum(value, partner) + salt) >> 31
+        return jnp.where(swap == 1, partner, value), None
+
+    # A CPU compiles and runs a short loop faster; elsewhere every turn of a loop is a launch.
+    unroll = 4 if jax.default_backend() == "cpu" else _ROUNDS
     value = jnp.asarray(position).astype(jnp.uint32)
-    for i in range(_ROUNDS):
-        partner = jnp.where(value <= mirror[i], mirror[i] - value, mirror[i] + size - value)
-        swap = _mix(jnp.maximum(value, partner) + salt[1, i]) >> 31
-        value = jnp.where(swap == 1, partner, value)
+    value, _ = jax.lax.scan(turn, value, (salt[0] % size, salt[1]), unroll=unroll)
     return value.astype(jnp.int32)
 
 

@@ -76,16 +76,14 @@ def test_resuming_gives_the_same_bits_as_going_through(finished, tmp_path):
 
 
 def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
-    """A real process, killed twice without warning, then resumed; against one that was left alone."""
-    command = [sys.executable, "-m", "hetfl_jax.train", *SMALL, "--config.train.rounds=60", "--config.run.eval_every=3",
-               "--config.run.checkpoint_every=2"]  # fmt: skip
-    # The figures are compared with each other only; unoptimised programs compile faster.
-    env = os.environ | {"HETFL_CACHE": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """A real process, killed twice without warning, then resumed; against a run that was left alone."""
+    changes = ("--config.train.rounds=60", "--config.run.eval_every=3", "--config.run.checkpoint_every=2")
+    # The same programs as in this process, which compiles them without optimisation.
+    env = os.environ | {"HETFL_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"], "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
-    def go(folder, *flags, kill_after=None):
-        process = subprocess.Popen(
-            [*command, f"--config.run.folder={folder}", *flags], env=env, cwd=ROOT, stdout=subprocess.DEVNULL
-        )
+    def go(folder, kill_after=None):
+        command = (sys.executable, "-m", "hetfl_jax.train", *SMALL, *changes, f"--config.run.folder={folder}")
+        process = subprocess.Popen([*command, "--resume"], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
         if kill_after is None:
             assert process.wait(timeout=300) == 0
             return
@@ -95,10 +93,9 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
 
-    go(tmp_path / "whole")
-    for kill_after in (5, 20):
-        go(tmp_path / "killed", "--resume", kill_after=kill_after)
-    go(tmp_path / "killed", "--resume")
+    run.train(config(tmp_path / "whole", *changes), quiet=True)
+    for kill_after in (5, 20, None):
+        go(tmp_path / "killed", kill_after)
     folders = [tmp_path / name / "heterofl_digits_quick" for name in ("whole", "killed")]
     same_but_time(*folders)
     same_bits(*(load_exported(export_level(folder, "a", 60, folder / "a.npz"))[1] for folder in folders))

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import binom
 
 from hetfl_jax.random import permute
 from hetfl_jax.types import Array, Population, PyTree
@@ -54,6 +53,8 @@ def bernoulli(probability: float, clients: int) -> Select:
     """
     if not 0 < probability <= 1:
         raise ValueError(f"participation probability {probability}, allowed 0 < p <= 1 (method.args.participation)")
+    from scipy.stats import binom  # a second to import
+
     counts = np.arange(1, clients + 1)
     below = binom.cdf(counts, clients, probability)
     places = int(np.searchsorted(below, 1 - 1e-9)) + 1
