@@ -344,8 +344,10 @@ def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
     """
     if text == "each":
         return ()
-    groups = [re.findall(r"[a-z]\d*|\d", group) for group in text.split("-")]
-    if sorted(name for group in groups for name in group) != sorted(mix.letters) or not all(groups):
+    name = r"(?:[a-z]\d*|\d)"
+    groups = [re.findall(name, group) for group in text.split("-")]
+    named = re.fullmatch(f"{name}+(-{name}+)*", text) and sorted(each for group in groups for each in group)
+    if named != sorted(mix.letters):
         raise ValueError(
             f"buckets {text!r}: allowed 'each' or groups of {', '.join(mix.letters)}, each once (train.buckets)"
         )

@@ -48,6 +48,25 @@ def test_equal_to_lax_with_gradients(lowering, kernel):
     )
 
 
+@pytest.mark.parametrize("lowering", ["canonical", "rows"])
+@pytest.mark.parametrize("height", [1, 2, 4])
+def test_images_smaller_than_the_kernel(lowering, height):
+    """Rows of the kernel that meet nothing are left out, and have a gradient of zero."""
+    x = jax.random.normal(jax.random.key(0), (2, height, 2, 4))
+    w = jax.random.normal(jax.random.key(1), (5, 3, 4, 3))
+    paddings = (((2, 2), (1, 1)), ((4, 4), (1, 2)), ((0, 5), (3, 0)), ((6, 5), (5, 1)))
+
+    def theirs(x, w, stride, padding):  # of padding beyond a kernel's reach, XLA:CPU's own gradient is wrong
+        return reference(jnp.pad(x, ((0, 0), *padding, (0, 0))), w, stride, "VALID")
+
+    assert_same(
+        *(
+            (partial(conv, strides=s, padding=p, lowering=lowering), partial(theirs, stride=s, padding=p), x, w)
+            for s, p in itertools.product((1, 2, 3), paddings)
+        )
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_few_input_channels_are_padded_without_effect(channels):
     x = jax.random.normal(jax.random.key(0), (2, 7, 7, channels))

@@ -50,9 +50,20 @@ def _conv(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, 
     return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_NHWC, **dilation)
 
 
+def _fast(
+    x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]], dilation: Sequence[int]
+) -> Array:
+    """``_conv`` on an image that is dilated first."""
+    smaller = x.shape[1] * x.shape[2] < w.shape[0] * w.shape[1]
+    if smaller and max(dilation) == 1 and min(min(pad) for pad in pads) >= 0:
+        # XLA takes the smaller of the two for the kernel, and then not its fast path.
+        return _rows(x, w, strides, pads)
+    return _conv(x, w, strides, pads, lhs_dilation=dilation)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
-    return sequential_vmap(lambda x, w: _conv(x, w, strides, pads))(x, w)
+    return sequential_vmap(lambda x, w: _fast(x, w, strides, pads, (1, 1)))(x, w)
 
 
 def _canonical_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> tuple[Array, tuple[Array, Array]]:
@@ -70,7 +81,7 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
     @sequential_vmap
     def input_gradient(g: Array, w: Array) -> Array:
         flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
-        return _conv(g, flipped, (1, 1), input_pads, lhs_dilation=strides)
+        return _fast(g, flipped, (1, 1), input_pads, strides)
 
     @sequential_vmap
     def kernel_gradient(x: Array, g: Array) -> Array:
@@ -105,7 +116,9 @@ def examples_at_once(out: Sequence[int], kernel: Sequence[int], itemsize: int) -
 _canonical.defvjp(_canonical_fwd, _canonical_bwd)
 
 
-def _views(x: Array, kernel: Sequence[int], strides: Sequence[int], pads: Pads) -> Callable[[int, int], Array]:
+def _views(
+    x: Array, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[tuple[int, int]]
+) -> Callable[[int, int], Array]:
     """``view(i, j)`` is x shifted by kernel position (i, j) and strided, [B, H', W', C]."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     out = [(x.shape[1 + a] - kernel[a]) // strides[a] + 1 for a in range(2)]
@@ -117,7 +130,7 @@ def _views(x: Array, kernel: Sequence[int], strides: Sequence[int], pads: Pads) 
     return view
 
 
-def _rows(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+def _rows(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
     view = _views(x, w.shape[:2], strides, pads)
 
     def row(i: int) -> Array:
@@ -125,6 +138,30 @@ def _rows(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
         return columns @ w[i].reshape(-1, w.shape[-1])
 
     return sum((row(i) for i in range(1, w.shape[0])), row(0))
+
+
+def _met(x: Array, w: Array, strides: Sequence[int], pads: Pads) -> tuple[Array, Pads]:
+    """The kernel without the rows and columns that only ever meet padding, and what remains to pad."""
+    kept, left = [], []
+    for size, k, s, (low, high) in zip(x.shape[1:3], w.shape, strides, pads):
+        last = (low + size + high - k) // s * s  # where the last window starts, in the padded image
+        first, end = max(0, low - last), min(k, low + size)
+        if end - first in range(1, k):
+            kept.append(slice(first, end))
+            left.append((low - first, max(0, last + end - low - size)))
+        else:
+            kept.append(slice(0, k))
+            left.append((low, high))
+    return w[tuple(kept)], tuple(left)
+
+
+def _no_window_in_padding(x: Array, w: Array, pads: Pads) -> tuple[Array, Pads]:
+    """``x`` with the padding beyond a kernel's reach put on: as a negative pad of the gradient, XLA:CPU errs on it."""
+    beyond = [tuple(max(0, pad - k + 1) for pad in pair) for k, pair in zip(w.shape, pads)]
+    if not any(map(sum, beyond)):
+        return x, pads
+    left = tuple((low - first, high - last) for (low, high), (first, last) in zip(pads, beyond))
+    return jnp.pad(x, ((0, 0), *beyond, (0, 0))), left
 
 
 def _resolve(lowering: str) -> str:
@@ -164,8 +201,10 @@ def conv(
     kind = _resolve(lowering)
     if kind == "lax":
         return _conv(x, w, step, pads)
+    w, pads = _met(x, w, step, pads)
     if kind == "rows":
         return _rows(x, w, step, pads)
+    x, pads = _no_window_in_padding(x, w, pads)
     out = w.shape[-1]
     missing = max(_FAST_CHANNELS - out, 0) if w.shape[2] < _FEW_CHANNELS else 0
     wide = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else w
