@@ -15,6 +15,8 @@ import numpy as np
 from hetfl_jax import tree
 from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
 
+_COLUMNS = 1 << 14  # 64 KB of each member's sums
+
 Buckets = Sequence[Sequence[int]]
 Pool = tuple[Array, Array, Array, Any]  #: x, y, index, views: shared by all items, never mapped
 Runner = Callable[[Algorithm, PyTree, Pool, Items], Outcome]
@@ -46,8 +48,7 @@ def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
     if members > 1 and jnp.ndim(member) and jax.default_backend() == "cpu":
-        one_by_one = lambda i, acc: add_reply(tree.take(total, i), member[i], acc)  # noqa: E731
-        return jax.lax.fori_loop(0, len(member), one_by_one, accumulated)
+        return jax.tree.map(lambda a, t: _by_columns(t, member, a), accumulated, total)
     if members > 1 and jnp.ndim(member):
         # A product reads the chunk once, and in one order; a scatter on an accelerator adds in any order.
         def into_rows(a: Array, t: Array) -> Array:
@@ -62,6 +63,27 @@ def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
         return jax.tree.map(lambda a, row, t: put(a, row + t[None]), accumulated, rows, total)
     summed = tree.axis_sum(total) if jnp.ndim(member) else total
     return jax.tree.map(lambda a, t: a + t[None], accumulated, summed)
+
+
+def _by_columns(replies: Array, member: Array, sums: Array) -> Array:
+    """``add_reply`` of a chunk, a block of columns after the other: all members' sums of a block stay in cache."""
+    shape, sums, replies = sums.shape, sums.reshape(len(sums), -1), replies.reshape(len(member), -1)
+    columns = sums.shape[1]
+
+    def add(sums: Array, start: Any, width: int) -> Array:
+        def one(i: Array, block: Array) -> Array:
+            reply = jax.lax.dynamic_slice(replies, (i, start), (1, width))
+            row = jax.lax.dynamic_index_in_dim(block, member[i])
+            return jax.lax.dynamic_update_index_in_dim(block, row + reply, member[i], 0)
+
+        block = jax.lax.dynamic_slice(sums, (0, start), (len(sums), width))
+        block = jax.lax.fori_loop(0, len(member), one, block)
+        return jax.lax.dynamic_update_slice(sums, block, (0, start))
+
+    blocks, rest = divmod(columns, _COLUMNS)
+    if blocks:
+        sums = jax.lax.fori_loop(0, blocks, lambda j, sums: add(sums, j * _COLUMNS, _COLUMNS), sums)
+    return (add(sums, columns - rest, rest) if rest else sums).reshape(shape)
 
 
 @jax.named_scope("merge")

@@ -54,10 +54,12 @@ def test_stacked_and_streaming_sums_agree():
 def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other(backend, monkeypatch):
     """Also the form that accelerators take, a product, here on a CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    trees = [{"kernel": np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)}]
+    draw = np.random.default_rng(0).normal
+    trees = [[draw(size=shape).astype(np.float32) for shape in ((6, 3, 2), (6, 250, 160), (6, 1 << 14), (6,))]]
     for k in (1, 4):
         chunk, one_by_one = aggregation.chunk_of_clusters(trees, k)(), aggregation.clusters(trees, k)()
-        np.testing.assert_allclose(chunk["kernel"], one_by_one["kernel"], atol=1e-6)
+        for found, wanted in zip(chunk, one_by_one, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):
