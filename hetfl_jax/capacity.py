@@ -113,30 +113,26 @@ def family(
     nets = tuple(adapt(m) for m in modules)
     ready = jax.eval_shape(lambda v: prepare(v, None), example)
 
-    def shapes_of(net: Net) -> PyTree:
-        return jax.eval_shape(net.init, jax.random.key(0), ready)
+    def outline(net: Net) -> tuple[Any, PyTree]:
+        return jax.eval_shape(net.outline, jax.random.key(0), ready)
 
-    shapes = tuple(shapes_of(net) for net in nets)
+    outputs, shapes = zip(*(outline(net) for net in nets))
     leaves = [flat(s) for s in shapes]
     more = {}
     if hasattr(modules[0], "classes"):
-        more = flat(shapes_of(adapt(modules[0].clone(classes=modules[0].classes + 1))))
+        more = flat(outline(adapt(modules[0].clone(classes=modules[0].classes + 1)))[1])
     windows = {path: _window(path, leaf, leaves, more.get(path)) for path, leaf in leaves[0].items()}
     names = dict.fromkeys(name for fields in levels for name in fields)
     table = {name: np.asarray([getattr(m, name) for m in modules]) for name in names}
-    exits = np.asarray([_evaluate(net, s, ready)[0].shape[0] for net, s in zip(nets, shapes)])
+    exits = np.asarray([logits.shape[0] for logits in outputs])
     one_head = len(set(table.get("depth", (0,)))) > 1 == len(set(exits))
     return Family(nets, table, shapes, windows, example, prepare, exits, masked and not one_head)
-
-
-def _evaluate(net: Net, shapes: PyTree, ready: Any, **options: Any) -> tuple[Any, PyTree]:
-    return jax.eval_shape(lambda v, x: net.apply(v, x, **options), shapes, ready)
 
 
 def collects_statistics(fam: Family) -> bool:
     """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
-    stats = _evaluate(fam.nets[0], fam.shapes[0], ready, collect=True)[1]
+    stats = jax.eval_shape(lambda v, x: fam.nets[0].apply(v, x, collect=True)[1], fam.shapes[0], ready)
     return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
 
 

@@ -19,6 +19,7 @@ class Net(NamedTuple):
     init: Callable[[Array, Array], PyTree]  #: (key, x) -> variables: params and, if tracked, batch_stats
     apply: Callable[..., tuple[Array, PyTree]]  #: (variables, x, ...) -> (exits [E, B, C], new batch_stats or {})
     counted: Callable[[PyTree, Array], Array]  #: evaluation in plain lax operations, for counting
+    outline: Callable[[Array, Array], tuple[Array, PyTree]]  #: (key, x) -> (exits, variables), likewise, for shapes
 
 
 def adapt(module: nn.Module) -> Net:
@@ -55,11 +56,19 @@ def adapt(module: nn.Module) -> Net:
         mutable = ["batch_stats"] if train or collect else False
         out = call(module, variables, x, rngs, mutable, train=train, valid=valid, capacity=capacity)
         logits, stats = (out[0], out[1].get("batch_stats", {})) if mutable else (out, {})
-        return (logits if logits.ndim > 2 else logits[None]), stats
+        return _as_exits(logits), stats
 
     plain = module.clone(lowering="lax") if hasattr(module, "lowering") else module
 
     def counted(variables: PyTree, x: Array) -> Array:
         return call(plain, variables, x, {}, False, train=False)
 
-    return Net(init, apply, counted)
+    def outline(key: Array, x: Array) -> tuple[Array, PyTree]:
+        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x)
+        return _as_exits(logits), variables
+
+    return Net(init, apply, counted, outline)
+
+
+def _as_exits(logits: Array) -> Array:
+    return logits if logits.ndim > 2 else logits[None]
