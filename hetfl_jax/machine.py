@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+_HEARTBEAT = 40  # seconds after which a silent host is lost, as XLA's collectives have it; jax waits for 100
 CACHE = "HETFL_CACHE"  #: environment variable: the folder of compiled programs
 
 
@@ -56,14 +57,14 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
             raise ValueError("--processes and --process need --coordinator=HOST:PORT")
         return
     if coordinator == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
         return
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator={coordinator}: allowed auto or HOST:PORT, the first host's address")
     if processes is None or process is None or not 0 <= process < processes:
         raise ValueError(f"--processes={processes} --process={process}: need 0 <= process < processes")
-    jax.distributed.initialize(coordinator, processes, process)
+    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=_HEARTBEAT)
 
 
 def wait_for_all(name: str) -> None:
