@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=32, choices=range(1, 33), metavar="1..32")
     parser.add_argument("--seed", type=int, default=0, choices=(0, 1))
     given = parser.parse_args()
+    if not given.file.is_file():
+        parser.error(f"{given.file}: no such file")
     machine.use_all_cores()
     machine.use_cache()
     rows = follow(given.file, given.rounds, given.seed)
