@@ -45,9 +45,10 @@ def medians(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def matmul(size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """A square float32 product, and its floating-point operations: the roof."""
-    product, x = jax.jit(lambda a: a @ a), jnp.full((size, size), 1e-3)
+def matmul() -> tuple[Callable[[], Any], float]:
+    """A square float32 product that fills the device, and its floating-point operations: the roof."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    product, x = jax.jit(lambda a: a @ a), jax.random.normal(jax.random.key(0), (size, size))
     return lambda: product(x), 2.0 * size**3
 
 
