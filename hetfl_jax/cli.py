@@ -29,10 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hetfl: stopped; go on with --resume", file=sys.stderr)
         return 130
     except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
+            print(
+                "hetfl: the device's memory is full: lower train.clients_per_chunk or run.eval_batch_size, then "
+                f"--resume: {text}",
+                file=sys.stderr,
+            )
+            return 2
         if jax.process_count() == 1:
             raise
         # The others wait for a process that is gone; leaving them in an orderly way would wait for it too.
-        text = " ".join(str(error).split())[:300]
         print(
             f"hetfl: a process of the run was lost, start all again with --resume: {text}", file=sys.stderr, flush=True
         )

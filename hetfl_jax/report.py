@@ -35,6 +35,7 @@ def environment(devices: int) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": devices,
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }

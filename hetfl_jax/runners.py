@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import tree
+from hetfl_jax import machine, tree
+from hetfl_jax.chunks import clients_at_once, computed_bytes
 from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
 
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
@@ -155,15 +156,18 @@ def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: 
 
     # One inner jit a bucket: its trace is made once and serves both the shapes and the loop.
     runs = [jax.jit(_client_at(algorithm, levels)) for levels in buckets]
-    shapes = [jax.eval_shape(run, sent, pool, tree.take(items, 0)) for run in runs]
+    item = jax.eval_shape(lambda: tree.take(items, 0))
+    shapes = [jax.eval_shape(run, sent, pool, item) for run in runs]
     slots = items.valid.shape[0]
+    sizes = [0 if chunk else computed_bytes(run, sent, pool, item) for run in runs]
+    chunks = [clients_at_once(chunk, slots, len(buckets), each, machine.device_memory()) for each in sizes]
     report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
     rows = (items.memory, report, jnp.zeros(slots, bool))
     total: PyTree = None
     for number, levels in enumerate(buckets):
         empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
-        one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunk)
-        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunk), one, (empty, rows))
+        one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunks[number])
+        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunks[number]), one, (empty, rows))
         part = _widen(algorithm, part, min(levels))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return Outcome(total, *rows)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import engine
+from hetfl_jax import engine, runners
+from hetfl_jax.chunks import HELD, clients_at_once, computed_bytes
 from hetfl_jax.compose import compose
 from hetfl_jax.engine import make_round, start
-from hetfl_jax.executors import executor
+from hetfl_jax.executors import Executor, executor
 from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
 from hetfl_jax.parts import drift, select
 from hetfl_jax.store import device_store
@@ -141,6 +142,32 @@ def test_same_answer_under_every_executor(row, how, references):
     assert compilations == [int(how != "debugging")] * ROUNDS
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("row", [ROWS[3], ROWS[5]], ids=lambda row: row.name)
+def test_same_answer_in_chunks_of_the_size_that_fits(row, references, monkeypatch):
+    """The default of accelerators: a device with room for two clients of the larger level at a time."""
+    algorithm, wanted, _ = references(row)
+    chosen = []
+
+    def sizes(asked, slots, buckets, each, memory):
+        chosen.append(clients_at_once(asked, slots, buckets, each, memory=each * 2 * 2 // HELD))
+        return chosen[-1]
+
+    monkeypatch.setattr(runners, "clients_at_once", sizes)
+    state, _, compilations = play(algorithm, Executor(runners.bucketed(0)), toy_population())
+    assert chosen[-2:] == [2, 2]
+    assert worst(state, wanted) < 1e-5
+    assert compilations == [1] * ROUNDS
+
+
+def test_what_a_client_computes_grows_with_its_batch():
+    """So that a large batch makes small chunks; what a loop stacks counts, its body once."""
+    step = lambda x, w: jax.grad(lambda w: (jnp.tanh(x @ w) @ w.T).sum())(w)  # noqa: E731
+    small, large = (computed_bytes(step, jnp.ones((n, 30)), jnp.ones((30, 40))) for n in (100, 1000))
+    assert 8 < large / small < 10
+    looped = lambda x, w: jax.lax.fori_loop(0, 7, lambda i, w: w - step(x, w), w)  # noqa: E731
+    assert small < computed_bytes(looped, jnp.ones((100, 30)), jnp.ones((30, 40))) < 2 * small
 
 
 def poisoned(population, client):

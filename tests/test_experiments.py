@@ -51,15 +51,18 @@ def test_stacked_and_streaming_sums_agree():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_cluster_sums_of_a_chunk_are_those_of_one_client_after_the_other(backend, monkeypatch):
+def test_cluster_sums_are_those_of_each_cluster(backend, monkeypatch):
     """Also the form that accelerators take, a product, here on a CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(aggregation, "AT_ONCE", 4)
     draw = np.random.default_rng(0).normal
     trees = [[draw(size=shape).astype(np.float32) for shape in ((6, 3, 2), (6, 250, 160), (6, 1 << 14), (6,))]]
     for k in (1, 4):
-        chunk, one_by_one = aggregation.chunk_of_clusters(trees, k)(), aggregation.clusters(trees, k)()
-        for found, wanted in zip(chunk, one_by_one, strict=True):
-            np.testing.assert_allclose(found, wanted, atol=1e-6)
+        wanted = [np.stack([leaf[j::k].sum(0) for j in range(k)]) for leaf in trees[0]]
+        for together in (True, False):
+            found = aggregation.clusters(trees, k, together)()
+            for f, w in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(f, w, atol=1e-6)
 
 
 def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):

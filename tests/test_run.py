@@ -236,3 +236,16 @@ def test_mistakes_are_one_line_before_anything_compiles(arguments, message, caps
     assert len(error) == 1
     assert error[0].startswith("hetfl: ")
     assert message in error[0]
+
+
+def test_a_full_device_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
+    def full(config, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying to allocate 21.3GiB.")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run, "train", full)
+    assert main(["train"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "lower train.clients_per_chunk" in error[0]
+    assert error[0].endswith("while trying to allocate 21.3GiB.")
