@@ -165,7 +165,7 @@ def test_what_a_client_computes_grows_with_its_batch():
     """So that a large batch makes small chunks; what a loop stacks counts, its body once."""
     step = lambda x, w: jax.grad(lambda w: (jnp.tanh(x @ w) @ w.T).sum())(w)  # noqa: E731
     small, large = (computed_bytes(step, jnp.ones((n, 30)), jnp.ones((30, 40))) for n in (100, 1000))
-    assert 8 < large / small < 10
+    assert 7 < large / small < 10
     looped = lambda x, w: jax.lax.fori_loop(0, 7, lambda i, w: w - step(x, w), w)  # noqa: E731
     assert small < computed_bytes(looped, jnp.ones((100, 30)), jnp.ones((30, 40))) < 2 * small
 
