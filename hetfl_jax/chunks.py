@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 MOST = 256  #: clients at once; 1,024 were no faster on a GPU, even of a net of 159,010 parameters
-HELD = 4  #: a client held a sixth (CNN) to a tenth (ResNet) of what it computes at any one time, so a quarter is safe
 
 
 def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
@@ -36,10 +35,10 @@ def clients_at_once(asked: int, slots: int, buckets: int, each: int, memory: int
       asked: by the user; 0 lets the other arguments decide.
       slots: items of the round on this device, in ``buckets`` of unknown sizes; a bucket is taken to have an equal
         share and one deviation of a random draw, for what a chunk has too much is computed for nothing.
-      each: bytes that one client computes, of which it holds a quarter.
-      memory: bytes of the device, half of which the chunk may fill.
+      each: bytes that one client computes; it was seen to hold a sixth (CNN) to a tenth (ResNet) of them at one time.
+      memory: bytes of the device, which hold all that the chunk computes.
 
-    >>> clients_at_once(0, slots=300, buckets=1, each=10**8, memory=5 * 10**9)
+    >>> clients_at_once(0, slots=300, buckets=1, each=10**8, memory=10**10)
     100
     >>> clients_at_once(0, slots=100, buckets=5, each=10**6, memory=10**10), clients_at_once(16, 10, 1, 1, 1)
     (25, 10)
@@ -48,5 +47,5 @@ def clients_at_once(asked: int, slots: int, buckets: int, each: int, memory: int
         return min(asked, slots)
     share = slots / buckets
     likely = min(slots, ceil(share + (sqrt(share) if buckets > 1 else 0)))
-    fits = max(1, min(MOST, HELD * memory // (2 * max(1, each))))
+    fits = max(1, min(MOST, memory // max(1, each)))
     return ceil(likely / ceil(likely / fits))

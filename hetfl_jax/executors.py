@@ -71,8 +71,8 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: B
       name: ``vmapped`` (all items at once), ``chunked`` (a loop over chunks of vmapped items; memory does not grow with
         the cohort), ``bucketed`` (the same, each level at its true shape), or ``debugging`` (no jit, one at a time,
         stops at the first client whose reply is not finite).
-      clients_per_chunk: items that run under one vmap; 0 chooses: 1 on a CPU, elsewhere as many as half of the device's
-        memory holds, at most 256 (``chunks``).
+      clients_per_chunk: items that run under one vmap; 0 chooses: 1 on a CPU, elsewhere as many as the device surely
+        holds, at most 256 (``chunks``).
       devices: spread items over this many devices.
       buckets: of ``bucketed``: which levels share a bucket, e.g. ``((0,), (1, 2))``; a shared bucket has the shape of
         its largest level and masks the others, which saves a program. Default: one a level.

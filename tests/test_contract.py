@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hetfl_jax import engine, runners
-from hetfl_jax.chunks import HELD, clients_at_once, computed_bytes
+from hetfl_jax.chunks import clients_at_once, computed_bytes
 from hetfl_jax.compose import compose
 from hetfl_jax.engine import make_round, start
 from hetfl_jax.executors import Executor, executor
@@ -151,7 +151,7 @@ def test_same_answer_in_chunks_of_the_size_that_fits(row, references, monkeypatc
     chosen = []
 
     def sizes(asked, slots, buckets, each, memory):
-        chosen.append(clients_at_once(asked, slots, buckets, each, memory=each * 2 * 2 // HELD))
+        chosen.append(clients_at_once(asked, slots, buckets, each, memory=2 * each))
         return chosen[-1]
 
     monkeypatch.setattr(runners, "clients_at_once", sizes)

@@ -1,0 +1,82 @@
+"""Test accuracy over rounds of several runs, side by side: a table, a plot, and the numbers.
+
+    python -m experiments.curves experiments/ifca_rotated_mnist/results/curves runs/ifca_rotated_mnist_m*
+
+Writes ``<first argument>.json`` and ``.png``. The largest level's global model is shown; a run that is not finished is
+shown as far as it came.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hetfl_jax.folder import read_metrics, write_json
+
+Curve = dict[str, Any]
+COLUMNS = (10, 20, 50, 100, 200, 300)
+
+
+def curve(folder: Path) -> Curve:
+    """Rounds and accuracies (%) of one run, and its device.
+
+    Raises:
+      ValueError: a folder without an evaluation.
+    """
+    lines = [line for line in read_metrics(folder) if "accuracy" in line] if folder.is_dir() else []
+    if not lines:
+        raise ValueError(f"{folder}: no evaluated round in metrics.jsonl (experiments.curves)")
+    level = next(iter(lines[0]["accuracy"]))
+    device = json.loads((folder / "environment.json").read_text())["device"]
+    return {
+        "run": folder.name,
+        "device": device,
+        "rounds": [line["round"] for line in lines],
+        "accuracy": [100 * line["accuracy"][level] for line in lines],
+    }
+
+
+def markdown(curves: list[Curve]) -> str:
+    """A row a run, a column a round."""
+    last = max(c["rounds"][-1] for c in curves)
+    columns = [r for r in COLUMNS if r <= last]
+    lines = ["| run | device | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 2) + "|"]
+    for c in curves:
+        found = dict(zip(c["rounds"], c["accuracy"]))
+        cells = [f"{found[r]:.2f}" if r in found else "" for r in columns]
+        lines.append(f"| {c['run']} | {c['device']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(curves: list[Curve], path: Path) -> None:
+    """Accuracy over rounds, a line a run."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for c in curves:
+        axes.plot(c["rounds"], c["accuracy"], marker="o", markersize=2.5, linewidth=1.2, label=c["run"])
+    axes.set(xlabel="round", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.25)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Print, keep and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="path of the files, without an ending")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    given = parser.parse_args()
+    try:
+        curves = [curve(folder) for folder in given.runs]
+    except ValueError as error:
+        parser.error(str(error))
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(given.output.with_suffix(".json"), curves)
+    draw(curves, given.output.with_suffix(".png"))
+    print(markdown(curves))
+
+
+if __name__ == "__main__":
+    main()
