@@ -117,10 +117,10 @@ def build(config: Any) -> Federation:
     clients = part.size.size
     if not 1 <= args.get("cohort", 1) <= clients:
         raise ValueError(f"cohort of {args['cohort']} clients, allowed 1..{clients} (method.args.cohort)")
-    settings = local(**{k: config.train[k] for k in _LOCAL})
     # A net may have more outputs than the data has classes (the published nets of EMNIST have 62).
     classes = max(int(max(source.y_train.max(), source.y_test.max())) + 1, config.family.get("outputs", 0))
     fam = _family(config, mix, source, classes)
+    settings = local_training(config.train, fam)
     level = (partition.levels_by_id if mix.depths else partition.levels_fixed)(mix.proportions, clients)
     held = part.classes if part.classes is not None else held_classes(source.y_train[part.index], part.size, classes)
     if part.classes is not None and held.shape[1] < classes:
@@ -198,6 +198,18 @@ def _views(text: str, source: sources.Source, clients: int, classes: int) -> tup
 
 _LOCAL = ("optimizer", "learning_rate", "batch_size", "epochs", "steps", "momentum", "weight_decay", "clip_norm",
           "milestones", "decay_factor", "round_decay", "full_batch", "keep_momentum")  # fmt: skip
+
+
+def local_training(train: Any, fam: Family) -> Local:
+    """How clients train, from a config's block ``train``.
+
+    Raises:
+      ValueError: a layer that the net does not have, and as ``local``.
+    """
+    layers, known = tuple(train.get("decay_layers", ())), fam.shapes[0]["params"]
+    if wrong := [name for name in layers if name not in known]:
+        raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (train.decay_layers)")
+    return local(**{k: train[k] for k in _LOCAL}, decay_layers=layers)
 
 
 def make_method(name: str, fam: Family, settings: Local, args: Mapping[str, Any]) -> Algorithm:

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax import capacity, federation
 from hetfl_jax.executors import executor
 from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl
 from hetfl_jax.parts import merge, select, server
+from hetfl_jax.parts.local import local
 from hetfl_jax.types import Shard
 from tests.test_contract import play
 from tests.toys import LEVELS, exits_family, mlp_family, sgd, toy_population, worst
@@ -207,3 +208,20 @@ def test_an_exit_counts_only_for_the_clients_that_trained_it():
         assert mean["head_0"]["bias"].tolist() == [wanted] * 3
         assert mean["dense_0"]["bias"].tolist() == [2.0] * 8
         assert mean["head_1"]["bias"].tolist() == [3.0] * 3
+
+
+def test_decay_of_one_layer_leaves_the_others_alone():
+    """A step of rate r without decay, then r x decay x kernel less in the layers that are named, and nowhere else."""
+    params = {"a": {"kernel": jnp.full(3, 2.0), "bias": jnp.full(3, 4.0)}, "b": {"kernel": jnp.full(3, 8.0)}}
+    gradient = jax.tree.map(jnp.ones_like, params)
+    everywhere, one, both = (-0.14, -0.18, -0.26), (-0.14, -0.1, -0.1), (-0.14, -0.1, -0.26)
+    for layers, wanted in (((), everywhere), (("a",), one), (("a", "b"), both)):
+        rule = local(learning_rate=0.1, batch_size=1, weight_decay=0.2, decay_layers=layers).optimizer(0.1, 0.0)
+        found, _ = rule.update(gradient, rule.init(params), params)
+        values = {"/".join(path): float(leaf[0]) for path, leaf in capacity.flat(found).items()}
+        np.testing.assert_allclose([values[n] for n in ("a/kernel", "a/bias", "b/kernel")], wanted, rtol=1e-6)
+
+
+def test_a_layer_to_decay_must_be_there():
+    with pytest.raises(ValueError, match=r"layer 'dense_9' is not one of dense_0, .*train.decay_layers"):
+        federation.local_training({"decay_layers": ("dense_9",)}, mlp_family())

@@ -1,13 +1,14 @@
 """Local training: epochs of shuffled batches over one client's examples."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hetfl_jax.capacity import View
+from hetfl_jax.capacity import View, map_leaves
 from hetfl_jax.data.population import examples
 from hetfl_jax.parts.drift import Around, Drift
 from hetfl_jax.parts.objective import Objective, by_label, last_exit
@@ -48,6 +49,7 @@ def local(
     steps: int = 0,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    decay_layers: Sequence[str] = (),
     clip_norm: float = 0.0,
     milestones: Sequence[int] = (),
     decay_factor: float = 0.1,
@@ -62,8 +64,8 @@ def local(
     must be at least the largest client's size.
 
     One step is: gradient, clip to global norm ``clip_norm`` (0: none), add ``weight_decay * params`` (norms and biases
-    too), momentum, minus learning rate. In round t (from 0) the learning rate is ``learning_rate * decay_factor ^
-    (number of milestones <= t) * round_decay ^ t``.
+    too, or only the kernels of ``decay_layers``), momentum, minus learning rate. In round t (from 0) the learning rate
+    is ``learning_rate * decay_factor ^ (number of milestones <= t) * round_decay ^ t``.
 
     Raises:
       ValueError: a value out of range.
@@ -88,13 +90,21 @@ def local(
 
     def transform(rate: Array, decay: Array | float) -> optax.GradientTransformation:
         steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-        if weight_decay or not isinstance(decay, float) or decay:
-            steps.append(optax.add_decayed_weights(weight_decay + decay))
+        if weight_decay and decay_layers:
+            steps.append(optax.add_decayed_weights(weight_decay, partial(_kernels_of, decay_layers)))
+        everywhere = decay if decay_layers else weight_decay + decay
+        if not isinstance(everywhere, float) or everywhere:
+            steps.append(optax.add_decayed_weights(everywhere))
         rule = optax.sgd(rate, momentum or None) if optimizer == "sgd" else optax.adam(rate)
         return optax.chain(*steps, rule)
 
     shuffle = shuffle and not full_batch
     return Local(transform, schedule, batch_size, epochs, steps, shuffle, full_batch, keep_momentum)
+
+
+def _kernels_of(layers: Sequence[str], params: PyTree) -> PyTree:
+    """Whether each leaf is the kernel of one of the layers."""
+    return map_leaves(lambda path, _: path[-1] == "kernel" and not set(layers).isdisjoint(path), params)
 
 
 def tally(logits: Callable[[Array], Array], each: Callable[[Array, Array], Array], batch: int, shard: Shard) -> Tally:
