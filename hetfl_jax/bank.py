@@ -15,6 +15,8 @@ from hetfl_jax import tree
 from hetfl_jax.parts.local import Tally
 from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
+LOST = 1e30  #: reported for a loss that is not finite
+
 
 class BankState(NamedTuple):
     """The servers of all members, and what the route remembers."""
@@ -109,6 +111,8 @@ def bank(
         member, judged = route.choose(
             sent.route, ticket, lambda first, count: _judge(sent.members, level, shard, first, count)
         )
+        # A model that is lost to one client must not cost the client's reply.
+        judged = judged._replace(loss=jnp.where(jnp.isfinite(judged.loss), judged.loss, LOST))
         reply = base.client(key, tree.take(sent.members, member), level, (), shard, memory)
         return reply._replace(member=member, report=Report(reply.report, member, judged))
 
@@ -126,18 +130,20 @@ def bank(
         own = plan._replace(sent=())
 
         def serve(totals: PyTree, chosen: Array) -> PyTree:
-            def one(server: PyTree, total: PyTree, ok: Array) -> PyTree:
-                return base.server(server, own, jax.tree.map(lambda t: t[None], total), report.own, ok)[0]
+            def one(server: PyTree, total: PyTree, chosen: Array) -> PyTree:
+                after = base.server(server, own, jax.tree.map(lambda t: t[None], total), report.own, chosen & ok)[0]
+                # Divided by all, a member that nobody chose has a mean, 0, which old moments would go on from.
+                return tree.select((chosen & ok).any(), after, server)
 
-            return jax.vmap(one)(state.members, totals, chosen & ok)
+            return jax.vmap(one)(state.members, totals, chosen)
 
+        together = of_group(total)
         if divide_by_all:
-            everyone = of_group(total)
-            total = total._replace(count=everyone.count, rows=everyone.rows)
+            total = total._replace(count=together.count, rows=together.rows)
         members = serve(total, report.member == rows)
         if shared:
-            together = serve(of_group(total), report.member // per_group == rows // per_group)
-            members = _by_name(shared, together, members)
+            common = serve(together, report.member // per_group == rows // per_group)
+            members = _by_name(shared, common, members)
         _, info = base.server(tree.take(state.members, 0), own, jax.tree.map(lambda t: t[:1], total), report.own, ok)
         routed = route.server(plan.sent.route, plan, report, ok)
         shown = plan.valid & (report.member // per_group == route.row(routed, 0) // per_group)

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())[:300]
         if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
             print(
-                "hetfl: the device's memory is full: lower train.clients_per_chunk or run.eval_batch_size, then "
-                f"--resume: {text}",
+                "hetfl: the device's memory is full: go on with --resume and a smaller train.clients_per_chunk (least: 1), "
+                f"or start over with a smaller run.eval_batch_size: {text}",
                 file=sys.stderr,
             )
             return 2

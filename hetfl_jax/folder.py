@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from hetfl_jax import machine
 from hetfl_jax.types import State
 
-#: settings that a resumed run may set anew; another number of devices moves results by rounding
-MAY_CHANGE = ("train.rounds", "train.devices", "run.keep", "run.folder", "run.name")
+#: settings that a resumed run may set anew; other devices and chunks move results by rounding
+MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")
 
 
 def write_json(path: Path, values: Any) -> None:

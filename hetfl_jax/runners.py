@@ -160,7 +160,8 @@ def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: 
     shapes = [jax.eval_shape(run, sent, pool, item) for run in runs]
     slots = items.valid.shape[0]
     sizes = [0 if chunk else computed_bytes(run, sent, pool, item) for run in runs]
-    going = -(-slots // max(1, algorithm.members // algorithm.models))  # of several starts one soon goes on alone
+    tried = algorithm.members // algorithm.models if algorithm.models > 1 else 1
+    going = -(-slots // tried)  # of several starts one soon goes on alone
     chunks = [clients_at_once(chunk, going, len(buckets), each, machine.device_memory()) for each in sizes]
     report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
     rows = (items.memory, report, jnp.zeros(slots, bool))

@@ -71,7 +71,7 @@ def test_two_clusters_of_depthfl_with_feddyn():
     pop, groups = two_worlds()
     family = exits_family(levels=({"depth": 2}, {"depth": 1}))
     told = {"over_args": {"clients_per_level": (3, 3)}, "clients_per_level": (6, 6)}
-    rule = ifca.make(family, sgd(), cohort=12, clusters=2, over="depthfl", restarts=3, restart_rounds=3, **told)
+    rule = ifca.make(family, sgd(), cohort=12, clusters=2, over="depthfl", restarts=3, min_share=0.4, **told)
     state, infos, compilations = play(rule, executor(*EXECUTORS["sharded8"]), pop, rounds=8)
     assert matched(infos[-1]["cluster"][np.argsort(infos[-1]["cluster_ids"])][-12:], groups) == 1
     assert infos[-1]["train_loss"] < infos[0]["train_loss"]
@@ -185,6 +185,57 @@ def test_a_start_is_rejected_before_training_if_a_model_gets_too_few():
     for row in set(range(8)) - {2 * leader, 2 * leader + 1}:
         for old, new in zip(jax.tree.leaves(start.members), jax.tree.leaves(state.server.members), strict=True):
             np.testing.assert_array_equal(old[row], new[row])
+
+
+def test_a_model_that_nobody_takes_has_no_momentum_of_former_rounds():
+    """Divided by all participants, its mean change is 0 and not nothing; a momentum must not go on from there."""
+    args = dict(averaging="gradients", server_optimizer={"name": "momentum"})
+    algorithm = ifca.make(mlp_family(), sgd(), cohort=3, clusters=3, **args)
+    run, store, pop, key = executor("bucketed"), engine.device_store(), toy_population(), jax.random.key(7)
+    state = engine.start(algorithm, store, 12, key)
+    step, chosen_before, left_alone = engine.make_round(algorithm, run, store), set(), 0
+    for _ in range(6):
+        before = jax.device_get(state.server.members)
+        state, info = step(state, pop, key)
+        chosen = set(info["cluster"].tolist())
+        for row in chosen_before - chosen:
+            left_alone += 1
+            for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.server.members), strict=True):
+                np.testing.assert_array_equal(old[row], new[row])
+        chosen_before |= chosen
+    assert left_alone >= 2
+
+
+def test_layers_that_are_all_shared_make_gradient_averaging_of_one_model():
+    """The mean over all participants, however many models there are."""
+    pop, found = toy_population(), {}
+    pop = pop._replace(level=pop.level * 0)
+    for k in (1, 3):
+        shared = ("dense_0", "head")
+        algorithm = ifca.make(mlp_family(), sgd(steps=1), cohort=8, clusters=k, averaging="gradients", shared=shared)
+
+        def init(key, init=algorithm.init, k=k):
+            state, memory = init(key)
+            first = jax.tree.map(lambda v: jnp.broadcast_to(v[:1], v.shape), state.members)
+            return state._replace(members=first), memory
+
+        found[k] = play(algorithm._replace(init=init), executor("bucketed"), pop, rounds=2)[0]
+    assert worst(member(found[3], 2), member(found[1], 0)) < 1e-6
+    assert worst(member(found[3], 2), started(algorithm).members.variables) > 1e-3
+
+
+def test_a_model_that_is_lost_costs_no_client_its_reply():
+    """A member that diverged is nobody's choice, and the others go on."""
+    algorithm = ifca.make(mlp_family(), sgd(), cohort=6, clusters=3)
+
+    def init(key):
+        state, memory = algorithm.init(key)
+        lost = jax.tree.map(lambda v: v.at[0].set(jnp.nan).at[1].set(3e38), state.members.variables)
+        return state._replace(members=state.members._replace(variables=lost)), memory
+
+    _, infos, _ = play(algorithm._replace(init=init), executor("bucketed"), toy_population())
+    assert [info["failed"] for info in infos] == [0, 0, 0]
+    assert all((info["cluster"] == 2).all() for info in infos)
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -329,7 +380,12 @@ def test_views_turn_images_and_rename_classes():
     [
         (ifca, dict(clusters=0), "0 clusters, allowed 1..5"),
         (ifca, dict(clusters=6), "6 clusters, allowed 1..5"),
-        (ifca, dict(clusters=2, restarts=0), "0 restarts, allowed >= 1"),
+        (ifca, dict(clusters=2, restarts=0), "0 restarts, 3 rounds, allowed >= 1 and >= 0"),
+        (ifca, dict(clusters=2, restarts=2, restart_rounds=-1), "2 restarts, -1 rounds"),
+        (ifca, dict(clusters=2, restarts=2, over="scaffold", clients=12), "2 restarts of clients with memory"),
+        (ifca, dict(clusters=2, over="heterofl", proportions=(1, 1), weighted=True), "weighted with over='heterofl'"),
+        (ifca, dict(clusters=2, over="feddyn.x"), "method 'feddyn.x' inside IFCA"),
+        (ifca, dict(clusters=2, shared=("head",), server_optimizer={"name": "adam"}), "a server that keeps .*count"),
         (ifca, dict(clusters=2, averaging="both"), "'both' is not one of models, gradients"),
         (ifca, dict(clusters=2, min_share=0.6), "min_share 0.6"),
         (ifca, dict(clusters=2, shared=("nope",)), "layer 'nope' is not one of dense_0, head"),

@@ -247,5 +247,5 @@ def test_a_full_device_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
     assert main(["train"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert "lower train.clients_per_chunk" in error[0]
+    assert "--resume and a smaller train.clients_per_chunk" in error[0]
     assert error[0].endswith("while trying to allocate 21.3GiB.")

@@ -39,6 +39,7 @@ from hetfl_jax.types import Algorithm, Array, Plan, PyTree
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
 AVERAGING = ("models", "gradients")
+PLAIN = {"name": "sgd", "learning_rate": 1.0}  #: the server of plain averaging
 LOSSES = {"cross_entropy": objective.cross_entropy, "squared_error": objective.squared_error}
 
 
@@ -80,15 +81,19 @@ def make(
       averaging: ``models`` or ``gradients``.
       loss: ``cross_entropy``, or ``squared_error`` for a net with one output.
       weighted: weigh clients by their examples.
-      over, over_args: another method inside, e.g. ``heterofl``, with its arguments, in place of plain local training.
-      restarts: random starts that are trained side by side; after ``restart_rounds`` rounds the one with the least
-        training loss goes on alone.
+      over, over_args: another method inside, e.g. ``heterofl``, with its arguments, in place of plain local training;
+        it brings its own loss, weights and server.
+      restarts: random starts that are trained side by side. ``restart_rounds`` rounds later, by the losses with which
+        the next round begins (all still train in it), the one with the least mean training loss goes on alone. Not
+        with client memory (FedDyn, SCAFFOLD, DepthFL, ``keep_momentum``), but for ``min_share``.
       min_share: if > 0, the start is chosen before training instead: the first of ``restarts`` in which every model is
-        taken by at least this share of the first cohort (else the one whose least share is largest).
+        taken by at least this share of the first cohort (else the one whose least share is largest). Where a method
+        inside has several levels, every client judges at the largest.
       forced_rounds: rounds in which every model is trained by a random share of the clients, always the same, before
-        they choose (one start only).
-      shared: layers that all clusters have in common, averaged over all participants, or not trained at all
-        (``freeze_shared``).
+        they choose (one start only). They count as rounds, and a cohort is drawn from all clients as ever.
+      shared: layers that all clusters have in common, averaged over all participants, or without a gradient
+        (``freeze_shared``; a weight decay of all layers still moves them, that of ``decay_layers`` need not). Averaged,
+        they need a server without a count of steps (not adam, yogi).
       warm_start: file that ``hetfl export`` wrote; all models start there, apart from the layers ``redraw``.
       server_optimizer: as in ``parts.server.optimizer``.
       proportions, clients_per_level, clients: how often each level occurs, and how many clients there are, for a method
@@ -98,20 +103,18 @@ def make(
     Raises:
       ValueError: a value out of range.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} (method.args.loss)")
-    _check(cohort, clusters, averaging, restarts, min_share, family, [*shared, *(redraw if warm_start else ())])
+    _check(cohort, clusters, averaging, loss, min_share, family, [*shared, *(redraw if warm_start else ())])
     if over:
-        if importlib.util.find_spec(f"hetfl_jax.methods.{over}") is None:
-            raise ValueError(f"method {over!r} inside IFCA is not there (method.args.over)")
-        inside = importlib.import_module(f"hetfl_jax.methods.{over}").make
+        own = {
+            "loss": loss != "cross_entropy",
+            "weighted": weighted,
+            "freeze_shared": freeze_shared,
+            "server_optimizer": {**PLAIN, **(server_optimizer or {})} != PLAIN,
+        }
+        if ignored := [name for name, given in own.items() if given]:
+            raise ValueError(f"{ignored[0]} with over={over!r}, which has its own (method.args.{ignored[0]})")
         told = {"proportions": proportions, "clients_per_level": clients_per_level, "clients": clients}
-        known = inspect.signature(inside).parameters
-        given = {"cohort": cohort, **{k: v for k, v in told.items() if k in known}, **(over_args or {})}
-        need = {name for name, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-        if wrong := (set(given) - set(known)) | (need - set(given)):
-            raise ValueError(f"argument {min(wrong)!r} of {over} is missing or unknown (method.args.over_args)")
-        base = inside(family, local, **given)
+        base = _inside(over, over_args or {}, family, local, cohort, told)
     else:
         base = compose(
             family,
@@ -124,29 +127,70 @@ def make(
         )
     if warm_start:
         base = base._replace(init=_warm(base.init, warm_start, redraw))
-    if forced_rounds and (restarts > 1 or forced_rounds < 0 or clients < 1):
-        raise ValueError(
-            f"forced_rounds {forced_rounds} with {restarts} restarts, {clients} clients: need 0, or > 0, 1 and > 0 "
-            "(method.args)"
-        )
+    _check_starts(base, restarts, restart_rounds, min_share, forced_rounds, clients)
+    if shared and not freeze_shared:
+        _check_shared(base, family, shared)
     route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
     return bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
 
 
+def _inside(
+    name: str, args: Mapping[str, Any], family: Family, local: Local, cohort: int, told: Mapping[str, Any]
+) -> Algorithm:
+    """The method called ``name``, with what it wants to know."""
+    if not name.isidentifier() or importlib.util.find_spec(f"hetfl_jax.methods.{name}") is None:
+        raise ValueError(f"method {name!r} inside IFCA is not there (method.args.over)")
+    make = importlib.import_module(f"hetfl_jax.methods.{name}").make
+    known = inspect.signature(make).parameters
+    given = {"cohort": cohort, **{k: v for k, v in told.items() if k in known}, **args}
+    need = {k for k, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    if wrong := (set(given) - set(known)) | (need - set(given)):
+        raise ValueError(f"argument {min(wrong)!r} of {name} is missing or unknown (method.args.over_args)")
+    return make(family, local, **given)
+
+
 def _check(
-    cohort: int, clusters: int, averaging: str, restarts: int, min_share: float, family: Family, layers: Sequence[str]
+    cohort: int, clusters: int, averaging: str, loss: str, min_share: float, family: Family, layers: Sequence[str]
 ) -> None:
     if not 1 <= clusters <= cohort:
         raise ValueError(f"{clusters} clusters, allowed 1..{cohort}, the clients of a round (method.args.clusters)")
     if averaging not in AVERAGING:
         raise ValueError(f"averaging {averaging!r} is not one of {', '.join(AVERAGING)} (method.args.averaging)")
-    if restarts < 1:
-        raise ValueError(f"{restarts} restarts, allowed >= 1 (method.args.restarts)")
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} (method.args.loss)")
     if not 0 <= min_share * clusters <= 1:
         raise ValueError(f"min_share {min_share}, allowed 0..1/clusters = {1 / clusters:.4g} (method.args.min_share)")
     known = family.shapes[0]["params"]
     if wrong := [name for name in layers if name not in known]:
         raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (method.args.shared, redraw)")
+
+
+def _check_starts(
+    base: Algorithm, restarts: int, restart_rounds: int, min_share: float, forced_rounds: int, clients: int
+) -> None:
+    if restarts < 1 or restart_rounds < 0:
+        raise ValueError(f"{restarts} restarts, {restart_rounds} rounds, allowed >= 1 and >= 0 (method.args.restarts)")
+    remembers = jax.tree.leaves(jax.eval_shape(base.init, jax.random.key(0))[1])
+    if restarts > 1 and min_share == 0 and remembers:
+        raise ValueError(
+            f"{restarts} restarts of clients with memory, which the starts would share: need 1, or min_share > 0 "
+            "(method.args.restarts)"
+        )
+    if forced_rounds and (restarts > 1 or forced_rounds < 0 or clients < 1):
+        raise ValueError(
+            f"forced_rounds {forced_rounds} with {restarts} restarts, {clients} clients: need 0, or > 0, 1 and > 0 "
+            "(method.args)"
+        )
+
+
+def _check_shared(base: Algorithm, family: Family, shared: Sequence[str]) -> None:
+    """A count of steps would be a member's own, and correct the moments of common layers differently for each."""
+    state = capacity.flat(jax.eval_shape(base.init, jax.random.key(0))[0])
+    if counts := [path for path in state if set(path).isdisjoint(family.shapes[0]["params"])]:
+        raise ValueError(
+            f"shared layers {', '.join(shared)} with a server that keeps {'/'.join(counts[0])}: need one without, sgd, "
+            "momentum or adagrad (method.args.shared)"
+        )
 
 
 def least_loss(
@@ -181,7 +225,7 @@ def least_loss(
     def shares(judged: Tally, valid: Array) -> Array:
         """The first start that gives every model its share."""
         loss = jnp.where(judged.examples > 0, judged.loss, jnp.inf).reshape(-1, restarts, clusters)
-        taken = jax.nn.one_hot(loss.argmin(-1), clusters) * valid[:, None, None]
+        taken = jax.nn.one_hot(_least(loss), clusters) * valid[:, None, None]
         least = taken.sum(0).min(-1) / valid.sum()
         return jnp.where((least >= min_share).any(), (least >= min_share).argmax(), least.argmax()).astype(jnp.int32)
 
@@ -190,9 +234,7 @@ def least_loss(
     ) -> tuple[Array, Tally]:  # fmt: skip
         first = ticket * clusters if restarts > 1 else jnp.int32(0)
         judged = judge(first, clusters)
-        # Equal models may differ by rounding when judged side by side: they are a tie, and the lowest number wins.
-        tied = judged.loss <= judged.loss.min() * (1 + ROUNDING)
-        chosen = first + tied.argmax().astype(jnp.int32)
+        chosen = first + _least(judged.loss)
         return jnp.where(ticket > 0, ticket - 1, chosen) if forced_rounds else chosen, judged
 
     def serve(state: Restarts, plan: Plan, report: Report, ok: Array) -> Restarts:
@@ -212,6 +254,18 @@ def least_loss(
         place=lambda state, losses, ids: losses.argmin(-1),
         models=clusters, groups=restarts, broadcast=clusters,
     )  # fmt: skip
+
+
+def _least(losses: Array) -> Array:
+    """int32 number of the least of [..., k] losses, the lowest on ties; one that is not finite is never the least.
+
+    Equal models may differ by rounding when judged side by side: they are a tie.
+
+    >>> _least(jnp.array([[3.0, 1.0, 1.0 - 1e-8], [jnp.nan, jnp.inf, 2.0]])).tolist()
+    [1, 2]
+    """
+    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    return (losses <= losses.min(-1, keepdims=True) * (1 + ROUNDING)).argmax(-1).astype(jnp.int32)
 
 
 def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callable[..., Any]:
