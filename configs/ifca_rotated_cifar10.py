@@ -6,7 +6,7 @@ Commands (``source`` is an .npz with x_train, y_train, x_test, y_test, or tfds:c
 Five epochs of batches of 50, rate 0.25 x 0.99^round, L2 penalty 0.004 on the weights of two layers, windows of 24 x 24;
 clients choose on central windows and by the loss alone, where the published code draws new windows for every model and
 adds its penalty. Published accuracy, from memory of the paper: 81.51, global 77.87. Device and time: an accelerator; a
-round is 2,771 GMACs (``--dry-run``). Without the penalty: experiments/ifca_rotated_cifar.
+round is 3,140 GMACs (``--dry-run``). Without the penalty: experiments/ifca_rotated_cifar.
 """
 
 from hetfl_jax.config import blocks, parse_arg, shrink

@@ -3,7 +3,7 @@
 Commands:
   hetfl train --config=configs/ifca_rotated_mnist.py                        m = 4800, n = 50
   hetfl train --config=configs/ifca_rotated_mnist.py:m=2400
-  hetfl train --config=configs/ifca_rotated_mnist.py:m=1200,restarts=3      three starts, the best goes on
+  hetfl train --config=configs/ifca_rotated_mnist.py:m=1200,restarts=3      three starts for three rounds, then one
   hetfl train --config=configs/ifca_rotated_mnist.py:m=1200,clusters=1      the global model
   hetfl train --config=configs/ifca_rotated_mnist.py:m=240,examples=12000   a fifth of the images, for one core
 Every client takes part in every round with 10 full-batch steps of rate 0.1; 300 rounds; test images of each rotation

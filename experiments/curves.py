@@ -3,7 +3,7 @@
     python -m experiments.curves experiments/ifca_rotated_mnist/results/curves runs/ifca_rotated_mnist_m*
 
 Writes ``<first argument>.json`` and ``.png``. The largest level's global model is shown; a run that is not finished is
-shown as far as it came.
+shown as far as it came, a folder without an evaluated round is left out.
 """
 
 import argparse
@@ -19,15 +19,12 @@ Curve = dict[str, Any]
 COLUMNS = (10, 20, 50, 100, 200, 300)
 
 
-def curve(folder: Path) -> Curve:
-    """Rounds and accuracies (%) of one run, and its device.
-
-    Raises:
-      ValueError: a folder without an evaluation.
-    """
-    lines = [line for line in read_metrics(folder) if "accuracy" in line] if folder.is_dir() else []
+def curve(folder: Path) -> Curve | None:
+    """Rounds and accuracies (%) of one run, and its device; nothing where there is no evaluated round."""
+    there = (folder / "metrics.jsonl").exists()
+    lines = [line for line in read_metrics(folder) if "accuracy" in line] if there else []
     if not lines:
-        raise ValueError(f"{folder}: no evaluated round in metrics.jsonl (experiments.curves)")
+        return None
     level = next(iter(lines[0]["accuracy"]))
     device = json.loads((folder / "environment.json").read_text())["device"]
     return {
@@ -68,10 +65,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="path of the files, without an ending")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     given = parser.parse_args()
-    try:
-        curves = [curve(folder) for folder in given.runs]
-    except ValueError as error:
-        parser.error(str(error))
+    found = {folder: curve(folder) for folder in given.runs}
+    curves = [c for c in found.values() if c is not None]
+    for folder in (folder for folder, c in found.items() if c is None):
+        print(f"left out: {folder} has no evaluated round")
+    if not curves:
+        parser.error("no run has an evaluated round")
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.output.with_suffix(".json"), curves)
     draw(curves, given.output.with_suffix(".png"))

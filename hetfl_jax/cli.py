@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())[:300]
         if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
             print(
-                "hetfl: the device's memory is full: go on with --resume and a smaller train.clients_per_chunk (least: 1), "
-                f"or start over with a smaller run.eval_batch_size: {text}",
+                "hetfl: the device's memory is full: --resume with a smaller train.clients_per_chunk (least: 1), or "
+                f"start over with a smaller run.eval_batch_size: {text}",
                 file=sys.stderr,
             )
             return 2
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--round", type=int, help="which checkpoint (default: the best)")
         if name == "export":
             sub.add_argument("--level", required=True, help="level letter, e.g. c")
+            sub.add_argument("--cluster", type=int, help="which of several models, from 0 (IFCA, CFL)")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
     return parser
 
@@ -174,7 +175,7 @@ def _plot(given: argparse.Namespace, rest: list[str]) -> None:
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.export import export_level
 
-    print(export_level(given.folder, given.level, given.round, given.output))
+    print(export_level(given.folder, given.level, given.round, given.output, given.cluster))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ def describe(config: Any) -> str:
     cohort = config.method.args.get("cohort", fed.partition.size.size)
     size = float(np.mean(fed.partition.size))
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
-    macs = float(share @ fed.costs.macs) * cohort * examples * TRAINING_PASSES
-    one_way = float(share @ fed.costs.bytes) * cohort
+    judged = fed.algorithm.broadcast * size if fed.algorithm.broadcast > 1 else 0  # forward, before training
+    macs = float(share @ fed.costs.macs) * cohort * (examples * TRAINING_PASSES + judged)
+    up = float(share @ fed.costs.bytes) * cohort
     devices = lab.executor.devices
     moved = engine.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
@@ -48,8 +49,8 @@ def describe(config: Any) -> str:
         ),
         ("state on each device", f"{tree.nbytes(state) / 1e6:,.1f} MB"),
         ("programs", f"1 round with {bodies} client bodies, {evaluations} evaluation"),
-        ("client work a round", f"{macs / 1e9:,.2f} GMACs expected"),
-        ("bytes a round", f"{one_way / 1e6:,.2f} MB each way expected"),
+        ("client work a round", f"{macs / 1e9:,.2f} GMACs expected{_of_starts(config)}"),
+        ("bytes a round", f"{up * fed.algorithm.broadcast / 1e6:,.2f} MB down, {up / 1e6:,.2f} MB up expected"),
         (
             "between devices",
             ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items()) + " a round"
@@ -68,6 +69,14 @@ def describe(config: Any) -> str:
     text = "\n".join(f"{name:22s}{value}" for name, value in rows)
     about = report.describe(partition.summary(fed.labels, fed.partition))
     return f"{report.headline(config, fed)}\n{about}\n{text}"
+
+
+def _of_starts(config: Any) -> str:
+    starts = config.method.args.get("restarts", 1)
+    together = config.method.args.get("restart_rounds", 0) + 1
+    if starts == 1 or config.method.args.get("min_share", 0) > 0:
+        return ""
+    return f", {starts} times that, and the bytes, in the first {together} rounds"
 
 
 def expected_shares(config: Any, fed: Federation) -> np.ndarray:

@@ -51,7 +51,7 @@ def evaluate_run(folder: Path, round: int | None = None) -> str:
 
 
 def plot_run(folder: Path) -> list[Path]:
-    """Draw a run's plots again from its metrics and partition."""
+    """Draw a run's plots again from its metrics, its partition and, of clusters, its last checkpoint."""
     config = _opened(folder)
     with np.load(folder / "partition.npz") as file:
         part = Partition(file["index"], file["size"])
@@ -59,17 +59,26 @@ def plot_run(folder: Path) -> list[Path]:
     lines = read_metrics(folder)
     if not any("accuracy" in line for line in lines):
         raise ValueError(f"{folder} ({config.run.name}) has no evaluated round yet")
-    return report.plot(folder, lines, partition.class_counts(labels, part))
+    files = report.plot(folder, lines, partition.class_counts(labels, part))
+    saved = Checkpoints(folder, keep=1_000_000)
+    last = max(saved.rounds(), default=None)
+    saved.close()
+    if last is not None and any("clusters" in line for line in lines):
+        lab, state, _ = _restored(folder, last)
+        files += run.plot_clusters(config, lab, state, lines, folder)
+    return files
 
 
-def export_level(folder: Path, level: str, round: int | None = None, output: Path | None = None) -> Path:
+def export_level(
+    folder: Path, level: str, round: int | None = None, output: Path | None = None, cluster: int | None = None
+) -> Path:
     """Write one level's variables as a .npz of plain arrays named ``params/layer/leaf``; returns the file.
 
     Statistics that the net collects before evaluation are collected and written too, and ``net`` holds the net's
     fields and the normalisation as JSON: the file evaluates without the training code, see ``load_exported``.
 
     Raises:
-      ValueError: a level that the run lacks, or no such checkpoint.
+      ValueError: a level or a cluster that the run lacks, none of several clusters, or no such checkpoint.
     """
     config = _opened(folder)
     mix = parse_mix(config.family.mix)
@@ -77,17 +86,19 @@ def export_level(folder: Path, level: str, round: int | None = None, output: Pat
         raise ValueError(f"level {level!r} is not one of {', '.join(mix.letters)} of {folder} (--level)")
     lab, state, _ = _restored(folder, round)
     fed = lab.federation
-    number = mix.letters.index(level)
+    number, count = mix.letters.index(level), run.models_in_use(fed.algorithm, state.server)
+    if cluster not in (range(count) if count > 1 else (None, 0)):
+        raise ValueError(f"cluster {cluster} of the {count} models of {folder}, allowed 0..{count - 1} (--cluster)")
 
     def model(server: PyTree, data: PyTree) -> PyTree:
-        variables = fed.algorithm.model(server, number)
+        variables = fed.algorithm.model(server, number, cluster or 0)
         batch = config.run.statistics_batch_size
         return with_statistics(fed.algorithm, lab.executor, variables, number, data, batch)
 
     variables = compiled(model, lab.executor)(state.server, lab.place(fed.train_batches))
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in capacity.flat(variables).items()}
     net = net_fields(config, mix, fed.train.classes.shape[1]) | level_fields(mix, number)
-    path = output or folder / f"level_{level}.npz"
+    path = output or folder / (f"level_{level}.npz" if cluster is None else f"level_{level}_cluster_{cluster}.npz")
     arrays["net"] = np.asarray(json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path

@@ -128,7 +128,7 @@ def build(config: Any) -> Federation:
     # One pool on the device serves training, the statistics pass and all evaluation.
     empty = source.x_test[:0], source.y_test[:0]
     x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
-    views, groups = _views(config.data.groups, source, clients, classes)
+    views, groups = views_of(config.data.groups, source, clients, classes)
     if views is not None:
         seen_as = np.asarray(views.labels)[np.repeat(groups, part.size), source.y_train[part.index]]
         held = held_classes(seen_as, part.size, classes)
@@ -173,8 +173,15 @@ def _seen(views: Views | None, groups: np.ndarray) -> dict[str, Any]:
     return {} if views is None else {"view": groups, "views": views}
 
 
-def _views(text: str, source: sources.Source, clients: int, classes: int) -> tuple[Views | None, np.ndarray]:
-    """How groups of consecutive clients see their examples: ``none``, ``rotation:<k>`` or ``labels:<k>``."""
+def views_of(text: str, source: sources.Source, clients: int, classes: int) -> tuple[Views | None, np.ndarray]:
+    """How groups of consecutive clients see their examples, and the group of each client.
+
+    Args:
+      text: ``none``, ``rotation:<k>`` or ``labels:<k>``.
+
+    Raises:
+      ValueError: another text, or examples that cannot be seen so.
+    """
     kind, _, number = text.partition(":")
     count = int(number) if number.isdigit() else 0
     allowed = {"none": (0,), "rotation": (1, 2, 4), "labels": range(1, clients + 1)}
@@ -189,6 +196,8 @@ def _views(text: str, source: sources.Source, clients: int, classes: int) -> tup
             raise ValueError(f"groups {text!r} of examples of shape {shape}: need square images (data.groups)")
         return rotations(shape[0], [turn * 4 // count for turn in range(count)], classes), groups
     if kind == "labels":
+        if source.y_train.ndim > 1:
+            raise ValueError(f"groups {text!r} of sequences: need one label an example (data.groups)")
         rng, used = np.random.default_rng(0), int(source.y_train.max()) + 1
         names = np.tile(np.arange(classes), (count, 1))
         names[1:, :used] = [rng.permutation(used) for _ in range(count - 1)]

@@ -337,7 +337,7 @@ def _finish(
         (folder / "table.txt").write_text(text)
         files += report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
     if fed.algorithm.models > 1:
-        files += _plot_clusters(config, lab, state, lines, folder)
+        files += plot_clusters(config, lab, state, lines, folder)
     if machine.is_first():
         report.say(text + report.list_files(folder, files), quiet)
     return Result(
@@ -350,7 +350,13 @@ def _finish(
     )
 
 
-def _plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], folder: Path) -> list[Path]:
+def models_in_use(algorithm: Algorithm, server: PyTree) -> int:
+    """How many models there are; CFL's bank has rows that are not in use yet."""
+    route: Any = getattr(server, "route", None)
+    return int(route.count) if hasattr(route, "parent") else algorithm.models
+
+
+def plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Clusters over rounds, who would lose what in which, and CFL's tree."""
     fed, server = lab.federation, state.server
     batch = config.run.eval_batch_size
@@ -362,7 +368,7 @@ def _plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, An
         return []
     route = jax.device_get(server.route)
     splits = hasattr(route, "parent")
-    count = int(route.count) if splits else fed.algorithm.models  # CFL's bank has rows that are not in use yet
+    count = models_in_use(fed.algorithm, server)
     files = clusters.plot(folder, lines)
     files += clusters.plot_losses(folder, (seen.loss / seen.examples)[:, :count], fed.groups)
     if splits:

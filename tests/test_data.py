@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import batches, joined, population
+from hetfl_jax.data.population import batches, joined, population, renamings
 from tests.toys import DATA, need
 
 
@@ -115,6 +115,20 @@ def test_batches_and_joined_cover_everything_once():
     both = joined(pop, cut)
     last = both.index[both.offset[-1] : both.offset[-1] + both.size[-1]]
     assert last.tolist() == cut.index[4:5].tolist()
+
+
+def test_batches_are_seen_as_their_owners_see_them():
+    """Three clients of two views: every example once, in a batch of its owner's view."""
+    views = renamings(1, np.array([[0, 1], [1, 0]]))
+    y, size, view = np.arange(9) % 2, np.array([4, 2, 3]), np.array([1, 0, 1])
+    pop = population(np.arange(9.0)[:, None], y, np.arange(9), size, classes=2, view=view, views=views)
+    cut = batches(pop, 3)
+    assert cut.size.tolist() == [2, 3, 3, 1]
+    owner = {row: view[client] for row, client in enumerate(np.repeat(np.arange(3), size))}
+    rows = np.split(np.asarray(cut.index), np.asarray(cut.offset)[1:])
+    assert sorted(np.concatenate(rows).tolist()) == list(range(9))
+    for seen, part in zip(cut.view.tolist(), rows, strict=True):
+        assert {owner[row] for row in part.tolist()} == {seen}
 
 
 def test_normalisation_and_augmentation():

@@ -247,5 +247,28 @@ def test_a_full_device_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
     assert main(["train"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert "--resume and a smaller train.clients_per_chunk" in error[0]
+    assert "--resume with a smaller train.clients_per_chunk" in error[0]
     assert error[0].endswith("while trying to allocate 21.3GiB.")
+
+
+def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys):
+    """Down go all models, up comes one; each can be exported, and a model must be named."""
+    arguments = [
+        f"--config={ROOT}/configs/ifca_rotated_mnist.py:source=digits,quick",
+        f"--config.run.folder={tmp_path}",
+    ]
+    assert main(["train", *arguments, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert main(["train", *arguments]) == 0
+    table = capsys.readouterr().out
+    folder = next(tmp_path.iterdir())
+    drawn = {p.name for p in plot_run(folder)}
+    assert drawn == {"accuracy.png", "bytes.png", "partition.png", "clusters.png", "losses.png"}
+    down, up = (float(v) for v in re.search(r"([\d.]+) MB down, ([\d.]+) MB up", planned).groups())
+    sent = [float(v) for v in re.search(r"down ([\d.]+) MB, up ([\d.]+) MB", table).groups()]
+    np.testing.assert_allclose([2 * down, 2 * up], sent, atol=0.011)
+    np.testing.assert_allclose(down, 4 * up, atol=0.025)
+    with pytest.raises(ValueError, match=r"cluster None of the 4 models .* allowed 0..3 \(--cluster\)"):
+        export_level(folder, "a")
+    weights = [load_exported(export_level(folder, "a", cluster=c))[1]["params"]["head"]["kernel"] for c in (0, 3)]
+    assert np.abs(weights[0] - weights[1]).max() > 0

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax import capacity, federation
 from hetfl_jax.data import preprocess, sources
 from hetfl_jax.data.population import batches, population
 from hetfl_jax.evaluate import evaluator
@@ -136,3 +136,9 @@ def test_what_the_transformer_does_not_take():
     fam = small(({"depth": 2}, {"depth": 1}), exits=False)
     with pytest.raises(ValueError, match="only at its true shape"):
         capacity.apply_at(fam, Within(0, jnp.int32(1)))
+
+
+def test_sequences_have_no_label_to_rename():
+    source = sources.Source(*np.zeros((4, 2, 5), int))
+    with pytest.raises(ValueError, match=r"groups 'labels:2' of sequences: need one label an example \(data.groups\)"):
+        federation.views_of("labels:2", source, clients=4, classes=5)

@@ -140,7 +140,7 @@ def shards(pop: Population, ids: Array) -> Shard:
 def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -> Population:
     """The same examples re-cut into consecutive batches, one "client" a batch, for passes over all data.
 
-    With views, all are seen as the first client sees them.
+    With views, a batch has examples of clients that see alike, and as they do.
 
     Args:
       order: [n] permutation of the index, default a fixed shuffle (sorted pools would give one-class batches).
@@ -151,15 +151,20 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     """
     index = np.asarray(pop.index)
     order = np.random.default_rng(0).permutation(index.size) if order is None else order
-    sizes = np.full(-(-index.size // batch_size), batch_size, np.int32)
-    sizes[-1] = index.size - batch_size * (sizes.size - 1)
-    offset = np.arange(sizes.size, dtype=np.int32) * batch_size
+    view = np.zeros(index.size, int)
+    if isinstance(pop.views, Views):
+        view = np.repeat(np.asarray(pop.view), np.asarray(pop.size))[order]
+        order = order[np.argsort(view, kind="stable")]
+    kinds, counts = np.unique(view, return_counts=True)
+    parts = [min(batch_size, count - start) for count in counts for start in range(0, count, batch_size)]
+    kind = [k for k, count in zip(kinds, counts) for _ in range(0, count, batch_size)]
+    sizes = np.asarray(parts, np.int32)
     return pop._replace(
         index=jnp.asarray(index[order]),
-        offset=jnp.asarray(offset),
+        offset=jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         size=jnp.asarray(sizes),
         level=jnp.zeros(sizes.size, jnp.int32),
-        view=jnp.full(sizes.size, pop.view[0]) if isinstance(pop.views, Views) else (),
+        view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
         classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
     )
 
