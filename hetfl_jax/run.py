@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax import clusters, engine, executors, machine, profile, report, tree
+from hetfl_jax import clusters, engine, executors, machine, profile, report
 from hetfl_jax.bank import alike
-from hetfl_jax.capacity import memory_extents
+from hetfl_jax.client_memory import store_for
 from hetfl_jax.data import partition
 from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
 from hetfl_jax.federation import Federation, build, parse_buckets, parse_mix
 from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
 from hetfl_jax.progress import Progress
-from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, packed_device_store, unpacked
+from hetfl_jax.store import Store
 from hetfl_jax.types import Algorithm, PyTree, State
 
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
@@ -74,7 +74,7 @@ def prepare(config: Any) -> Lab:
     executor = executors.executor(
         train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
     )
-    store = _store(config, fed, executor)
+    store = store_for(config, fed, executor)
     key = executor.place(jax.random.key(config.run.seed))
     population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
     score = evaluator(
@@ -98,42 +98,6 @@ def prepare(config: Any) -> Lab:
         key,
         store,
     )
-
-
-def _store(config: Any, fed: Federation, executor: engine.Executor) -> Store:
-    """Where client memory lives; a store that does not fit is an error now."""
-    name = config.train.get("store", "device")
-    if name not in STORES:
-        raise ValueError(f"store {name!r} is not one of {', '.join(STORES)} (train.store)")
-    one = jax.eval_shape(fed.algorithm.init, jax.random.key(0))[1]
-    fixed = config.method.args.get("assignment", "fixed") != "dynamic"
-    level = np.asarray(fed.train.level)
-    packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
-    whole = config.method.args.get("keep_models") or fed.algorithm.between is not None  # these read rows themselves
-    packed = fixed and not whole and fed.family.levels > 1
-    needs = {"host": 4 * int(packing.sizes()[packing.level].sum())}
-    needs["device"] = (needs["host"] if packed else tree.nbytes(one) * level.size) // executor.devices
-    rounds = config.train.rounds * config.method.args.get("cohort", level.size)
-    needs["file"] = 2 * min(needs["host"], 4 * rounds * int(packing.sizes().max()))
-    has = {
-        "device": machine.device_memory(),
-        "host": machine.host_memory(),
-        "file": machine.free_disk(config.run.folder),
-    }
-    if needs[name] > has[name]:
-        fits = [other for other in STORES if needs[other] <= has[other]]
-        raise ValueError(
-            f"client memory of {level.size} clients needs {needs[name] / 1e9:.1f} GB in store {name!r}, which has "
-            f"{has[name] / 1e9:.1f}: use {' or '.join(map(repr, fits)) or 'a smaller net'} (train.store)"
-        )
-    if name == "device":
-        return packed_device_store(packing, one) if packed else device_store()
-    if jax.process_count() > 1:
-        raise ValueError(f"store {name!r} with several processes: need 'device' (train.store)")
-    if config.method.args.get("keep_models"):
-        raise ValueError(f"keep_models with store {name!r}: the mean of all models needs 'device' (train.store)")
-    make = {"host": host_store, "file": file_store}[name]
-    return make(Path(config.run.folder) / config.run.name / "memory", packing)
 
 
 def _check_run(config: Any) -> None:

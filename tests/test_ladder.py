@@ -12,7 +12,8 @@ LAYERS = {
     "models": 2, "data": 2, "capacity": 3, "segments": 1, "store": 2, "runners": 2, "executors": 3, "engine": 4,
     "parts": 4, "compose": 5, "bank": 5, "splitting": 6, "methods": 7,
     "config": 8, "evaluate": 8, "clusters": 8, "federation": 8, "folder": 8, "progress": 8,
-    "profile": 8, "report": 9, "run": 10, "dryrun": 11, "export": 11, "cli": 12, "train": 13, "__init__": 14,
+    "profile": 8, "report": 9, "client_memory": 9, "run": 10, "dryrun": 11, "export": 11, "cli": 12, "train": 13,
+    "__init__": 14,
 }  # fmt: skip
 DEVICE_WORDS = ("device", "mesh", "shard_map", "pmap", "vmap", "psum", "donate", "jit")
 

@@ -1,0 +1,53 @@
+"""Where the memory of a run's clients lives, and whether it fits there."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hetfl_jax import machine, tree
+from hetfl_jax.capacity import memory_extents
+from hetfl_jax.executors import Executor
+from hetfl_jax.federation import Federation
+from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, packed_device_store, unpacked
+
+
+def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
+    """The store that ``train.store`` names.
+
+    Raises:
+      ValueError: an unknown store, one that does not fit, or one that the run cannot use.
+    """
+    name = config.train.get("store", "device")
+    if name not in STORES:
+        raise ValueError(f"store {name!r} is not one of {', '.join(STORES)} (train.store)")
+    one = jax.eval_shape(fed.algorithm.init, jax.random.key(0))[1]
+    fixed = config.method.args.get("assignment", "fixed") != "dynamic"
+    level = np.asarray(fed.train.level)
+    packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
+    whole = config.method.args.get("keep_models") or fed.algorithm.between is not None  # these read rows themselves
+    packed = fixed and not whole and fed.family.levels > 1
+    needs = {"host": 4 * int(packing.sizes()[packing.level].sum())}
+    needs["device"] = (needs["host"] if packed else tree.nbytes(one) * level.size) // executor.devices
+    rounds = config.train.rounds * config.method.args.get("cohort", level.size)
+    needs["file"] = 2 * min(needs["host"], 4 * rounds * int(packing.sizes().max()))
+    has = {
+        "device": machine.device_memory(),
+        "host": machine.host_memory(),
+        "file": machine.free_disk(config.run.folder),
+    }
+    if needs[name] > has[name]:
+        fits = [other for other in STORES if needs[other] <= has[other]]
+        raise ValueError(
+            f"client memory of {level.size} clients needs {needs[name] / 1e9:.1f} GB in store {name!r}, which has "
+            f"{has[name] / 1e9:.1f}: use {' or '.join(map(repr, fits)) or 'a smaller net'} (train.store)"
+        )
+    if name == "device":
+        return packed_device_store(packing, one) if packed else device_store()
+    if jax.process_count() > 1:
+        raise ValueError(f"store {name!r} with several processes: need 'device' (train.store)")
+    if config.method.args.get("keep_models"):
+        raise ValueError(f"keep_models with store {name!r}: the mean of all models needs 'device' (train.store)")
+    make = {"host": host_store, "file": file_store}[name]
+    return make(Path(config.run.folder) / config.run.name / "memory", packing)
