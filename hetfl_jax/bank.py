@@ -161,7 +161,7 @@ def bank(
 
     return base._replace(
         members=size, init=init, plan=plan, client=client, server=server, model=model, judge=None, models=route.models,
-        broadcast=route.broadcast, others=lambda server, memory: {},
+        broadcast=route.broadcast * base.broadcast, others=lambda server, memory: {},
         place=lambda state, losses, ids: route.place(state.route, losses, ids),
     )  # fmt: skip
 

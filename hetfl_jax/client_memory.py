@@ -9,7 +9,7 @@ import numpy as np
 from hetfl_jax import machine, tree
 from hetfl_jax.capacity import memory_extents
 from hetfl_jax.executors import Executor
-from hetfl_jax.federation import Federation
+from hetfl_jax.federation import Federation, draws_levels
 from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, packed_device_store, unpacked
 
 
@@ -23,7 +23,7 @@ def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
     if name not in STORES:
         raise ValueError(f"store {name!r} is not one of {', '.join(STORES)} (train.store)")
     one = jax.eval_shape(fed.algorithm.init, jax.random.key(0))[1]
-    fixed = config.method.args.get("assignment", "fixed") != "dynamic"
+    fixed = not draws_levels(config)
     level = np.asarray(fed.train.level)
     packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
     whole = config.method.args.get("keep_models") or fed.algorithm.between is not None  # these read rows themselves

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetfl_jax import engine, report, tree
 from hetfl_jax.data import partition
-from hetfl_jax.federation import Federation, parse_buckets
+from hetfl_jax.federation import Federation, draws_levels, parse_buckets
 from hetfl_jax.run import TRAINING_PASSES, prepare
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
@@ -30,9 +30,10 @@ def describe(config: Any) -> str:
     cohort = config.method.args.get("cohort", fed.partition.size.size)
     size = float(np.mean(fed.partition.size))
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
-    judged = fed.algorithm.broadcast * size if fed.algorithm.broadcast > 1 else 0  # forward, before training
+    choice = fed.algorithm.models if min(fed.algorithm.models, fed.algorithm.broadcast) > 1 else 0
+    judged = choice * size  # examples that only go forward, before training
     macs = float(share @ fed.costs.macs) * cohort * (examples * TRAINING_PASSES + judged)
-    up = float(share @ fed.costs.bytes) * cohort
+    one_way = float(share @ fed.costs.bytes) * cohort
     devices = lab.executor.devices
     moved = engine.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
@@ -50,7 +51,11 @@ def describe(config: Any) -> str:
         ("state on each device", f"{tree.nbytes(state) / 1e6:,.1f} MB"),
         ("programs", f"1 round with {bodies} client bodies, {evaluations} evaluation"),
         ("client work a round", f"{macs / 1e9:,.2f} GMACs expected{_of_starts(config)}"),
-        ("bytes a round", f"{up * fed.algorithm.broadcast / 1e6:,.2f} MB down, {up / 1e6:,.2f} MB up expected"),
+        (
+            "bytes a round",
+            f"{one_way * fed.algorithm.broadcast / 1e6:,.2f} MB down, "
+            f"{one_way * fed.algorithm.messages / 1e6:,.2f} MB up expected",
+        ),
         (
             "between devices",
             ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items()) + " a round"
@@ -81,7 +86,7 @@ def _of_starts(config: Any) -> str:
 
 def expected_shares(config: Any, fed: Federation) -> np.ndarray:
     """[L] expected share of the items at each level."""
-    if config.method.args.get("assignment", "fixed") == "dynamic":
+    if draws_levels(config):
         weights = np.asarray(fed.mix.proportions, float)
         return weights / weights.sum()
     return np.bincount(np.asarray(fed.train.level), minlength=fed.family.levels) / fed.train.level.shape[0]

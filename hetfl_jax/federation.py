@@ -117,8 +117,7 @@ def build(config: Any) -> Federation:
     clients = part.size.size
     if not 1 <= args.get("cohort", 1) <= clients:
         raise ValueError(f"cohort of {args['cohort']} clients, allowed 1..{clients} (method.args.cohort)")
-    # A net may have more outputs than the data has classes (the published nets of EMNIST have 62).
-    classes = max(int(max(source.y_train.max(), source.y_test.max())) + 1, config.family.get("outputs", 0))
+    classes = _classes(source, config.family.get("outputs", 0))
     fam = _family(config, mix, source, classes)
     settings = local_training(config.train, fam)
     level = (partition.levels_by_id if mix.depths else partition.levels_fixed)(mix.proportions, clients)
@@ -209,6 +208,12 @@ _LOCAL = ("optimizer", "learning_rate", "batch_size", "epochs", "steps", "moment
           "milestones", "decay_factor", "round_decay", "full_batch", "keep_momentum")  # fmt: skip
 
 
+def _classes(source: sources.Source, outputs: int) -> int:
+    """Of all labels; a net may have more outputs than the data has classes (the published nets of EMNIST have 62)."""
+    labels = [y for y in (source.y_train, source.y_test, source.y_validation) if y is not None and y.size]
+    return max(max(int(y.max()) for y in labels) + 1, outputs)
+
+
 def local_training(train: Any, fam: Family) -> Local:
     """How clients train, from a config's block ``train``.
 
@@ -231,6 +236,13 @@ def make_method(name: str, fam: Family, settings: Local, args: Mapping[str, Any]
     if missing := required - set(args):
         raise ValueError(f"argument {min(missing)!r} of {name} is missing (method.args)")
     return make(fam, settings, **args)
+
+
+def draws_levels(config: Any) -> bool:
+    """Whether a client's level is drawn anew each round, as given or by the method's default."""
+    signature = inspect.signature(importlib.import_module(f"hetfl_jax.methods.{config.method.name}").make)
+    default = signature.parameters["assignment"].default if "assignment" in signature.parameters else "fixed"
+    return config.method.args.get("assignment", default) == "dynamic"
 
 
 def method_arguments(name: str) -> dict[str, bool]:
@@ -259,6 +271,8 @@ def _source(config: Any) -> sources.Source:
 
 def split(data: Any, source: sources.Source, seed: int) -> Partition:
     """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
+    if data.split == "natural" and data.own_test and data.test_fraction:
+        raise ValueError(f"own_test {data.own_test}, test_fraction {data.test_fraction}: one must be 0 (data.own_test)")
     part = partition.first_clients(_split(data, source, seed), data.get("first_clients", 0))
     return partition.hold_out_own(part, data.own_test, seed) if data.own_test else part
 
@@ -291,7 +305,8 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
     del fields["mix"]
     fields.pop("outputs", None)
     hidden = tuple(active_channels(width, mix.global_rate) for width in fields["hidden"])
-    return {**fields, "hidden": hidden, "classes": classes}
+    cut = {"embedding": active_channels(fields["embedding"], mix.global_rate)} if fields.get("embedding") else {}
+    return {**fields, "hidden": hidden, **cut, "classes": classes}
 
 
 def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
@@ -358,7 +373,7 @@ def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
     """Which levels share a bucket: ``each``, or groups of letters such as ``a-b-cde``.
 
     Raises:
-      ValueError: groups that do not name every level of the mix once.
+      ValueError: groups that do not name every level of the mix once, or whose first level does not hold the others.
 
     >>> parse_buckets("a-be", parse_mix("a1-b1-e1"))
     ((0,), (1, 2))
@@ -372,4 +387,13 @@ def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
         raise ValueError(
             f"buckets {text!r}: allowed 'each' or groups of {', '.join(mix.letters)}, each once (train.buckets)"
         )
-    return tuple(tuple(mix.letters.index(name) for name in group) for group in groups)
+    numbers = tuple(tuple(mix.letters.index(name) for name in group) for group in groups)
+    sizes = list(zip(mix.widths, mix.depths or [0] * len(mix.widths)))
+    for bucket in numbers:
+        largest = sizes[min(bucket)]
+        if smaller := [i for i in bucket if sizes[i][0] > largest[0] or sizes[i][1] > largest[1]]:
+            raise ValueError(
+                f"buckets {text!r}: {mix.letters[smaller[0]]} is not inside {mix.letters[min(bucket)]}, the first of "
+                "its bucket in the mix (train.buckets)"
+            )
+    return numbers

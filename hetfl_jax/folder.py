@@ -135,35 +135,50 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         """Open (or create) ``folder/checkpoints``."""
-        policies = ocp.checkpoint_managers
+        policies, score = ocp.checkpoint_managers, lambda metrics: metrics["accuracy"]
         options = ocp.CheckpointManagerOptions(
+            best_fn=score,  # without it orbax calls the latest the best, and writes no metrics
+            best_mode="max",
             preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda m: m["accuracy"], reverse=False, n=1)]
+                [policies.LatestN(keep), policies.BestN(get_metric_fn=score, reverse=False, n=1)]
             ),
             enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
     def save(self, round: int, state: State, extra: Mapping[str, Any], accuracy: float) -> None:
-        """Save a state after ``round`` rounds with JSON values beside it."""
+        """Save a state after ``round`` rounds with JSON values beside it; a damaged one of that round gives way."""
+        if round in self._manager.all_steps():
+            self._manager.delete(round)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
         self._manager.save(round, args=args, metrics={"accuracy": float(accuracy)})
         self._manager.wait_until_finished()
 
     def restore(self, like: State, round: int | None = None) -> tuple[State, dict[str, Any]] | None:
-        """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning."""
+        """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning, and stay.
+
+        Raises:
+          ValueError: there are checkpoints, but none can be read into ``like``.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
-        for step in [round] if round is not None else sorted(self._manager.all_steps(), reverse=True):
+        steps = [round] if round is not None else sorted(self._manager.all_steps(), reverse=True)
+        reason = ""
+        for step in steps:
             try:
                 found = self._manager.restore(step, args=args)
             except Exception as error:
-                if round is not None:
-                    raise
-                warnings.warn(f"checkpoint {step} cannot be read and is passed over: {error}", stacklevel=2)
-                self._manager.delete(step)
+                reason = str(error)
+                if round is None:
+                    warnings.warn(f"checkpoint {step} cannot be read and is passed over: {error}", stacklevel=2)
                 continue
             return found["state"], found["extra"]
+        if steps:
+            rounds = ", ".join(map(str, sorted(steps)))
+            raise ValueError(
+                f"no checkpoint of rounds {rounds} can be read: {reason} (a run whose clients keep memory goes on with "
+                "the number of devices that it was started with, train.devices)"
+            )
         return None
 
     def rounds(self) -> list[int]:
@@ -171,8 +186,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The round of the best checkpoint."""
-        return self._manager.best_step()
+        """The round of the best checkpoint, of the last where none has a score."""
+        best = self._manager.best_step()
+        return best if best is not None else max(self.rounds(), default=None)
 
     def close(self) -> None:
         """Release the manager."""

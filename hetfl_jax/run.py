@@ -21,6 +21,7 @@ from hetfl_jax.progress import Progress
 from hetfl_jax.store import Store
 from hetfl_jax.types import Algorithm, PyTree, State
 
+NEVER = -1.0  #: an accuracy below all others
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
 
 
@@ -140,7 +141,7 @@ def train(
         write_json(folder / "environment.json", report.environment(lab.executor.devices))
         write_json(folder / "partition.json", about)
         np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
-    state, totals, scores = lab.start(), Totals(0, 0, 0, 0), {}
+    state, totals = lab.start(), Totals(0, 0, 0, 0)
     report.say(f"{report.headline(config, fed)}\n{report.describe(about)}", quiet)
 
     checkpoints = Checkpoints(folder, config.run.keep)
@@ -153,11 +154,7 @@ def train(
     if done == 0 and alike(jax.device_get(state.server)):
         warnings.warn("all models start equal: every client will prefer the first (method.args)", stacklevel=2)
     if done == 0 and not metrics.lines:
-        scores = evaluate_levels(lab, state)
-        metrics.append([{"round": 0, **scores}])
-    for line in metrics.lines:
-        if "accuracy" in line:
-            scores = {name: value for name, value in line.items() if isinstance(value, dict) and name != "items"}
+        metrics.append([{"round": 0, **evaluate_levels(lab, state)}])
     block = partial(_lines, fed=fed, devices=lab.executor.devices)
     clock = time.perf_counter()
     pending: list[PyTree] = []
@@ -176,16 +173,14 @@ def train(
             lines, totals = block(jax.device_get(pending), round + 2 - len(pending), totals)
             pending = []
             if last or _due(round + 1, config.run.eval_every):
-                scores = evaluate_levels(lab, state)
-                lines[-1] |= scores
+                lines[-1] |= evaluate_levels(lab, state)
             for line in lines:
                 line["seconds"] = round_seconds(clock, len(lines))
             clock = time.perf_counter()
             metrics.append(lines)
             report.warn_failures(lines)
             if last or _due(round + 1, config.run.checkpoint_every):
-                judged_by = next(k for k in ("validation_accuracy", "ensemble_accuracy", "accuracy") if k in scores)
-                chosen_by = scores[judged_by][fed.mix.letters[0]]
+                chosen_by = choosing(lines[-1], fed.mix.letters[0])
                 lab.store.commit(round + 1, checkpoints.rounds())
                 checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
             progress.advance(round + 1, lines[-1])
@@ -214,6 +209,13 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
 
 
 _SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "ensemble_accuracy", "perplexity")
+
+
+def choosing(line: dict[str, Any], level: str) -> float:
+    """By what the best checkpoint is chosen; a round that was not evaluated is never it."""
+    by = next((k for k in ("validation_accuracy", "ensemble_accuracy", "accuracy") if k in line), None)
+    score = line[by][level] if by else NEVER
+    return score if np.isfinite(score) else NEVER
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -267,7 +269,7 @@ def _lines(
         failed = [int(client) for client in info["failed_ids"] if client >= 0]
         totals = Totals(
             totals.down_bytes + one_way * fed.algorithm.broadcast,
-            totals.up_bytes + one_way,
+            totals.up_bytes + one_way * fed.algorithm.messages,
             totals.client_macs + macs,
             totals.full_size_bytes + int(items.sum() * fed.costs.bytes[0]),
         )

@@ -137,7 +137,8 @@ class Algorithm(NamedTuple):
     ``judge(sent, level, shard) -> (loss, correct, examples)``: sums over all of a client's examples, before training.
 
     Where a client has a choice of ``models`` > 1, ``place(server, losses, ids) -> [N]`` says which one is whose, given
-    the clients' training losses [N, models]; of these every item of a round receives ``broadcast``.
+    the clients' training losses [N, models]. Every item of a round receives ``broadcast`` times a model's bytes and
+    sends ``messages`` times them.
 
     ``others(server, memory) -> {name: server}`` are further models that evaluation looks at, as servers that hold them.
 
@@ -157,6 +158,7 @@ class Algorithm(NamedTuple):
     judge: Callable[..., Any] | None = None
     models: int = 1
     broadcast: int = 1
+    messages: int = 1
     place: Callable[..., Array] | None = None
     others: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda server, memory: {}
     between: "Between | None" = None

@@ -131,6 +131,13 @@ def test_batches_are_seen_as_their_owners_see_them():
         assert {owner[row] for row in part.tolist()} == {seen}
 
 
+def test_images_of_floats_are_scaled_already():
+    x = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
+    prepare = preprocess.images([0.5], [0.25])
+    scaled = jnp.asarray(x / 255.0, jnp.float32)
+    np.testing.assert_allclose(prepare(jnp.asarray(x), None), prepare(scaled, None), atol=1e-6)
+
+
 def test_normalisation_and_augmentation():
     x = jnp.arange(2 * 6 * 6, dtype=jnp.uint8).reshape(2, 6, 6, 1)
     still, moving = preprocess.images([0.5], [0.25]), preprocess.images([0.5], [0.25], "crop_flip", pad=2)

@@ -1,5 +1,6 @@
 """Methods that must coincide, and what the server must leave alone."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from hetfl_jax import capacity, federation
 from hetfl_jax.executors import executor
-from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl
+from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
 from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.local import local
 from hetfl_jax.types import Shard
@@ -193,11 +194,14 @@ def test_feddyns_correction_stops_growing_at_its_bound_and_nan_changes_nothing()
 
 
 def test_an_exit_counts_only_for_the_clients_that_trained_it():
-    """With ``own_exit`` the first exit is averaged over shallow clients alone; the trunk over all of them."""
+    """With ``own_exit`` the first exit is averaged over shallow clients alone; the trunk over all of them.
+
+    Counted nevertheless, the deep client's exit has not changed, whatever a decay did to it.
+    """
     fam = exits_family()
     shard = Shard(None, None, None, jnp.int32(0), jnp.int32(1), jnp.ones(3, bool))
-    for own, wanted in ((True, 1.0), (False, 2.0)):
-        rule = merge.overlap_mean(fam, by_examples=False, own_exit=own)
+    for how, wanted in (({}, 1.0), ({"own_exit": False}, 2.0), ({"count_untrained": True}, 0.5)):
+        rule = merge.overlap_mean(fam, by_examples=False, **how)
         total = None
         for level, moved in ((0, 3.0), (1, 1.0)):
             delta = jax.tree.map(lambda s: jnp.full(s.shape, moved), fam.shapes[level])  # noqa: B023
@@ -225,3 +229,37 @@ def test_decay_of_one_layer_leaves_the_others_alone():
 def test_a_layer_to_decay_must_be_there():
     with pytest.raises(ValueError, match=r"layer 'dense_9' is not one of dense_0, .*train.decay_layers"):
         federation.local_training({"decay_layers": ("dense_9",)}, mlp_family())
+
+
+@pytest.mark.parametrize(
+    ("fam", "message"),
+    [
+        (lambda: exits_family(({"depth": 2, "width": 1.0}, {"depth": 1, "width": 0.5})), "levels of several widths"),
+        (lambda: capacity.family(Odd(), ({"depth": 2}, {"depth": 1}), jnp.zeros((1, 6))), "who has layer extra"),
+    ],
+)
+def test_inclusivefl_refuses_what_it_would_share_wrongly(fam, message):
+    with pytest.raises(ValueError, match=message):
+        inclusivefl.make(fam(), sgd(), cohort=2, beta=0.0)
+
+
+class Odd(nn.Module):
+    """The deeper model has a layer whose name does not say which."""
+
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="dense_0")(x)
+        first = nn.Dense(3, name="head_0")(x)
+        if self.depth == 1:
+            return first[None]
+        return jnp.stack([first, nn.Dense(3, name="head_1")(nn.Dense(4, name="extra")(x))])
+
+
+def test_scaffold_sends_twice_and_a_bank_of_it_too():
+    fam = mlp_family()
+    one = scaffold.make(fam, sgd(), cohort=4, clients=12)
+    assert (one.broadcast, one.messages) == (2, 2)
+    two = ifca.make(fam, sgd(), cohort=4, clusters=2, over="scaffold", clients=12)
+    assert (two.broadcast, two.messages) == (4, 2)

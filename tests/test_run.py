@@ -15,9 +15,10 @@ import pytest
 from hetfl_jax import run
 from hetfl_jax.cli import load_config, main
 from hetfl_jax.export import evaluate_run, export_level, load_exported, plot_run
-from hetfl_jax.folder import read_metrics
+from hetfl_jax.folder import Checkpoints, read_metrics
 from hetfl_jax.models import build
 from hetfl_jax.parts import drift
+from hetfl_jax.types import State
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
@@ -110,6 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
         if path.is_file() and "state" in path.parts:
             path.write_bytes(b"")
     (folder / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir()
+    assert newest.exists()
     with pytest.warns(UserWarning, match="checkpoint 3 cannot be read and is passed over"):
         resumed = run.train(config(tmp_path, "--config.train.rounds=5"), resume=True, quiet=True)
     same_bits(resumed.params, finished.params)
@@ -217,6 +219,7 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
             "method 'fedsgd' is not one of cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca",
         ),
         (["--config.train.buckets=a-b"], "groups of a, b, c, d, e, each once"),
+        (["--config.family.mix=a1-c1-b1", "--config.train.buckets=a-cb"], "b is not inside c, the first of its bucket"),
         (["--config.data.split=natural"], "split 'natural' needs data.writers"),
         (["--config.data.split=random"], "split 'random' is not one of iid, shards"),
         (["--config.data.clients=5000"], "5000 clients, allowed 1..1294"),
@@ -272,3 +275,44 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
         export_level(folder, "a")
     weights = [load_exported(export_level(folder, "a", cluster=c))[1]["params"]["head"]["kernel"] for c in (0, 3)]
     assert np.abs(weights[0] - weights[1]).max() > 0
+
+
+def test_the_best_checkpoint_is_the_best_also_after_a_resume(tmp_path):
+    """It stays beside the last few; a round that was not evaluated is never it."""
+    state = lambda round: State({"w": np.ones(3, np.float32)}, (), np.int32(round))  # noqa: E731
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for round, score in ((1, 0.2), (2, 0.9), (3, 0.3), (4, run.NEVER)):
+        checkpoints.save(round, state(round), {}, score)
+    assert (checkpoints.rounds(), checkpoints.best()) == ([2, 3, 4], 2)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=2)
+    assert (again.rounds(), again.best()) == ([2, 3, 4], 2)
+    for round, score in ((5, 0.95), (6, 0.6)):
+        again.save(round, state(round), {}, score)
+    assert (again.rounds(), again.best()) == ([5, 6], 5)
+    again.close()
+
+
+def test_checkpoints_of_another_shape_are_an_error_and_stay(tmp_path):
+    """As of client memory that was padded for another number of devices."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, State({"w": np.ones(3, np.float32)}, (), np.int32(1)), {}, 0.5)
+    with (
+        pytest.raises(ValueError, match=r"no checkpoint of rounds 1 can be read: .*number of devices"),
+        pytest.warns(UserWarning, match="checkpoint 1 cannot be read"),
+    ):
+        checkpoints.restore(State({"w": np.ones(4, np.float32)}, (), np.int32(0)))
+    assert checkpoints.rounds() == [1]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "score"),
+    [
+        ({"round": 3}, run.NEVER),
+        ({"accuracy": {"a": float("nan")}}, run.NEVER),
+        ({"accuracy": {"a": 0.5}, "validation_accuracy": {"a": 0.25}}, 0.25),
+    ],
+)
+def test_what_chooses_the_best_round(line, score):
+    assert run.choosing(line, "a") == score

@@ -1,11 +1,13 @@
 """Client memory on the device, in host memory and in files: the same rows, and none lost by a kill."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity, run, tree
+from hetfl_jax import capacity, federation, run, tree
 from hetfl_jax.cli import load_config
 from hetfl_jax.engine import make_round, start
 from hetfl_jax.executors import executor
@@ -188,3 +190,13 @@ def test_memory_that_is_not_float32_stays_on_the_device(tmp_path):
     with pytest.raises(ValueError, match="must be float32"):
         store.init({"visits": jnp.int32(0)}, 2)
     assert device_store().init({"visits": jnp.int32(0)}, 2)["visits"].shape == (2,)
+
+
+def test_levels_drawn_by_default_are_not_packed():
+    """HeteroFL draws them anew each round unless it is told otherwise, so every row is of full size."""
+    config = load_config([f"--config={ROOT}/configs/heterofl_digits.py:quick"])
+    assert config.method.args.assignment == "dynamic"
+    for args, drawn in (({"assignment": "fixed"}, False), ({"assignment": "dynamic"}, True), ({}, True)):
+        one = SimpleNamespace(method=SimpleNamespace(name="heterofl", args=args))
+        assert federation.draws_levels(one) == drawn
+    assert not federation.draws_levels(SimpleNamespace(method=SimpleNamespace(name="fedavg", args={})))

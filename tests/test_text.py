@@ -1,5 +1,7 @@
 """Sequences of tokens: windows, the Transformer's sub-models, and how they are judged."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from hetfl_jax import capacity, federation
+from hetfl_jax.cli import load_config
 from hetfl_jax.data import preprocess, sources
 from hetfl_jax.data.population import batches, population
 from hetfl_jax.evaluate import evaluator
@@ -15,6 +18,8 @@ from hetfl_jax.methods import fedavg
 from hetfl_jax.models import build
 from hetfl_jax.types import Within
 from tests.toys import sgd
+
+ROOT = Path(__file__).parents[1]
 
 WIDTHS = ({"width": 1.0}, {"width": 0.5}, {"width": 0.25})
 
@@ -65,6 +70,14 @@ def test_parameters_per_level_are_the_published_ones():
     fam = capacity.family(build("transformer", classes=33_279), levels, jnp.zeros((1, 64), jnp.int32))
     found = [sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) for shapes in fam.shapes]
     assert found == [19_263_999, 9_107_967, 4_435_455, 2_200_575, 1_108_479]
+
+
+def test_the_largest_level_of_a_mix_may_be_narrow():
+    """The global model of a mix that begins with b is half as wide in all its fields."""
+    config = load_config([f"--config={ROOT}/configs/heterofl_wikitext2.py:mix=b1"])
+    fields = federation.net_fields(config, federation.parse_mix("b1"), 33_279)
+    fam = capacity.family(build(fields.pop("net"), **fields), [{"width": 1.0}], jnp.zeros((1, 64), jnp.int32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(fam.shapes[0]["params"])) == 9_107_967
 
 
 def test_layers_start_equal_and_a_short_window_is_whole():

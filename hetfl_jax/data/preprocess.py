@@ -14,7 +14,9 @@ AUGMENTATIONS = ("none", "flip", "crop_flip", "window:<n>")
 def images(
     mean: Sequence[float], std: Sequence[float], augment: str = "none", pad: int = 4
 ) -> Callable[[Array, Array | None], Array]:
-    """A ``prepare`` function for uint8 images: scale to [0, 1], augment while training, normalise per channel.
+    """A ``prepare`` function for images: scale to [0, 1], augment while training, normalise per channel.
+
+    Integers are taken to be 0 .. 255, floats to be scaled already.
 
     Args:
       mean, std: per channel, of pixels scaled to [0, 1].
@@ -49,9 +51,13 @@ def images(
         if augment != "none" and key is not None:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))
             x = jax.vmap(one)(keys, x)
-        return (x.astype(jnp.float32) / 255.0 - shift) / scale
+        return (_scaled(x) - shift) / scale
 
     return prepare
+
+
+def _scaled(x: Array) -> Array:
+    return x.astype(jnp.float32) / (255.0 if jnp.issubdtype(x.dtype, jnp.integer) else 1.0)
 
 
 def _windows(augment: str) -> Callable[[Array, Array | None], Array]:
@@ -74,7 +80,7 @@ def _windows(augment: str) -> Callable[[Array, Array | None], Array]:
             x = x[:, top : top + side, left : left + side]
         else:
             x = jax.vmap(one)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0])), x)
-        x = x.astype(jnp.float32) / 255.0
+        x = _scaled(x)
         deviation = jnp.maximum(x.std((1, 2, 3), keepdims=True), 1 / (x[0].size) ** 0.5)
         return (x - x.mean((1, 2, 3), keepdims=True)) / deviation
 

@@ -62,6 +62,6 @@ def make(
             distill, ramp_rounds=ramp_rounds, ramp_power=ramp_power, temperature=temperature, train_all=train_all
         ),
         drift=rule,
-        merge=merge.overlap_mean(family, by_examples=False, own_exit=not (train_all or average_untrained)),
+        merge=merge.overlap_mean(family, by_examples=False, own_exit=not train_all, count_untrained=average_untrained),
         server=server.feddyn(family, clients_per_level, feddyn_denominator, max_correction) if rule else None,
     )

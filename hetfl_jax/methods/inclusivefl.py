@@ -6,8 +6,8 @@ layer also learns from the mean change of the layers that the next larger model 
 distillation): ``g <- beta m_s + (1 - beta) g``, ``m_s = mean_{j = L_s - 1 .. L_s' - 1} G^s'_j``.
 
 As the paper's text intends it; the released code never applies the momentum and divides by zero when the only owners of
-a layer are absent. Layers must be equal, as in the MLP or the Transformer; the ResNets of this library are not (a
-stride or a width changes at every level), so their layers are shared, but no momentum can be taken: use ``beta=0``.
+a layer are absent. Layers must be told by their numbers, ``dense_2``, and be equal where a momentum is taken (else use
+``beta=0``), as in the MLP or the Transformer; the multi-exit ResNet has no such layers and is refused.
 
 | slot | here |
 |---|---|
@@ -56,6 +56,11 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         raise ValueError(f"timing {timing!r} is not one of {', '.join(TIMINGS)} (method.args.timing)")
     if "depth" not in family.fields:
         raise ValueError("InclusiveFL needs levels of depth, such as 4x1-2x1 (family.mix)")
+    if len(set(family.fields.get("width", np.ones(1)).tolist())) > 1:
+        raise ValueError("InclusiveFL with levels of several widths: need levels of depth alone (family.mix)")
+    missing = {name for shapes in family.shapes for name in family.shapes[0]["params"] if name not in shapes["params"]}
+    if unknown := sorted(name for name in missing if not sharing.known(name)):
+        raise ValueError(f"InclusiveFL cannot tell who has layer {unknown[0]}: need names as dense_2 (family.net)")
     if "batch_stats" in family.shapes[0]:
         raise ValueError("InclusiveFL keeps no statistics for each model: need another norm (family.norm)")
     depths, count = family.fields["depth"].tolist(), family.levels

@@ -41,7 +41,7 @@ def make(
       ValueError: a value out of range.
     """
     rule = drift.scaffold(local.learning_rate(jnp.int32(0)), mean_examples)
-    return compose(
+    method = compose(
         family,
         local=local,
         select=select.bernoulli(participation, clients) if participation else select.uniform(cohort),
@@ -49,3 +49,4 @@ def make(
         merge=merge.overlap_mean(family, by_examples=False),
         server=server.scaffold(clients, server_learning_rate),
     )
+    return method._replace(broadcast=2, messages=2)  # a variate goes with the model, both ways

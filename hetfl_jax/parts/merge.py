@@ -39,8 +39,9 @@ EXIT_LAYERS = re.compile(r"(head|bottleneck|attention)_?\d")
 
 
 def overlap_mean(
-    family: Family, *, by_examples: bool = True, class_rows: bool = False, own_exit: bool = False
-) -> Merge:
+    family: Family, *, by_examples: bool = True, class_rows: bool = False, own_exit: bool = True,
+    count_untrained: bool = False,
+) -> Merge:  # fmt: skip
     """Every entry is averaged over the clients whose level contains it.
 
     ``mean = sum_k w_k m_k delta_k / sum_k w_k m_k``; the mean of masked deltas equals the mean of overlapping weights.
@@ -50,7 +51,8 @@ def overlap_mean(
       by_examples: weigh clients by their number of examples (FedAvg) or count them (HeteroFL).
       class_rows: entries along a class axis count only for clients that hold the class (HeteroFL, section 1.6 of the
         official aggregation).
-      own_exit: layers of an exit count only for clients whose deepest exit it is: the others did not train it.
+      own_exit: clients train their deepest exit alone; layers of an exit count only for clients whose deepest it is.
+      count_untrained: they count for the others too, with a change of 0, whatever a weight decay did to them.
     """
     exits = np.asarray(family.exits)
 
@@ -81,7 +83,7 @@ def overlap_mean(
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
-            count = total.count if trains(path).all() else total.count * trains(path)
+            count = total.count if count_untrained or trains(path).all() else total.count * trains(path)
             rows = padded(total.rows, d.shape[family.windows[path].class_axis]) if has_rows(path) else None
             return capacity.spread(family, path, count, rows)
 
@@ -145,4 +147,4 @@ def mean_of_stacks(
     for level in range(1, family.levels):
         delta = capacity.add_inside(family, delta, of_level(level), level)
     count = jnp.stack([w.sum() for w in weights])
-    return overlap_mean(family, class_rows=classes is not None).settle(Total(delta, count, rows))
+    return overlap_mean(family, class_rows=classes is not None, own_exit=False).settle(Total(delta, count, rows))

@@ -29,6 +29,15 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found and found[1] not in LOCAL else None
 
 
+def known(name: str) -> bool:
+    """Whether it is clear which models have a layer: it is never shared, or has a number.
+
+    >>> known("dense_2"), known("head_1"), known("layer4_block0_conv1")
+    (True, True, False)
+    """
+    return layer_of(name) is not None or re.sub(r"_?\d+$", "", name) in LOCAL
+
+
 def owners(name: str, depths: Sequence[int], dropped: Sequence[int] = ()) -> np.ndarray:
     """[T] which models share a top-level name: those that have it, but not in their last layer.
 
