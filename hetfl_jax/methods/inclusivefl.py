@@ -54,15 +54,7 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         raise ValueError(f"beta {beta}, allowed 0..1 (method.args.beta)")
     if timing not in TIMINGS:
         raise ValueError(f"timing {timing!r} is not one of {', '.join(TIMINGS)} (method.args.timing)")
-    if "depth" not in family.fields:
-        raise ValueError("InclusiveFL needs levels of depth, such as 4x1-2x1 (family.mix)")
-    if len(set(family.fields.get("width", np.ones(1)).tolist())) > 1:
-        raise ValueError("InclusiveFL with levels of several widths: need levels of depth alone (family.mix)")
-    missing = {name for shapes in family.shapes for name in family.shapes[0]["params"] if name not in shapes["params"]}
-    if unknown := sorted(name for name in missing if not sharing.known(name)):
-        raise ValueError(f"InclusiveFL cannot tell who has layer {unknown[0]}: need names as dense_2 (family.net)")
-    if "batch_stats" in family.shapes[0]:
-        raise ValueError("InclusiveFL keeps no statistics for each model: need another norm (family.norm)")
+    _check(family)
     depths, count = family.fields["depth"].tolist(), family.levels
     rule = merge.overlap_mean(family)
     base = compose(family, local=local, select=select.uniform(cohort), merge=rule)
@@ -114,6 +106,18 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         members=count, predict=predict, init=init, plan=plan, client=client, server=server, model=model, judge=None,
         others=lambda server, memory: {},
     )  # fmt: skip
+
+
+def _check(family: Family) -> None:
+    if "depth" not in family.fields:
+        raise ValueError("InclusiveFL needs levels of depth, such as 4x1-2x1 (family.mix)")
+    if len(set(family.fields.get("width", np.ones(1)).tolist())) > 1:
+        raise ValueError("InclusiveFL with levels of several widths: need levels of depth alone (family.mix)")
+    missing = {name for shapes in family.shapes for name in family.shapes[0]["params"] if name not in shapes["params"]}
+    if unknown := sorted(name for name in missing if not sharing.known(name)):
+        raise ValueError(f"InclusiveFL cannot tell who has layer {unknown[0]}: need names as dense_2 (family.net)")
+    if "batch_stats" in family.shapes[0]:
+        raise ValueError("InclusiveFL keeps no statistics for each model: need another norm (family.norm)")
 
 
 def _rows(which: Array, like: Array) -> Array:
