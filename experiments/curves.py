@@ -38,7 +38,7 @@ def curve(folder: Path) -> Curve | None:
 def markdown(curves: list[Curve]) -> str:
     """A row a run, a column a round."""
     last = max(c["rounds"][-1] for c in curves)
-    columns = [r for r in COLUMNS if r <= last]
+    columns = sorted({r for r in COLUMNS if r <= last} | {c["rounds"][-1] for c in curves})
     lines = ["| run | device | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 2) + "|"]
     for c in curves:
         found = dict(zip(c["rounds"], c["accuracy"]))
@@ -72,9 +72,10 @@ def main() -> None:
     if not curves:
         parser.error("no run has an evaluated round")
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(given.output.with_suffix(".json"), curves)
-    draw(curves, given.output.with_suffix(".png"))
-    print(markdown(curves))
+    numbers, picture = (given.output.with_name(f"{given.output.name}{end}") for end in (".json", ".png"))
+    write_json(numbers, curves)
+    draw(curves, picture)
+    print(f"{markdown(curves)}\n\nwritten to {numbers}, {picture}")
 
 
 if __name__ == "__main__":

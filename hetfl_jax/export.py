@@ -84,11 +84,12 @@ def export_level(
     mix = parse_mix(config.family.mix)
     if level not in mix.letters:
         raise ValueError(f"level {level!r} is not one of {', '.join(mix.letters)} of {folder} (--level)")
-    lab, state, _ = _restored(folder, round)
+    lab, state, chosen = _restored(folder, round)
     fed = lab.federation
     number, count = mix.letters.index(level), run.models_in_use(fed.algorithm, state.server)
     if cluster not in (range(count) if count > 1 else (None, 0)):
-        raise ValueError(f"cluster {cluster} of the {count} models of {folder}, allowed 0..{count - 1} (--cluster)")
+        allowed = f"name one of 0..{count - 1}" if count > 1 else "it is none of several"
+        raise ValueError(f"cluster {cluster}: {folder} holds {count} model(s) at round {chosen}, {allowed} (--cluster)")
 
     def model(server: PyTree, data: PyTree) -> PyTree:
         variables = fed.algorithm.model(server, number, cluster or 0)

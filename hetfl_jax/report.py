@@ -117,6 +117,8 @@ def totals(lines: Sequence[Line], best: int | None, fed: Federation) -> Line:
         "client_macs": last["client_macs"],
         "client_accuracy": _evaluated(lines)[-1].get("client_accuracy"),
         "failed": sum(line.get("failed", 0) for line in lines),
+        "clusters": last.get("clusters"),
+        "recovery": last.get("recovery"),
     }
 
 
@@ -166,8 +168,16 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         f"client work {summary['client_macs'] / 1e9:,.1f} GMACs"
     )
     spread = f"\n{over_clients(summary['client_accuracy'])}" if summary["client_accuracy"] else ""
+    spread += f"\n{_of_clusters(summary)}" if summary["clusters"] else ""
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
     return buffer.getvalue() + text + spread + failures + "\n"
+
+
+def _of_clusters(summary: Line) -> str:
+    counts, recovery = summary["clusters"], summary["recovery"]
+    known = "" if recovery is None else f"; {100 * recovery:.0f}% of them in the right one (best matching)"
+    each = ", ".join(map(str, counts[:12])) + (", ..." if len(counts) > 12 else "")
+    return f"{len(counts)} model(s), the best one counts for a test batch; clients of the last round: {each}{known}"
 
 
 def list_files(folder: Path, files: Sequence[Path]) -> str:

@@ -150,6 +150,8 @@ def train(
         lab.store.restore(int(state.round))
         totals = Totals(**extra["totals"])
     done = int(state.round)
+    if resume:
+        report.say(f"{folder}: goes on after round {done} of {config.train.rounds}", quiet)
     metrics = Metrics(folder, done, write=first)
     if done == 0 and alike(jax.device_get(state.server)):
         warnings.warn("all models start equal: every client will prefer the first (method.args)", stacklevel=2)
@@ -271,7 +273,7 @@ def _lines(
             totals.down_bytes + one_way * fed.algorithm.broadcast,
             totals.up_bytes + one_way * fed.algorithm.messages,
             totals.client_macs + macs,
-            totals.full_size_bytes + int(items.sum() * fed.costs.bytes[0]),
+            totals.full_size_bytes + _of_one_start(info, items) * int(fed.costs.bytes[0]),
         )
         line: dict[str, Any] = {"round": number}
         line |= {name: float(info[name]) for name in ("train_loss", "train_accuracy")}
@@ -287,6 +289,11 @@ def _lines(
             line |= clusters.of_round(info, fed.algorithm.models, fed.groups)
         lines.append(line)
     return lines, totals
+
+
+def _of_one_start(info: Any, items: np.ndarray) -> int:
+    """Items of the round, those of several starts side by side counted once."""
+    return int((np.asarray(info["cluster_ids"]) >= 0).sum()) if "cluster_ids" in info else int(items.sum())
 
 
 def _finish(

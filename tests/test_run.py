@@ -271,7 +271,7 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     sent = [float(v) for v in re.search(r"down ([\d.]+) MB, up ([\d.]+) MB", table).groups()]
     np.testing.assert_allclose([2 * down, 2 * up], sent, atol=0.011)
     np.testing.assert_allclose(down, 4 * up, atol=0.025)
-    with pytest.raises(ValueError, match=r"cluster None of the 4 models .* allowed 0..3 \(--cluster\)"):
+    with pytest.raises(ValueError, match=r"cluster None: .* holds 4 model\(s\) at round \d, name one of 0..3"):
         export_level(folder, "a")
     weights = [load_exported(export_level(folder, "a", cluster=c))[1]["params"]["head"]["kernel"] for c in (0, 3)]
     assert np.abs(weights[0] - weights[1]).max() > 0
@@ -316,3 +316,10 @@ def test_checkpoints_of_another_shape_are_an_error_and_stay(tmp_path):
 )
 def test_what_chooses_the_best_round(line, score):
     assert run.choosing(line, "a") == score
+
+
+def test_an_option_is_written_out(capsys):
+    """A prefix of --overwrite must not delete a run."""
+    with pytest.raises(SystemExit):
+        main(["train", "--overw"])
+    assert "unknown argument '--overw'" in capsys.readouterr().err
