@@ -264,6 +264,7 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     planned = capsys.readouterr().out
     assert main(["train", *arguments]) == 0
     table = capsys.readouterr().out
+    assert "4 model(s), the best one counts for a test batch; clients of the last round: " in table
     folder = next(tmp_path.iterdir())
     drawn = {p.name for p in plot_run(folder)}
     assert drawn == {"accuracy.png", "bytes.png", "partition.png", "clusters.png", "losses.png"}
