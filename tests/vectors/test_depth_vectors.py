@@ -249,7 +249,7 @@ def test_server_rounds_by_depth(name, double):
     fam = exits.family(start)
     levels = fam.levels
     dynamic = "r1/h/conv1.weight" in z and "fedavg" not in name
-    rule = merge.overlap_mean(fam, by_examples=False)
+    rule = merge.overlap_mean(fam, by_examples=False, own_exit=False)
     # The number of clients of each depth is not used with N = all; any split of the total will do.
     step = server.feddyn(fam, (clients, *[0] * (levels - 1))) if dynamic else server.optimizer()
     variables = exits.to_variables(start, levels)
