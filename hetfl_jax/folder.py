@@ -37,11 +37,11 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's own. Several processes check together, then the first one writes.
+def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """What ``claim`` checks, without touching anything: before data is loaded.
 
     Raises:
-      ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, or its config is another.
+      ValueError: as ``claim``.
     """
     saved = folder / "config.json"
     if saved.exists() and not resume and not overwrite:
@@ -50,6 +50,16 @@ def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: b
         )
     if saved.exists() and not overwrite:
         _same_config(json.loads(saved.read_text()), plain(config), folder)
+
+
+def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make the folder this run's own. Several processes check together, then the first one writes.
+
+    Raises:
+      ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, or its config is another.
+    """
+    check_folder(folder, config, resume=resume, overwrite=overwrite)
+    saved = folder / "config.json"
     machine.wait_for_all("checked")
     if machine.is_first():
         if saved.exists() and overwrite:

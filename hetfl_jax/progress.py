@@ -1,4 +1,4 @@
-"""The progress bar: round, loss, accuracy, rounds/s and ETA; nothing where the output is not a terminal."""
+"""The progress bar: round, loss, accuracy, rounds/s and ETA; a line an evaluation where there is no terminal."""
 
 import sys
 from typing import Any
@@ -26,6 +26,7 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=rounds, completed=done, scores="compiling", rate="")
         self._done = done
+        self._lines = not shown and not quiet
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -45,3 +46,5 @@ class Progress:
             if "accuracy" in line:
                 scores += f" accuracy {100 * next(iter(line['accuracy'].values())):.1f}%"
         self._bar.update(self._task, completed=round, scores=scores, rate=rate)
+        if self._lines and line is not None and "accuracy" in line:
+            print(f"round {round} of {task.total:g}: {scores}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from hetfl_jax.client_memory import store_for
 from hetfl_jax.data import partition
 from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
 from hetfl_jax.federation import Federation, build, parse_buckets, parse_mix
-from hetfl_jax.folder import Checkpoints, Metrics, claim, write_json
+from hetfl_jax.folder import Checkpoints, Metrics, check_folder, claim, write_json
 from hetfl_jax.progress import Progress
 from hetfl_jax.store import Store
 from hetfl_jax.types import Algorithm, PyTree, State
@@ -131,6 +131,7 @@ def train(
       ValueError: before anything compiles, for a value that is out of range, or a folder that holds another run.
     """
     folder = Path(config.run.folder) / config.run.name
+    check_folder(folder, config.to_dict(), resume=resume, overwrite=overwrite)
     lab = prepare(config)
     fed = lab.federation
     first = machine.is_first()

@@ -263,7 +263,8 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     assert main(["train", *arguments, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert main(["train", *arguments]) == 0
-    table = capsys.readouterr().out
+    table, progress = capsys.readouterr()
+    assert re.search(r"round 2 of 2: loss [\d.]+ accuracy [\d.]+%", progress), "there is no terminal"
     assert "4 model(s), the best one counts for a test batch; clients of the last round: " in table
     folder = next(tmp_path.iterdir())
     drawn = {p.name for p in plot_run(folder)}
