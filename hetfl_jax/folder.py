@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         """Open (or create) ``folder/checkpoints``."""
+        self._folder = folder
         policies, score = ocp.checkpoint_managers, lambda metrics: metrics["accuracy"]
         options = ocp.CheckpointManagerOptions(
             best_fn=score,  # without it orbax calls the latest the best, and writes no metrics
@@ -157,15 +158,15 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
     def save(self, round: int, state: State, extra: Mapping[str, Any], accuracy: float) -> None:
-        """Save a state after ``round`` rounds with JSON values beside it; a damaged one of that round gives way."""
-        if round in self._manager.all_steps():
-            self._manager.delete(round)
+        """Save a state after ``round`` rounds with JSON values beside it."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
         self._manager.save(round, args=args, metrics={"accuracy": float(accuracy)})
         self._manager.wait_until_finished()
 
     def restore(self, like: State, round: int | None = None) -> tuple[State, dict[str, Any]] | None:
-        """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning, and stay.
+        """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning.
+
+        Once an older one is read they move to ``damaged/``, for orbax keeps and saves nothing below the latest round.
 
         Raises:
           ValueError: there are checkpoints, but none can be read into ``like``.
@@ -182,6 +183,7 @@ class Checkpoints:
                 if round is None:
                     warnings.warn(f"checkpoint {step} cannot be read and is passed over: {error}", stacklevel=2)
                 continue
+            self._set_aside([later for later in steps if later > step])
             return found["state"], found["extra"]
         if steps:
             rounds = ", ".join(map(str, sorted(steps)))
@@ -190,6 +192,19 @@ class Checkpoints:
                 "the number of devices that it was started with, train.devices)"
             )
         return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        if not steps:
+            return
+        machine.wait_for_all("restored")
+        if machine.is_first():
+            aside = self._folder / "damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for step in steps:
+                (self._folder / "checkpoints" / str(step)).rename(aside / str(step))
+        machine.wait_for_all("set aside")
+        self._manager.reload()
 
     def rounds(self) -> list[int]:
         """Rounds of the checkpoints there are."""

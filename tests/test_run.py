@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -293,6 +295,30 @@ def test_the_best_checkpoint_is_the_best_also_after_a_resume(tmp_path):
         again.save(round, state(round), {}, score)
     assert (again.rounds(), again.best()) == ([5, 6], 5)
     again.close()
+
+
+def test_after_damaged_checkpoints_the_next_ones_are_kept(tmp_path):
+    """Two damaged ones are set aside; what is saved below their rounds is there for the next resume."""
+    state = lambda round: State({"w": np.full(3, round, np.float32)}, (), jnp.int32(round))  # noqa: E731
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for round in (1, 3, 5):
+        checkpoints.save(round, state(round), {}, 0.5 - round / 10)
+    checkpoints.close()
+    damaged = [path for step in ("3", "5") for path in (tmp_path / "checkpoints" / step / "state").rglob("*")]
+    for path in damaged:
+        if path.is_file():
+            path.write_bytes(b"")
+    for wanted, save in ((1, 2), (2, 3), (3, None)):
+        again = Checkpoints(tmp_path, keep=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, _ = again.restore(state(0))
+        assert int(found.round) == wanted
+        assert float(found.server["w"][0]) == wanted
+        if save:
+            again.save(save, state(save), {}, 0.1)
+        again.close()
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["3", "5"]
 
 
 def test_checkpoints_of_another_shape_are_an_error_and_stay(tmp_path):
