@@ -9,7 +9,7 @@ rounds, batch 128, one epoch, rate decayed by 0.99 a round, 20% of every client'
 rate 0.03: at 0.1 that net collapses. gamma_max=0.0 is the plain criterion of the published code.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

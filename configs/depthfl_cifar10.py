@@ -11,7 +11,7 @@ Commands (``source`` is an .npz with x_train, y_train, x_test, y_test, or tfds:c
 Device and time: one CPU core, about 10 minutes a run of 40 rounds with 5 local steps; see experiments/depthfl_cifar.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -17,7 +17,7 @@ Published ensemble accuracy of the global model: 76.06 IID with distillation, 74
 DepthFL (FedAvg) 72.67; HeteroFL 57.61; exclusive DepthFL 69.68, 73.21, 70.29, 60.32. No deviations are published.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -8,7 +8,7 @@ Published: the CNN reaches 99% test accuracy after 20 rounds (IID, E=5, B=10). F
 takes the further argument proximal_weight, see configs/fedprox_mnist.py.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -10,7 +10,7 @@ official code does; the run puts the number in. Evaluated are the model that is 
 No published figure for MNIST was seen. The paper's advice on alpha: 0.1, 0.01 or 0.001 by data set.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

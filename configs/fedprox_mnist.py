@@ -7,7 +7,7 @@ lr 0.1 decayed by 0.998 a round, weight decay 1e-3, batch 50, 5 epochs, 300 roun
 is independent per client with probability 0.15; here it is a fixed cohort of 15.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

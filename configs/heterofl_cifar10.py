@@ -9,7 +9,7 @@ Published, last column of the table: a-e IID 90.29%, non-iid-2 92.10% local, 59.
 61.64. Single runs of non-iid cells differ by up to 3.5 points.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -4,7 +4,7 @@ Command: hetfl train --config=configs/heterofl_digits.py
 Figures and time: README.md, "What you see".
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -8,7 +8,7 @@ Published (200 rounds IID, 400 non-iid-2; a third-party run of the official sett
 global; non-iid-2 99.86% local, 98.90% global. What was run here, and for how long: experiments/heterofl_mnist.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -12,7 +12,7 @@ Device and time: the paper's settings want an accelerator; small takes minutes o
 experiments/wikitext2.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

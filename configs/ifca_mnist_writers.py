@@ -15,7 +15,7 @@ first command, 98.15 % after 2,000 rounds, 175 s on an NVIDIA H200 beside other 
 ``quick``.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

@@ -9,7 +9,7 @@ adds its penalty. Published accuracy, from memory of the paper: 81.51, global 77
 round is 3,140 GMACs (``--dry-run``). Without the penalty: experiments/ifca_rotated_cifar.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

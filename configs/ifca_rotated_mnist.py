@@ -11,7 +11,7 @@ in clients of n, each judged by the model that is best on it (its labels are use
 Published accuracy, from memory of the paper: 94.20, 95.05, 95.25 for m = 4800, 2400, 1200; global 86.74, 88.65, 89.73.
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

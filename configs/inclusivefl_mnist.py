@@ -7,7 +7,7 @@ Commands:
 No published figure: the paper trains RoBERTa on GLUE (its released code never applies the momentum).
 """
 
-from hetfl_jax.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import blocks, parse_arg, shrink
 
 
 def get_config(arg=""):

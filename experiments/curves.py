@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hetfl_jax.folder import read_metrics, write_json
+from hetfl_jax.results.folder import read_metrics, write_json
 
 Curve = dict[str, Any]
 COLUMNS = (10, 20, 50, 100, 200, 300)

@@ -4,15 +4,17 @@ A federated round is: **plan** who gets what, run **client** for each of them, *
 use the sum. Start at ``hetfl_jax.types``.
 """
 
-from hetfl_jax.capacity import Family, costs, family, mask, narrow, overlay, view, widen
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm, Population, State
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import make_round, query, start
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round, query, start
+from hetfl_jax.engine.stores import device_store
+from hetfl_jax.models.costs import costs
+from hetfl_jax.models.families import family, view
+from hetfl_jax.models.windows import Family, mask, narrow, overlay, widen
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import local
-from hetfl_jax.run import Result, over_seeds, train
-from hetfl_jax.store import device_store
-from hetfl_jax.types import Algorithm, Population, State
+from hetfl_jax.run.train import Result, over_seeds, train
 
 __all__ = [
     "Algorithm",

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import engine
-from hetfl_jax.bank import alike
-from hetfl_jax.clusters import matched
+from hetfl_jax.clusters.report import matched
 from hetfl_jax.data import partition
-from hetfl_jax.data.population import population, renamings, rotations
-from hetfl_jax.executors import executor
+from hetfl_jax.data.population import population
+from hetfl_jax.data.views import renamings, rotations
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, depthfl, fedavg, ifca
+from hetfl_jax.parts.bank import alike
 from tests.test_contract import EXECUTORS, play
 from tests.toys import exits_family, mlp_family, sgd, toy_population, worst
 
@@ -24,7 +25,7 @@ def member(state, number):
 
 def started(algorithm):
     """The server before the rounds of ``play``."""
-    return jax.device_get(engine.start(algorithm, engine.device_store(), 12, jax.random.key(7)).server)
+    return jax.device_get(rounds.start(algorithm, rounds.device_store(), 12, jax.random.key(7)).server)
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +184,9 @@ def test_a_model_that_nobody_takes_has_no_momentum_of_former_rounds():
     """Divided by all participants, its mean change is 0 and not nothing; a momentum must not go on from there."""
     args = dict(averaging="gradients", server_optimizer={"name": "momentum"})
     algorithm = ifca.make(mlp_family(), sgd(), cohort=3, clusters=3, **args)
-    run, store, pop, key = executor("bucketed"), engine.device_store(), toy_population(), jax.random.key(7)
-    state = engine.start(algorithm, store, 12, key)
-    step, chosen_before, left_alone = engine.make_round(algorithm, run, store), set(), 0
+    run, store, pop, key = executor("bucketed"), rounds.device_store(), toy_population(), jax.random.key(7)
+    state = rounds.start(algorithm, store, 12, key)
+    step, chosen_before, left_alone = rounds.make_round(algorithm, run, store), set(), 0
     for _ in range(6):
         before = jax.device_get(state.server.members)
         state, info = step(state, pop, key)
@@ -273,8 +274,8 @@ def test_views_turn_images_and_rename_classes():
     turned = population(x, y, np.arange(4), np.array([2, 2]), view=np.array([0, 1]), views=rotations(3, (0, 1), 3))
     part = partition.per_group(4, 2, 1, seed=0)
     assert sorted(part.index.tolist()) == [0, 1, 2, 3]
-    shard = engine.shards(turned, jnp.int32(1))._replace(x=turned.x, y=turned.y, index=turned.index, views=turned.views)
-    from hetfl_jax.data.population import examples
+    shard = rounds.shards(turned, jnp.int32(1))._replace(x=turned.x, y=turned.y, index=turned.index, views=turned.views)
+    from hetfl_jax.core.shards import examples
 
     seen, labels = examples(shard, jnp.array([2, 3]))
     np.testing.assert_array_equal(seen, np.rot90(x[2:], axes=(1, 2)))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
-from hetfl_jax.capacity import family
-from hetfl_jax.models import build
-from hetfl_jax.types import Within
+from hetfl_jax.core.types import Within
+from hetfl_jax.models import build, families, windows
+from hetfl_jax.models.costs import costs
+from hetfl_jax.models.families import family
 from tests.toys import worst
 
 FIVE = [{"width": 0.5**i} for i in range(5)]
@@ -73,16 +73,16 @@ def official_flops(module, image):
 def test_sizes_equal_the_published_table(net, image):
     parameters, flops, megabytes = PUBLISHED[net, image]
     fam = family(build(net), FIVE, jnp.zeros((1, *image)))
-    found = capacity.costs(fam)
+    found = costs(fam)
     assert found.parameters.tolist() == parameters
     assert [round(float(b), 2) for b in found.bytes / 2**20] == megabytes
     assert [official_flops(build(net, width=level["width"]), image) for level in FIVE] == flops
 
 
 def test_fedavg_nets_have_the_published_sizes():
-    assert capacity.costs(family(build("cnn"), FIVE[:1], jnp.zeros((1, 28, 28, 1)))).parameters[0] == 1_663_370
-    assert capacity.costs(family(build("mlp"), FIVE[:1], jnp.zeros((1, 784)))).parameters[0] == 159_010
-    tutorial = capacity.costs(family(build("tutorial_cnn"), FIVE[:1], jnp.zeros((1, 24, 24, 3))))
+    assert costs(family(build("cnn"), FIVE[:1], jnp.zeros((1, 28, 28, 1)))).parameters[0] == 1_663_370
+    assert costs(family(build("mlp"), FIVE[:1], jnp.zeros((1, 784)))).parameters[0] == 159_010
+    tutorial = costs(family(build("tutorial_cnn"), FIVE[:1], jnp.zeros((1, 24, 24, 3))))
     assert tutorial.parameters[0] == 1_068_298
 
 
@@ -112,7 +112,7 @@ def test_masked_equals_dense(net, norm):
     x = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
     y, valid = jnp.array([0, 1, 2, 0, 1]), jnp.array([True, True, True, True, False])
     fam = family(module, levels, x[:1])
-    variables = capacity.init(fam, jax.random.key(1))
+    variables = families.init(fam, jax.random.key(1))
     noise = lambda v: v + 0.1 * jax.random.normal(jax.random.key(2), v.shape)  # noqa: E731
     variables["params"] = jax.tree.map(noise, variables["params"])
 
@@ -121,11 +121,11 @@ def test_masked_equals_dense(net, norm):
 
     @jax.jit
     def everything(variables, number):
-        views = [capacity.view(fam, variables, Within(base, number)) for base in bases]
+        views = [families.view(fam, variables, Within(base, number)) for base in bases]
         return [_outcome(fam, view, x, y, valid, base) for base, view in enumerate(views)]
 
     for level in range(fam.levels):
-        wanted = jax.jit(lambda v, at=level: _outcome(fam, capacity.view(fam, v, at), x, y, valid, at))(variables)
+        wanted = jax.jit(lambda v, at=level: _outcome(fam, families.view(fam, v, at), x, y, valid, at))(variables)
         masked = everything(variables, jnp.int32(level))
         for base in bases[: level + 1]:
             for dense, other in zip(wanted, masked[base], strict=True):
@@ -144,7 +144,7 @@ def _outcome(fam, view, x, y, valid, base):
     logits, _ = view.apply(view.variables, x, valid=valid)
     tracked = {"batch_stats": stats} if "batch_stats" in fam.shapes[0] else {}
     tracked = view.cut(tracked) if tracked else tracked
-    full = capacity.widen(fam, {"params": gradient, **tracked}, base)
+    full = windows.widen(fam, {"params": gradient, **tracked}, base)
     return value, jnp.where(valid[:, None], exits[0], 0), jnp.where(valid[:, None], logits[0], 0), full
 
 
@@ -168,20 +168,20 @@ def test_a_depth_cut_is_a_window_of_zeros():
     assert fam.exits.tolist() == [3, 1]
     assert fam.windows["params", "layer_2", "kernel"].extents.tolist() == [[5, 5], [0, 0]]
     assert fam.windows["params", "exit_0", "kernel"].class_axis == 1
-    variables = capacity.init(fam, jax.random.key(0))
-    small = capacity.narrow(fam, variables, 1)
+    variables = families.init(fam, jax.random.key(0))
+    small = windows.narrow(fam, variables, 1)
     assert set(small["params"]) == {"layer_0", "exit_0"}
-    wide = capacity.widen(fam, small, 1)
+    wide = windows.widen(fam, small, 1)
     assert worst(wide["params"]["layer_2"], jax.tree.map(jnp.zeros_like, wide["params"]["layer_2"])) == 0
-    changed = capacity.overlay(fam, variables, jax.tree.map(jnp.zeros_like, small), 1)
+    changed = windows.overlay(fam, variables, jax.tree.map(jnp.zeros_like, small), 1)
     np.testing.assert_array_equal(changed["params"]["layer_2"]["kernel"], variables["params"]["layer_2"]["kernel"])
     assert (changed["params"]["layer_0"]["kernel"] == 0).all()
     x = jax.random.normal(jax.random.key(1), (3, 2))
-    shallow = capacity.view(fam, variables, 1).apply(small, x)[0]
-    deep = capacity.view(fam, variables, 0).apply(variables, x)[0]
+    shallow = families.view(fam, variables, 1).apply(small, x)[0]
+    deep = families.view(fam, variables, 0).apply(variables, x)[0]
     np.testing.assert_array_equal(shallow, deep[:1])
     with pytest.raises(ValueError, match="runs only at its true shape"):
-        capacity.view(fam, variables, Within(0, jnp.int32(1))).apply(variables, x)
+        families.view(fam, variables, Within(0, jnp.int32(1))).apply(variables, x)
 
 
 @pytest.mark.parametrize("net", ["width", "depth"])
@@ -193,14 +193,14 @@ def test_spread_is_the_sum_of_weighted_masks(net):
         fam = family(Truncated(), [{"depth": 3}, {"depth": 2}, {"depth": 1}], jnp.zeros((1, 2)), masked=False)
     weights = jnp.array([2.0, 3.0, 0.5])
     for path, window in fam.windows.items():
-        masks = [capacity.mask_leaf(fam, path, level) for level in range(3)]
+        masks = [windows.mask_leaf(fam, path, level) for level in range(3)]
         wanted = sum(w * m for w, m in zip(weights, masks))
-        np.testing.assert_allclose(capacity.spread(fam, path, weights), wanted, rtol=1e-6)
+        np.testing.assert_allclose(windows.spread(fam, path, weights), wanted, rtol=1e-6)
         if window.class_axis >= 0:
             along = jax.random.uniform(jax.random.key(0), (3, int(window.extents[0, window.class_axis])))
             place = [-1 if axis == window.class_axis else 1 for axis in range(window.extents.shape[1])]
             wanted = sum(a.reshape(place) * m for a, m in zip(along, masks))
-            np.testing.assert_allclose(capacity.spread(fam, path, weights, along), wanted, rtol=1e-6)
+            np.testing.assert_allclose(windows.spread(fam, path, weights, along), wanted, rtol=1e-6)
 
 
 def test_a_level_outside_the_global_one_is_refused():

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import engine, splitting
-from hetfl_jax.clusters import matched
-from hetfl_jax.executors import executor
+from hetfl_jax.clusters import bipartition, splitting
+from hetfl_jax.clusters.report import matched
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, fedavg
-from hetfl_jax.parts import bipartition
 from tests.test_bank import CFL, member, two_worlds
 from tests.test_contract import EXECUTORS, play
 from tests.toys import mlp_family, sgd, toy_population, worst
@@ -51,7 +51,7 @@ def test_cfl_places_absent_and_new_clients_by_the_tree():
     assert matched(state.server.route.table, group) == 1.0, "those who were absent at the split were asked"
 
     def ask(fn, sent, ids):
-        return engine.survey(executor("bucketed"), fn, sent, pop, jnp.asarray(ids), jax.random.key(3))
+        return rounds.survey(executor("bucketed"), fn, sent, pop, jnp.asarray(ids), jax.random.key(3))
 
     placed = splitting.place_by_tree(algorithm.between.base, state.server, ask, np.arange(12))
     np.testing.assert_array_equal(placed, state.server.route.table)

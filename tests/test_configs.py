@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import run
-from hetfl_jax.cli import load_config
-from hetfl_jax.config import blocks
+from hetfl_jax.run import train as run
+from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.config import blocks
 from tests.toys import DATA, need
 
 ROOT = Path(__file__).parents[1]

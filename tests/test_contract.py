@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import engine, runners
-from hetfl_jax.chunks import clients_at_once, computed_bytes
-from hetfl_jax.compose import compose
-from hetfl_jax.engine import make_round, start
-from hetfl_jax.executors import Executor, executor
+from hetfl_jax.core.jaxprs import computed_bytes
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.engine import rounds, runners
+from hetfl_jax.engine.chunks import clients_at_once
+from hetfl_jax.engine.executors import Executor, executor
+from hetfl_jax.engine.rounds import make_round, start
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
 from hetfl_jax.parts import drift, select
-from hetfl_jax.store import device_store
-from hetfl_jax.types import Algorithm
+from hetfl_jax.parts.compose import compose
 from tests.toys import conv_family, exits_family, mlp_family, sgd, toy_population, worst
 
 
@@ -177,7 +178,7 @@ def poisoned(population, client):
 
 
 def cohort_of(algorithm, population, round=0):
-    key = engine.purpose_key(jax.random.key(7), engine.PLAN, round)
+    key = rounds.purpose_key(jax.random.key(7), rounds.PLAN, round)
     state = start(algorithm, device_store(), population.size.shape[0], jax.random.key(7))
     return algorithm.plan(key, jnp.int32(round), state.server, population, None)
 
@@ -309,8 +310,8 @@ def test_what_crosses_devices_is_one_sum_of_totals_and_the_rows_of_the_cohort():
     algorithm, devices = visits(mlp_family(), sgd(), cohort=8), 8
     run, population, key = executor("bucketed", 1, devices), toy_population(), jax.random.key(7)
     state, population, key = run.place((start(algorithm, device_store(), 12, key), population, key))
-    moved = engine.moved_bytes(run, algorithm, state, population, key)
-    found = collectives(engine.program(make_round(algorithm, run, device_store()), state, population, key))
+    moved = rounds.moved_bytes(run, algorithm, state, population, key)
+    found = collectives(rounds.program(make_round(algorithm, run, device_store()), state, population, key))
     assert found["all-reduce"] == [moved["totals"]]
     assert [size * devices for size in found["reduce-scatter"]] == [moved["memory to clients"]]
     assert moved["memory back"] in found["all-gather"]

@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import batches, joined, population, renamings
+from hetfl_jax.data.population import batches, joined, population
+from hetfl_jax.data.views import renamings
 from tests.toys import DATA, need
 
 

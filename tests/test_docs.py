@@ -20,7 +20,7 @@ def test_readme_block(number, capsys):
 
 def test_the_readme_method_trains(capsys):
     """The method of "Add a method" goes through a round."""
-    from hetfl_jax.executors import executor
+    from hetfl_jax.engine.executors import executor
     from tests.test_contract import play
     from tests.toys import mlp_family, sgd, toy_population
 

@@ -11,9 +11,11 @@ import pytest
 from experiments.ifca_rotated_mnist import alone
 from experiments.ifca_synthetic import recover
 from experiments.throughput import aggregation, common, compare, scaling
-from hetfl_jax import capacity, federation, machine
-from hetfl_jax.cli import load_config
-from hetfl_jax.runners import executed_steps
+from hetfl_jax.core import machine
+from hetfl_jax.engine.runners import executed_steps
+from hetfl_jax.models import windows
+from hetfl_jax.run import federation
+from hetfl_jax.run.cli import load_config
 from tests.toys import DATA, need
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,7 @@ def test_stacked_and_streaming_sums_agree():
     trees = aggregation.stacks(fam, 5)
     mean, coverage = aggregation.stacked(fam, trees, False)()
     total = aggregation.streaming(fam, trees)()
-    for m, c, t in zip(*(capacity.flat(v).values() for v in (mean, coverage, total))):
+    for m, c, t in zip(*(windows.flat(v).values() for v in (mean, coverage, total))):
         np.testing.assert_allclose(m * c, t, rtol=1e-6)
         assert c.max() == 5
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity, federation
-from hetfl_jax.executors import executor
+from hetfl_jax.core.types import Shard
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
+from hetfl_jax.models import families, windows
 from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.local import local
-from hetfl_jax.types import Shard
+from hetfl_jax.run import federation
 from tests.test_contract import play
 from tests.toys import LEVELS, exits_family, mlp_family, sgd, toy_population, worst
 
@@ -80,7 +81,7 @@ def test_the_order_of_clients_does_not_matter():
 
 def test_unchanged_copies_return_the_global_model_bit_for_bit():
     fam = mlp_family()
-    variables = capacity.init(fam, jax.random.key(0))
+    variables = families.init(fam, jax.random.key(0))
     rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
     shard = Shard(None, None, None, 0, jnp.int32(5), jnp.array([True, True, False]))
     total = rule.lift(jax.tree.map(jnp.zeros_like, variables), 0, shard)
@@ -95,7 +96,7 @@ def test_unchanged_copies_return_the_global_model_bit_for_bit():
 def test_entries_that_nobody_held_keep_value_and_moments(name):
     """One client at the smaller level without class 2: the rest stays bit-identical under every server optimizer."""
     fam = mlp_family()
-    variables = capacity.init(fam, jax.random.key(0))
+    variables = families.init(fam, jax.random.key(0))
     rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
     step = server.optimizer(name, 0.1)
     noise = jax.tree.map(lambda v: jax.random.normal(jax.random.key(1), v.shape), variables)
@@ -104,8 +105,8 @@ def test_entries_that_nobody_held_keep_value_and_moments(name):
         step.init(variables), variables, *rule.settle(rule.lift(noise, 0, everyone)), jnp.bool_(True)
     )
     few = everyone._replace(classes=jnp.array([True, True, False]))
-    small = rule.lift(capacity.narrow(fam, noise, 1), 1, few)
-    mean, coverage = rule.settle(small._replace(delta=capacity.widen(fam, small.delta, 1)))
+    small = rule.lift(windows.narrow(fam, noise, 1), 1, few)
+    mean, coverage = rule.settle(small._replace(delta=windows.widen(fam, small.delta, 1)))
     new_slot, moved = step.update(slot, start, mean, coverage, jnp.bool_(True))
     head = moved["params"]["head"]["kernel"] != start["params"]["head"]["kernel"]
     np.testing.assert_array_equal(head, jnp.outer(jnp.arange(8) < 4, jnp.array([True, True, False])))
@@ -206,7 +207,7 @@ def test_an_exit_counts_only_for_the_clients_that_trained_it():
         for level, moved in ((0, 3.0), (1, 1.0)):
             delta = jax.tree.map(lambda s: jnp.full(s.shape, moved), fam.shapes[level])  # noqa: B023
             one = rule.lift(delta, level, shard)
-            one = one._replace(delta=capacity.widen(fam, one.delta, level))
+            one = one._replace(delta=windows.widen(fam, one.delta, level))
             total = one if total is None else jax.tree.map(jnp.add, total, one)
         mean = rule.settle(total)[0]["params"]
         assert mean["head_0"]["bias"].tolist() == [wanted] * 3
@@ -222,7 +223,7 @@ def test_decay_of_one_layer_leaves_the_others_alone():
     for layers, wanted in (((), everywhere), (("a",), one), (("a", "b"), both)):
         rule = local(learning_rate=0.1, batch_size=1, weight_decay=0.2, decay_layers=layers).optimizer(0.1, 0.0)
         found, _ = rule.update(gradient, rule.init(params), params)
-        values = {"/".join(path): float(leaf[0]) for path, leaf in capacity.flat(found).items()}
+        values = {"/".join(path): float(leaf[0]) for path, leaf in windows.flat(found).items()}
         np.testing.assert_allclose([values[n] for n in ("a/kernel", "a/bias", "b/kernel")], wanted, rtol=1e-6)
 
 
@@ -235,7 +236,7 @@ def test_a_layer_to_decay_must_be_there():
     ("fam", "message"),
     [
         (lambda: exits_family(({"depth": 2, "width": 1.0}, {"depth": 1, "width": 0.5})), "levels of several widths"),
-        (lambda: capacity.family(Odd(), ({"depth": 2}, {"depth": 1}), jnp.zeros((1, 6))), "who has layer extra"),
+        (lambda: families.family(Odd(), ({"depth": 2}, {"depth": 1}), jnp.zeros((1, 6))), "who has layer extra"),
     ],
 )
 def test_inclusivefl_refuses_what_it_would_share_wrongly(fam, message):

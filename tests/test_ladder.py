@@ -1,4 +1,4 @@
-"""The import ladder, and methods that know of no device."""
+"""The import ladder by rooms, and methods that know of no device."""
 
 import ast
 from pathlib import Path
@@ -6,15 +6,18 @@ from pathlib import Path
 import hetfl_jax
 
 ROOT = Path(hetfl_jax.__file__).parent
-#: layer of each file or folder; a file imports only from lower layers, or from its own folder
-LAYERS = {
-    "types": 0, "tree": 1, "random": 1, "machine": 1, "chunks": 1,
-    "models": 2, "data": 2, "capacity": 3, "segments": 1, "store": 2, "runners": 2, "executors": 3, "engine": 4,
-    "parts": 4, "compose": 5, "bank": 5, "splitting": 6, "methods": 7,
-    "config": 8, "evaluate": 8, "clusters": 8, "federation": 8, "folder": 8, "progress": 8,
-    "profile": 8, "report": 9, "client_memory": 9, "run": 10, "dryrun": 11, "export": 11, "cli": 12, "train": 13,
-    "__init__": 14,
-}  # fmt: skip
+#: what each room may import besides itself, as DESIGN's rooms have it
+ROOMS = {
+    "core": set(),
+    "models": {"core"},
+    "data": {"core"},
+    "engine": {"core"},
+    "parts": {"core", "models"},
+    "clusters": {"core", "models", "parts"},
+    "methods": {"core", "models", "parts", "clusters"},
+    "results": {"core"},
+    "run": {"core", "models", "data", "engine", "parts", "clusters", "methods", "results"},
+}
 DEVICE_WORDS = ("device", "mesh", "shard_map", "pmap", "vmap", "psum", "donate", "jit")
 
 
@@ -27,17 +30,17 @@ def imports(path):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hetfl_jax."))
 
 
-def room(path):
-    relative = path.relative_to(ROOT)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def test_rooms_import_only_from_lower_rooms():
+    found = {path.relative_to(ROOT).parts[0] for path in ROOT.rglob("*.py") if path.parent != ROOT}
+    assert found == set(ROOMS)
+    for path in ROOT.glob("*/**/*.py"):
+        here = path.relative_to(ROOT).parts[0]
+        others = set(imports(path)) - {here}
+        assert others <= ROOMS[here], f"{path.relative_to(ROOT)} imports {others - ROOMS[here]}"
 
 
-def test_files_import_only_from_lower_layers():
-    for path in ROOT.rglob("*.py"):
-        here = room(path)
-        for other in imports(path):
-            if other != here:
-                assert LAYERS[other] < LAYERS[here], f"{path.relative_to(ROOT)} imports {other}"
+def test_the_root_is_an_index_and_an_entry():
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
 def test_methods_and_parts_say_nothing_of_devices_or_client_axes():
@@ -53,6 +56,7 @@ def test_files_and_functions_stay_small():
         text = path.read_text()
         assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name not in ("train", "compose", "bank"):
+            if isinstance(node, ast.FunctionDef):
                 body = node.end_lineno - node.lineno - len((ast.get_docstring(node) or "").splitlines())
-                assert body <= 60, f"{path.relative_to(ROOT)}: {node.name} has {body} lines"
+                most = 100 if node.name in ("compose", "bank") else 60
+                assert body <= most, f"{path.relative_to(ROOT)}: {node.name} has {body} lines"

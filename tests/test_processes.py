@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetfl_jax import machine, run
-from hetfl_jax.cli import load_config
-from hetfl_jax.folder import read_metrics
+from hetfl_jax.core import machine
+from hetfl_jax.results.folder import read_metrics
+from hetfl_jax.run import train as run
+from hetfl_jax.run.cli import load_config
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
-    sys.executable, "-m", "hetfl_jax.train", f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick",
+    sys.executable, "-m", "hetfl_jax", "train", f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick",
     "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.rounds=60",
     "--config.run.checkpoint_every=2", "--config.run.eval_every=30",
 )  # fmt: skip

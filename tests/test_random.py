@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from hetfl_jax.random import permute
+from hetfl_jax.core.random import permute
 
 
 def test_it_is_a_permutation_at_every_size():

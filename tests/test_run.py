@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import run
-from hetfl_jax.cli import load_config, main
-from hetfl_jax.export import evaluate_run, export_level, load_exported, plot_run
-from hetfl_jax.folder import Checkpoints, read_metrics
+from hetfl_jax.core.types import State
 from hetfl_jax.models import build
 from hetfl_jax.parts import drift
-from hetfl_jax.types import State
+from hetfl_jax.results.folder import Checkpoints, read_metrics
+from hetfl_jax.run import train as run
+from hetfl_jax.run.cli import load_config, main
+from hetfl_jax.run.export import evaluate_run, export_level, load_exported, plot_run
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
@@ -85,7 +85,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     env = os.environ | {"HETFL_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"], "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def go(folder, kill_after=None):
-        command = (sys.executable, "-m", "hetfl_jax.train", *SMALL, *changes, f"--config.run.folder={folder}")
+        command = (sys.executable, "-m", "hetfl_jax", "train", *SMALL, *changes, f"--config.run.folder={folder}")
         process = subprocess.Popen([*command, "--resume"], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
         if kill_after is None:
             assert process.wait(timeout=300) == 0
@@ -235,7 +235,7 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
 )
 def test_mistakes_are_one_line_before_anything_compiles(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run.engine, "start", lambda *a: pytest.fail("the run began"))
+    monkeypatch.setattr(run.rounds, "start", lambda *a: pytest.fail("the run began"))
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1

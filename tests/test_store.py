@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity, federation, run, tree
-from hetfl_jax.cli import load_config
-from hetfl_jax.engine import make_round, start
-from hetfl_jax.executors import executor
-from hetfl_jax.folder import Checkpoints
+from hetfl_jax.core import tree
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round, start
+from hetfl_jax.engine.segments import Segments
+from hetfl_jax.engine.stores import Packing, device_store, file_store, host_store, packed_device_store
 from hetfl_jax.methods import depthfl
-from hetfl_jax.segments import Segments
-from hetfl_jax.store import Packing, device_store, file_store, host_store, packed_device_store
+from hetfl_jax.models import windows
+from hetfl_jax.models.costs import costs
+from hetfl_jax.results.folder import Checkpoints
+from hetfl_jax.run import federation
+from hetfl_jax.run import train as run
+from hetfl_jax.run.cli import load_config
 from tests.test_configs import ROOT
 from tests.test_contract import play
 from tests.toys import exits_family, sgd, toy_population, worst
@@ -26,7 +30,7 @@ def depth_run(store_of, rounds=3, how=("bucketed",), between=lambda store, round
     family, population, key = exits_family(), toy_population(), jax.random.key(7)
     algorithm = depthfl.make(family, sgd(), cohort=5, clients_per_level=(6, 6))
     one = jax.eval_shape(algorithm.init, key)[1]
-    store = store_of(Packing(np.asarray(population.level), capacity.memory_extents(family, one)))
+    store = store_of(Packing(np.asarray(population.level), windows.memory_extents(family, one)))
     runs = executor(*how)
     state, people, key = runs.place((start(algorithm, store, 12, key), population, key))
     step = make_round(algorithm, runs, store)
@@ -66,13 +70,13 @@ def test_rows_packed_on_the_device_are_those_of_the_whole_store(devices):
     assert rows == dict.fromkeys(("level_0", "level_1"), 8 if devices == 8 else 6)
     if devices == 1:
         assert worst(store.gather(state.memory, jnp.arange(12)), wanted.memory) < 1e-6
-        assert tree.nbytes(state.memory) == 4 * 6 * sum(capacity.costs(exits_family()).parameters)
+        assert tree.nbytes(state.memory) == 4 * 6 * sum(costs(exits_family()).parameters)
 
 
 def test_rows_are_as_large_as_their_clients_level():
     family, level = exits_family(), np.array([0, 1, 1])
-    packing = Packing(level, capacity.memory_extents(family, {"sum": {"params": family.shapes[0]["params"]}}))
-    assert packing.sizes().tolist() == capacity.costs(family).parameters.tolist()
+    packing = Packing(level, windows.memory_extents(family, {"sum": {"params": family.shapes[0]["params"]}}))
+    assert packing.sizes().tolist() == costs(family).parameters.tolist()
 
 
 @pytest.mark.parametrize("name", STORES)

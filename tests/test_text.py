@@ -8,15 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from hetfl_jax import capacity, federation
-from hetfl_jax.cli import load_config
+from hetfl_jax.core.types import Within
 from hetfl_jax.data import preprocess, sources
 from hetfl_jax.data.population import batches, population
-from hetfl_jax.evaluate import evaluator
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg
-from hetfl_jax.models import build
-from hetfl_jax.types import Within
+from hetfl_jax.models import build, families
+from hetfl_jax.run import federation
+from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.evaluate import evaluator
 from tests.toys import sgd
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ WIDTHS = ({"width": 1.0}, {"width": 0.5}, {"width": 0.25})
 
 def small(levels=WIDTHS, **fields):
     given = {"hidden": (12, 12), "embedding": 16, "heads": 2, "length": 6, "classes": 9, "dropout": 0.2} | fields
-    return capacity.family(build("transformer", **given), levels, jnp.zeros((1, 6), jnp.int32))
+    return families.family(build("transformer", **given), levels, jnp.zeros((1, 6), jnp.int32))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_tokens_are_hidden_and_absent_ones_stay():
 def test_parameters_per_level_are_the_published_ones():
     """HeteroFL's counts at 33,279 tokens (width_family.md, table 1.2)."""
     levels = [{"width": 0.5**i} for i in range(5)]
-    fam = capacity.family(build("transformer", classes=33_279), levels, jnp.zeros((1, 64), jnp.int32))
+    fam = families.family(build("transformer", classes=33_279), levels, jnp.zeros((1, 64), jnp.int32))
     found = [sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) for shapes in fam.shapes]
     assert found == [19_263_999, 9_107_967, 4_435_455, 2_200_575, 1_108_479]
 
@@ -76,17 +76,17 @@ def test_the_largest_level_of_a_mix_may_be_narrow():
     """The global model of a mix that begins with b is half as wide in all its fields."""
     config = load_config([f"--config={ROOT}/configs/heterofl_wikitext2.py:mix=b1"])
     fields = federation.net_fields(config, federation.parse_mix("b1"), 33_279)
-    fam = capacity.family(build(fields.pop("net"), **fields), [{"width": 1.0}], jnp.zeros((1, 64), jnp.int32))
+    fam = families.family(build(fields.pop("net"), **fields), [{"width": 1.0}], jnp.zeros((1, 64), jnp.int32))
     assert sum(leaf.size for leaf in jax.tree.leaves(fam.shapes[0]["params"])) == 9_107_967
 
 
 def test_layers_start_equal_and_a_short_window_is_whole():
     fam = small()
-    variables = capacity.init(fam, jax.random.key(0))
+    variables = families.init(fam, jax.random.key(0))
     first, second = (variables["params"][f"layer_{i}"] for i in range(2))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, second)))
     assert float(first["query"]["kernel"].std()) > 0
-    apply = capacity.apply_at(fam, 0)
+    apply = families.apply_at(fam, 0)
     short = jnp.array([[3, 1, 4, 1]])
     whole, _ = apply(variables, short)
     filled, _ = apply(variables, jnp.pad(short, ((0, 0), (0, 2)), constant_values=-1))
@@ -95,11 +95,11 @@ def test_layers_start_equal_and_a_short_window_is_whole():
 
 def test_masked_equals_dense_with_dropout():
     fam = small()
-    variables = capacity.init(fam, jax.random.key(0))
+    variables = families.init(fam, jax.random.key(0))
     x, key = jax.random.randint(jax.random.key(1), (3, 6), 0, 9), jax.random.key(2)
 
     def logits(level):
-        view = capacity.view(fam, variables, level)
+        view = families.view(fam, variables, level)
         return view.apply(view.variables, x, train=True, key=key)[0]
 
     masked = jax.jit(lambda level: logits(Within(0, level)))
@@ -122,7 +122,7 @@ def test_every_position_is_judged():
     judge = evaluator(algorithm, run, test_batches=3, statistics_batch=2, eval_batch=2)
     server = algorithm.init(jax.random.key(0))[0]
     scores = jax.device_get(judge(0, server, train, batches(train, 2), test))
-    logits, _ = capacity.apply_at(fam, 0)(server.variables, jnp.asarray(x[8:]))
+    logits, _ = families.apply_at(fam, 0)(server.variables, jnp.asarray(x[8:]))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits[-1], jnp.maximum(x[8:], 0))
     there = x[8:] >= 0
     assert scores.loss == pytest.approx(float(np.asarray(loss)[there].mean()), abs=1e-5)
@@ -148,7 +148,7 @@ def test_what_the_transformer_does_not_take():
             small(**wrong)
     fam = small(({"depth": 2}, {"depth": 1}), exits=False)
     with pytest.raises(ValueError, match="only at its true shape"):
-        capacity.apply_at(fam, Within(0, jnp.int32(1)))
+        families.apply_at(fam, Within(0, jnp.int32(1)))
 
 
 def test_sequences_have_no_label_to_rename():

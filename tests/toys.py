@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
 from hetfl_jax.data.population import population
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families
 from hetfl_jax.parts.local import local
 
 DATA = Path(os.environ.get("HETFL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -33,18 +32,18 @@ def toy_population(clients=12, features=6, classes=3, seed=0, image=False):
 
 
 def mlp_family(levels=LEVELS, features=6, classes=3, **fields):
-    return capacity.family(build("mlp", hidden=(8,), classes=classes, **fields), levels, jnp.zeros((1, features)))
+    return families.family(build("mlp", hidden=(8,), classes=classes, **fields), levels, jnp.zeros((1, features)))
 
 
 def exits_family(levels=({"depth": 2}, {"depth": 1}), features=6, classes=3, hidden=(8, 8), **fields):
     module = build("mlp", hidden=hidden, classes=classes, **fields)
-    return capacity.family(module, levels, jnp.zeros((1, features)))
+    return families.family(module, levels, jnp.zeros((1, features)))
 
 
 def conv_family(levels=LEVELS, classes=3, **fields):
     module = build("conv", hidden=(8, 8), classes=classes, **fields)
     prepare = lambda x, key: x.astype(jnp.float32) / 255  # noqa: E731
-    return capacity.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
+    return families.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
 
 
 def sgd(**changes):

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
 from hetfl_jax.data import preprocess
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import make_round, start
-from hetfl_jax.executors import executor
-from hetfl_jax.folder import write_json
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round, start
+from hetfl_jax.engine.stores import Packing, file_store
 from hetfl_jax.methods import feddyn
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families, windows
 from hetfl_jax.parts.local import local
-from hetfl_jax.store import Packing, file_store
+from hetfl_jax.results.folder import write_json
 
 
 def run(folder: Path, clients: int, cohort: int, rounds: int) -> dict[str, float]:
@@ -31,11 +30,11 @@ def run(folder: Path, clients: int, cohort: int, rounds: int) -> dict[str, float
     x, y = rng.integers(0, 256, (6000, 28, 28, 1)).astype(np.uint8), rng.integers(0, 10, 6000).astype(np.int32)
     people = population(x, y, rng.integers(0, 6000, 10 * clients), np.full(clients, 10), classes=10)
     example = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.uint8)
-    family = capacity.family(build("cnn"), [{}], example, preprocess.images((0.13,), (0.31,)))
+    family = families.family(build("cnn"), [{}], example, preprocess.images((0.13,), (0.31,)))
     settings = local(learning_rate=0.05, batch_size=10)
     algorithm = feddyn.make(family, settings, cohort=cohort, clients_per_level=(clients,), feddyn_alpha=0.1)
     one = jax.eval_shape(algorithm.init, jax.random.key(0))[1]
-    store = file_store(folder, Packing(np.zeros(clients, int), capacity.memory_extents(family, one)))
+    store = file_store(folder, Packing(np.zeros(clients, int), windows.memory_extents(family, one)))
     key = jax.random.key(0)
     state, step = start(algorithm, store, clients, key), make_round(algorithm, executor("bucketed"), store)
     seconds, commits, seen = [], [], set()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hetfl_jax.folder import read_metrics, write_json
+from hetfl_jax.results.folder import read_metrics, write_json
 
 HERE = Path(__file__).parent
 EXITS = ("1", "2", "3", "4")

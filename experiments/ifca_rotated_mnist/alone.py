@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetfl_jax import capacity, engine, machine
-from hetfl_jax.cli import load_config
-from hetfl_jax.data.population import Population, population, shards
-from hetfl_jax.executors import executor
-from hetfl_jax.federation import Federation, build
-from hetfl_jax.folder import write_json
+from hetfl_jax.core import machine
+from hetfl_jax.core.shards import shards
+from hetfl_jax.core.types import Array, Shard
+from hetfl_jax.data.population import Population, population
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.models import families
 from hetfl_jax.parts import drift, objective
 from hetfl_jax.parts.local import Tally, tally, train
-from hetfl_jax.types import Array, Shard
+from hetfl_jax.results.folder import write_json
+from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.federation import Federation, build
 
 STEPS = 100
 
@@ -36,7 +39,7 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
     test = _by_kind(fed)
 
     def one(key: Array, test: Population, shard: Shard) -> tuple[tuple[()], Tally]:
-        view = capacity.view(fam, capacity.init(fam, key), 0)
+        view = families.view(fam, families.init(fam, key), 0)
         start = {"key": key, "shard": shard, "memory": {}, "round": jnp.int32(0)}
         own, *_ = train(fed.local, view, objective.cross_entropy(), drift.none(), **start)
         seen = shards(test, shard.view)._replace(x=test.x, y=test.y, index=test.index, views=test.views)
@@ -45,7 +48,7 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
 
     ids, key = jnp.arange(fed.train.size.shape[0]), jax.random.key(seed)
     test, everyone, key = run.place((test, fed.train, key))
-    ask = engine.compiled(lambda test, pop, key: engine.query(run, one, test, pop, ids, key).report, run)
+    ask = rounds.compiled(lambda test, pop, key: rounds.query(run, one, test, pop, ids, key).report, run)
     seen = jax.device_get(ask(test, everyone, key))
     return seen.correct / seen.examples
 

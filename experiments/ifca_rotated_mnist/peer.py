@@ -20,19 +20,22 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.throughput import common
-from hetfl_jax import capacity, engine, machine
-from hetfl_jax.clusters import matched
+from hetfl_jax.clusters.report import matched
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import State
 from hetfl_jax.data import preprocess
-from hetfl_jax.data.population import population, rotations
+from hetfl_jax.data.population import population
 from hetfl_jax.data.sources import load
-from hetfl_jax.evaluate import judged
-from hetfl_jax.executors import executor
-from hetfl_jax.folder import write_json
+from hetfl_jax.data.views import rotations
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import compiled, make_round
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import ifca
-from hetfl_jax.models import MLP
+from hetfl_jax.models import MLP, families
+from hetfl_jax.models.costs import costs
 from hetfl_jax.parts.local import local
-from hetfl_jax.store import device_store
-from hetfl_jax.types import State
+from hetfl_jax.results.folder import write_json
+from hetfl_jax.run.evaluate import judged
 
 Row = dict[str, Any]
 RATE, STEPS = 0.1, 10
@@ -55,7 +58,7 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
     rows = np.tile(np.arange(first, first + tests), 4)
     test = population(train.x, train.y, rows, np.full(test_group.size, n), classes=10, view=test_group, views=turns)
     example = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.uint8)
-    fam = capacity.family(MLP(), [{"width": 1.0}], example, preprocess.images([0.0], [1.0]))
+    fam = families.family(MLP(), [{"width": 1.0}], example, preprocess.images([0.0], [1.0]))
     training = local(learning_rate=RATE, batch_size=n, epochs=STEPS, full_batch=True)
     algorithm = ifca.make(fam, training, cohort=clients, clusters=4)
     run = executor("bucketed", devices=jax.device_count())
@@ -65,11 +68,11 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
     start = start._replace(members=start.members._replace(variables={"params": params}))
     key = jax.random.key(0)
     state, train, test, key = run.place((State(start, (), jnp.int32(0)), train, test, key))
-    step = engine.make_round(algorithm, run, device_store())
-    ask = engine.compiled(lambda server, data: judged(algorithm, run, server, 0, data, n), run)
+    step = make_round(algorithm, run, device_store())
+    ask = compiled(lambda server, data: judged(algorithm, run, server, 0, data, n), run)
     product, product_flops = common.matmul()
     product().block_until_ready()
-    forward = 2 * 4 * int(capacity.costs(fam).macs[0]) * (clients * n + 4 * tests)  # every model on all that is placed
+    forward = 2 * 4 * int(costs(fam).macs[0]) * (clients * n + 4 * tests)  # every model on all that is placed
     work = forward + common.training_flops(fam, 0) * clients * n * STEPS
 
     out = [_row(-1, jax.device_get(ask(state.server, test)), test_group, z, seed)]

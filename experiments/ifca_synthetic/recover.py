@@ -23,14 +23,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hetfl_jax import capacity, engine, machine
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import State
 from hetfl_jax.data.population import population
-from hetfl_jax.executors import executor
-from hetfl_jax.folder import write_json
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import ifca
+from hetfl_jax.models import families
 from hetfl_jax.parts.local import local
-from hetfl_jax.store import device_store
-from hetfl_jax.types import State
+from hetfl_jax.results.folder import write_json
 
 FOREVER = 10**6
 
@@ -68,7 +70,7 @@ def recover(given: Any, seed: int) -> dict[str, Any]:
     )
     size = np.full(given.clients, given.examples)
     data = population(x, y, np.arange(len(y)), size)
-    fam = capacity.family(Linear(), [{}], jnp.zeros((1, given.dimensions)))
+    fam = families.family(Linear(), [{}], jnp.zeros((1, given.dimensions)))
     training = local(learning_rate=given.rate, batch_size=given.examples, full_batch=True)
     algorithm = ifca.make(
         fam, training, cohort=given.clients, clusters=given.clusters, averaging="gradients", loss="squared_error",
@@ -82,7 +84,7 @@ def recover(given: Any, seed: int) -> dict[str, Any]:
     bank = bank._replace(members=bank.members._replace(variables=kernel))
     run = executor("bucketed", devices=jax.device_count())
     state, data, key = run.place((State(bank, (), jnp.int32(0)), data, jax.random.key(0)))
-    step = engine.make_round(algorithm, run, device_store())
+    step = rounds.make_round(algorithm, run, device_store())
     began = time.perf_counter()
     for _ in range(given.rounds):
         state, _ = step(state, data, key)

@@ -20,34 +20,35 @@ import numpy as np
 
 from experiments.throughput import common
 from experiments.throughput.compare import Residual
-from hetfl_jax import capacity, tree
+from hetfl_jax.core import tree
+from hetfl_jax.engine.runners import add_reply
+from hetfl_jax.models import families, windows
 from hetfl_jax.parts.merge import mean_of_stacks
-from hetfl_jax.runners import add_reply
 
 CNN_MILLIONS = 1.66337  #: parameters of the FedAvg CNN, in millions
 CLUSTERS = 4
 AT_ONCE = 64  #: replies that a round on an accelerator adds together
 
 
-def cnn(millions: float, mix: str) -> capacity.Family:
+def cnn(millions: float, mix: str) -> windows.Family:
     """The FedAvg CNN with its layers scaled to about this many million parameters."""
     scale = (millions / CNN_MILLIONS) ** 0.5
     return common.family("cnn", mix, hidden=tuple(max(16, round(h * scale / 16) * 16) for h in (32, 64, 512)))
 
 
-def depth(millions: float) -> capacity.Family:
+def depth(millions: float) -> windows.Family:
     """Four residual blocks, of which a level holds a prefix; its size is what it is."""
     levels = [{"depth": d} for d in (4, 3, 2, 1)]
-    return capacity.family(Residual(), levels, jnp.zeros((1, 16, 16, 32)), masked=False)
+    return families.family(Residual(), levels, jnp.zeros((1, 16, 16, 32)), masked=False)
 
 
-def stacks(fam: capacity.Family, clients: int) -> list[Any]:
+def stacks(fam: windows.Family, clients: int) -> list[Any]:
     """One stack a level, the clients dealt evenly."""
     counts = [len(part) for part in np.array_split(np.arange(clients), fam.levels)]
     return [jax.tree.map(lambda s, c=c: jnp.full((c, *s.shape), 0.5), fam.shapes[i]) for i, c in enumerate(counts)]
 
 
-def stacked(fam: capacity.Family, trees: list[Any], rows: bool) -> Callable[[], Any]:
+def stacked(fam: windows.Family, trees: list[Any], rows: bool) -> Callable[[], Any]:
     """The masked mean of stacks."""
     weights = [jnp.ones(jax.tree.leaves(t)[0].shape[0]) for t in trees]
     classes = [jnp.ones((w.shape[0], 10), bool) for w in weights] if rows else None
@@ -75,7 +76,7 @@ def zeros(stack: Any, k: int) -> Any:
     return jax.tree.map(lambda s: jnp.zeros((k, *s.shape[1:]), s.dtype), stack)
 
 
-def streaming(fam: capacity.Family, trees: list[Any]) -> Callable[[], Any]:
+def streaming(fam: windows.Family, trees: list[Any]) -> Callable[[], Any]:
     """The same sums as replies come, widened once a level."""
 
     @jax.jit
@@ -83,7 +84,7 @@ def streaming(fam: capacity.Family, trees: list[Any]) -> Callable[[], Any]:
         total = None
         for level, stack in enumerate(trees):
             member = jnp.zeros(jax.tree.leaves(stack)[0].shape[0], jnp.int32)
-            wide = capacity.widen(fam, tree.take(added(stack, member, zeros(stack, 1)), 0), level)
+            wide = windows.widen(fam, tree.take(added(stack, member, zeros(stack, 1)), 0), level)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
         return total
 

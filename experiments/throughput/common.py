@@ -17,16 +17,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hetfl_jax import capacity, machine, report
+from hetfl_jax.core import machine
 from hetfl_jax.data import preprocess
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import make_round, start
-from hetfl_jax.federation import parse_mix
-from hetfl_jax.folder import write_json
+from hetfl_jax.engine.rounds import make_round, start
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg, heterofl
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families, windows
+from hetfl_jax.models.costs import costs
 from hetfl_jax.parts.local import local
-from hetfl_jax.store import device_store
+from hetfl_jax.results import report
+from hetfl_jax.results.folder import write_json
+from hetfl_jax.run.federation import parse_mix
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -85,13 +87,13 @@ def data(shape: Sequence[int], clients: int, size: int | np.ndarray, levels: int
 SHAPES = {"mlp": (784,), "cnn": (28, 28, 1), "conv": (28, 28, 1), "preresnet_1112": (32, 32, 3)}
 
 
-def family(net: str, mix: str = "a1", **fields: Any) -> capacity.Family:
+def family(net: str, mix: str = "a1", **fields: Any) -> windows.Family:
     """One of the benchmarked nets at the widths of a mix."""
     shape = SHAPES[net]
     image = len(shape) == 3
     prepare = preprocess.images([0.5] * shape[-1], [0.25] * shape[-1]) if image else preprocess.features
     example = jax.ShapeDtypeStruct((1, *shape), jnp.uint8 if image else jnp.float32)
-    return capacity.family(build(net, **fields), [{"width": w} for w in parse_mix(mix).widths], example, prepare)
+    return families.family(build(net, **fields), [{"width": w} for w in parse_mix(mix).widths], example, prepare)
 
 
 class Bench(NamedTuple):
@@ -122,7 +124,7 @@ def bench(algorithm: Any, pop: Any, run: Any) -> Bench:
     return Bench(once, first - (time.perf_counter() - began), lambda: step._cache_size(), lambda: held[0])  # type: ignore[attr-defined]
 
 
-def method(name: str, fam: capacity.Family, settings: Any, cohort: int, mix: str) -> Any:
+def method(name: str, fam: windows.Family, settings: Any, cohort: int, mix: str) -> Any:
     """FedAvg, or HeteroFL with levels drawn anew each round."""
     if name == "fedavg":
         return fedavg.make(fam, settings, cohort=cohort)
@@ -134,10 +136,10 @@ def settings(**changes: Any) -> Any:
     return local(**{"learning_rate": 0.01, "batch_size": 20, "epochs": 1} | changes)
 
 
-def training_flops(fam: capacity.Family, level: int) -> int:
+def training_flops(fam: windows.Family, level: int) -> int:
     """Floating-point operations of one example's step: multiply-adds x 2, no gradient of the first layer's input."""
-    costs = capacity.costs(fam)
-    return 2 * int(3 * costs.macs[level] - costs.first_macs[level])
+    cost = costs(fam)
+    return 2 * int(3 * cost.macs[level] - cost.first_macs[level])
 
 
 def flags(description: str | None) -> argparse.ArgumentParser:

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.throughput import common
-from hetfl_jax import capacity, tree
-from hetfl_jax.executors import executor
-from hetfl_jax.federation import parse_buckets, parse_mix
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Shard
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg, heterofl
+from hetfl_jax.models import families
+from hetfl_jax.models.costs import costs
 from hetfl_jax.models.layers import conv_layer, dense_layer
 from hetfl_jax.parts.merge import overlap_mean
-from hetfl_jax.types import Shard
+from hetfl_jax.run.federation import parse_buckets, parse_mix
 
 FIVE = "a1-b1-c1-d1-e1"
 COHORT, CLIENTS, EXAMPLES, BATCH = 100, 1_000, 60, 20
@@ -110,7 +112,7 @@ def width_mix(repeats: int) -> common.Row:
         "five": common.bench(mixed, pop, executor("bucketed", buckets=parse_buckets("a-b-c-de", every))).round,
     }
     s = common.medians(sides, repeats)
-    macs = capacity.costs(fam).macs
+    macs = costs(fam).macs
     s["multiply-adds"] = float(macs.mean() / macs[0])
     return _row("HeteroFL CNN: a1-b1-c1-d1-e1 over a1", s["five"] / s["a1"], "<=", 0.42, s)
 
@@ -139,14 +141,14 @@ def depth_mix(repeats: int) -> common.Row:
     x = jnp.asarray(rng.normal(size=(2_000, *shape)).astype(np.float32))
 
     def side(depths: tuple[int, ...]) -> tuple[Any, common.Bench]:
-        fam = capacity.family(Residual(), [{"depth": d} for d in depths], x[:1], masked=False)
+        fam = families.family(Residual(), [{"depth": d} for d in depths], x[:1], masked=False)
         pop = common.data((1,), cohort, EXAMPLES, levels=len(depths), pool=2_000)._replace(x=x)
         return fam, common.bench(fedavg.make(fam, common.settings(), cohort=cohort), pop, executor("bucketed"))
 
     fam, mixed = side((4, 3, 2, 1))
     _, deep = side((4,))
     s = common.medians({"mixed": mixed.round, "depth 4": deep.round}, repeats)
-    macs = capacity.costs(fam).macs
+    macs = costs(fam).macs
     s["multiply-adds"] = float(macs.mean() / macs[0])
     ratio = s["mixed"] / s["depth 4"] / s["multiply-adds"]
     return _row("Depths 1-4 over depth 4, over their multiply-adds", ratio, "<=", 1.15, s)
@@ -175,7 +177,7 @@ def aggregation_share(repeats: int) -> common.Row:
 
 def zero_steps(repeats: int) -> common.Row:
     """A round without local steps: what the library itself costs."""
-    fam = capacity.family(common.build("mlp", hidden=()), [{"width": 1.0}], jnp.zeros((1, 60)))
+    fam = families.family(common.build("mlp", hidden=()), [{"width": 1.0}], jnp.zeros((1, 60)))
     algorithm = fedavg.make(fam, common.settings(epochs=0), cohort=10)
     bench = common.bench(algorithm, common.data((60,), CLIENTS, EXAMPLES), executor("bucketed"))
     s = common.medians({"round": bench.round}, 100 * repeats)

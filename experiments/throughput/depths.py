@@ -15,24 +15,24 @@ import jax
 import jax.numpy as jnp
 
 from experiments.throughput import common
-from hetfl_jax import capacity
 from hetfl_jax.data import preprocess
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import depthfl
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families, windows
+from hetfl_jax.models.costs import costs
 
 convolutions = importlib.import_module("hetfl_jax.models.conv")  # the package's name ``conv`` is the function
 
 
-def family(width: int, depths: tuple[int, ...]) -> capacity.Family:
+def family(width: int, depths: tuple[int, ...]) -> windows.Family:
     """The net at base width ``width``, a level a depth."""
     module = build("resnet18_exits", hidden=tuple(width * 2**i for i in range(4)))
     prepare = preprocess.images([0.5] * 3, [0.25] * 3)
     example = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
-    return capacity.family(module, [{"depth": depth} for depth in depths], example, prepare)
+    return families.family(module, [{"depth": depth} for depth in depths], example, prepare)
 
 
-def federation(fam: capacity.Family, clients: int, batch: int, steps: int) -> common.Bench:
+def federation(fam: windows.Family, clients: int, batch: int, steps: int) -> common.Bench:
     """All clients in every round, in rotating levels."""
     each = [clients // fam.levels] * fam.levels
     settings = common.settings(batch_size=batch, steps=steps)
@@ -52,7 +52,7 @@ def mixed(width: int, size: tuple[int, int], repeats: int) -> common.Row:
     mix, deepest = family(width, (4, 3, 2, 1)), family(width, (4,))
     sides = {"mix": federation(mix, 4, *size).round, "all": federation(deepest, 4, *size).round}
     s = common.medians(sides, repeats)
-    macs = capacity.costs(mix).macs
+    macs = costs(mix).macs
     ratio, taken = float(macs.mean() / macs[0]), s["mix"] / s["all"]
     return {
         "what": "depths 4, 3, 2, 1 against 4, 4, 4, 4", "s": s["mix"], "against s": s["all"],
@@ -65,7 +65,7 @@ def apart(width: int, size: tuple[int, int], repeats: int) -> common.Row:
     depths = (4, 3, 2, 1)
     sides = {str(depth): federation(family(width, (depth,)), 1, *size).round for depth in depths}
     s = common.medians(sides, repeats)
-    macs = capacity.costs(family(width, depths)).macs
+    macs = costs(family(width, depths)).macs
     ratio, taken = float(macs.mean() / macs[0]), sum(s.values()) / (4 * s["4"])
     return {
         "what": "depths 4, 3, 2, 1 one by one", "s": sum(s.values()), "against s": 4 * s["4"],

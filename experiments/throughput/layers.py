@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from experiments.throughput import common
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.models.conv import conv, max_pool
 
 BATCH, STEPS = 20, 20

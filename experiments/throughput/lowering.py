@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from experiments.throughput import common
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg
 
 CLIENTS, EXAMPLES = 256, 20

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from experiments.throughput import common
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 
 
 class Preset(NamedTuple):

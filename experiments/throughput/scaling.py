@@ -20,12 +20,13 @@ import jax
 import numpy as np
 
 from experiments.throughput import common
-from hetfl_jax import engine
-from hetfl_jax.data.population import shards
-from hetfl_jax.executors import executor
+from hetfl_jax.core.shards import shards
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.runners import executed_steps
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg
-from hetfl_jax.runners import executed_steps
-from hetfl_jax.store import device_store
+from hetfl_jax.models.costs import costs
 
 FIVE = "a1-b1-c1-d1-e1"
 CHUNKS = (1, 8, 16)
@@ -145,11 +146,11 @@ def measure_devices(kind: str, count: int, cores: int, repeats: int) -> common.R
         return infos[-1]
 
     s = common.medians({"round": one_round}, repeats * (5 if net == "mlp" else 1))
-    macs = common.capacity.costs(fam).macs
+    macs = costs(fam).macs
     work = [np.bincount(i["device"], macs[i["level"]] * np.asarray(i["seen"]), count) for i in jax.device_get(infos)]
-    moved = engine.moved_bytes(run, algorithm, bench.state(), *run.place((pop, jax.random.key(0))))
-    text = engine.program(
-        engine.make_round(algorithm, run, device_store()), bench.state(), *run.place((pop, jax.random.key(0)))
+    moved = rounds.moved_bytes(run, algorithm, bench.state(), *run.place((pop, jax.random.key(0))))
+    text = rounds.program(
+        rounds.make_round(algorithm, run, device_store()), bench.state(), *run.place((pop, jax.random.key(0)))
     )
     return {
         "net": f"{net} {mix}",

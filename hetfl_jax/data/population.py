@@ -1,13 +1,12 @@
 """Building a ``Population``: everything is checked here, once, because JAX clamps bad gathers silently."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.types import Array, Population, Shard, Views
+from hetfl_jax.core.types import Array, Population, Views
 
 _INT32 = np.iinfo(np.int32).max
 
@@ -86,37 +85,6 @@ def population(
     return Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held), seen, views)
 
 
-def rotations(side: int, quarter_turns: Sequence[int], classes: int) -> Views:
-    """Square images turned counter-clockwise (numpy's ``rot90``), as moved pixels: one pool serves all rotations.
-
-    >>> rotations(2, (0, 1), classes=3).pixels.tolist()
-    [[0, 1, 2, 3], [1, 3, 0, 2]]
-    """
-    grid = np.arange(side * side).reshape(side, side)
-    pixels = np.stack([np.rot90(grid, turns).ravel() for turns in quarter_turns])
-    return Views(jnp.asarray(pixels, jnp.int32), jnp.tile(jnp.arange(classes, dtype=jnp.int32), (len(pixels), 1)))
-
-
-def renamings(pixels: int, labels: np.ndarray) -> Views:
-    """Images as they are under [V, C] other names of the classes (label swap).
-
-    >>> renamings(2, np.array([[0, 1], [1, 0]])).pixels.tolist()
-    [[0, 1], [0, 1]]
-    """
-    places = jnp.tile(jnp.arange(pixels, dtype=jnp.int32), (len(labels), 1))
-    return Views(places, jnp.asarray(labels, jnp.int32))
-
-
-def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
-    """Pool rows as the owner of the shard sees them: (x [B, ...], y [B])."""
-    x, y = shard.x[rows], shard.y[rows]
-    if not isinstance(shard.views, Views):
-        return x, y
-    moved = shard.views.pixels[shard.view]
-    flat = x.reshape(x.shape[0], moved.shape[0], -1)
-    return flat[:, moved].reshape(x.shape), shard.views.labels[shard.view][y]
-
-
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
     """[N, C] bool: which labels occur among each client's consecutive examples, [n] or [n, S]."""
     held = np.zeros((size.size, count), bool)
@@ -129,12 +97,6 @@ def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray
 def _check(fine: bool, message: object) -> None:
     if not fine:
         raise ValueError(f"{message() if callable(message) else message} (data.population)")
-
-
-def shards(pop: Population, ids: Array) -> Shard:
-    """The rows of clients ``ids`` with a leading axis; the pool (x, y, index, views) is left out."""
-    view = pop.view[ids] if isinstance(pop.views, Views) else ()
-    return Shard(None, None, None, pop.offset[ids], pop.size[ids], pop.classes[ids], view, None)
 
 
 def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -> Population:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.types import Array
+from hetfl_jax.core.types import Array
 
 AUGMENTATIONS = ("none", "flip", "crop_flip", "window:<n>")
 

@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.bank import bank
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import Sent, compose
-from hetfl_jax.parts import bipartition, merge, select, server
+from hetfl_jax.clusters import bipartition
+from hetfl_jax.clusters.splitting import Clusters, Rule, by_table, splitting
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
+from hetfl_jax.parts import merge, select, server
+from hetfl_jax.parts.bank import bank
+from hetfl_jax.parts.compose import Sent, compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.splitting import Clusters, Rule, by_table, splitting
-from hetfl_jax.types import Algorithm
 
 MOST_BYTES = 2**31  #: of the updates that the tree keeps
 

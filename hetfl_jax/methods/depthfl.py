@@ -15,11 +15,11 @@ The global model is judged by its last exit and by the mean of the logits of all
 
 from collections.abc import Sequence
 
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm
 
 
 def make(

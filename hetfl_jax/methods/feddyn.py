@@ -18,11 +18,11 @@ with ``keep_models`` the mean of every client's last model (``all``).
 
 from collections.abc import Sequence
 
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, select, server
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm
 
 
 def make(

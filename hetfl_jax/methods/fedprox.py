@@ -11,11 +11,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, select, server
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm
 
 
 def make(

@@ -15,11 +15,11 @@ stay as they are. While training, the Scaler divides by R and logits of absent c
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, objective, select, server
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm
 
 ASSIGNMENTS = ("dynamic", "fixed")
 

@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
-from hetfl_jax.bank import Report, Route, bank
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.random import permute
+from hetfl_jax.core.types import Algorithm, Array, Plan, PyTree
+from hetfl_jax.models import windows
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
+from hetfl_jax.parts.bank import Report, Route, bank
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local, Tally
-from hetfl_jax.random import permute
-from hetfl_jax.types import Algorithm, Array, Plan, PyTree
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
 AVERAGING = ("models", "gradients")
@@ -185,7 +185,7 @@ def _check_starts(
 
 def _check_shared(base: Algorithm, family: Family, shared: Sequence[str]) -> None:
     """A count of steps would be a member's own, and correct the moments of common layers differently for each."""
-    state = capacity.flat(jax.eval_shape(base.init, jax.random.key(0))[0])
+    state = windows.flat(jax.eval_shape(base.init, jax.random.key(0))[0])
     if counts := [path for path in state if set(path).isdisjoint(family.shapes[0]["params"])]:
         raise ValueError(
             f"shared layers {', '.join(shared)} with a server that keeps {'/'.join(counts[0])}: need one without, sgd, "
@@ -280,13 +280,13 @@ def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callabl
     def warm(key: Array) -> Any:
         server, memory = init(key)
 
-        def leaf(where: capacity.Path, value: Array) -> Array:
+        def leaf(where: windows.Path, value: Array) -> Array:
             if set(where) & set(redraw):
                 return value
             if where not in saved or saved[where].shape != value.shape:
                 raise ValueError(f"{path} has no {'/'.join(where)} of shape {value.shape} (method.args.warm_start)")
             return jnp.asarray(saved[where], value.dtype)
 
-        return server._replace(variables=capacity.map_leaves(leaf, server.variables)), memory
+        return server._replace(variables=windows.map_leaves(leaf, server.variables)), memory
 
     return warm

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity, tree
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import Sent, compose, round_info
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+from hetfl_jax.models import families, windows
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, select, sharing
+from hetfl_jax.parts.compose import Sent, compose, round_info
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 TIMINGS = ("previous", "same")
 
@@ -77,7 +78,7 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
     plain = jax.eval_shape(base.init, jax.random.key(0))[0]  # which clients come does not depend on the models
 
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        own = capacity.index_of(level)
+        own = windows.index_of(level)
         reply = base.client(key, sent._replace(variables=tree.take(sent.variables, own)), level, ticket, shard, memory)
         return reply._replace(member=own)
 
@@ -97,7 +98,7 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         return Types({"params": shared}, taught, known), round_info(plan, report, ok, count)
 
     def model(state: Types, level: Level, member: int = 0) -> PyTree:
-        return capacity.view(family, tree.take(state.variables, capacity.index_of(level)), level).variables
+        return families.view(family, tree.take(state.variables, windows.index_of(level)), level).variables
 
     def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
         return base.predict(variables, level, x, shard)[-1:]  # the exits before are nobody's: they were never trained

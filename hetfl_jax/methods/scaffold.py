@@ -12,11 +12,11 @@ averages the models and ``c <- c + sum_k (c_k' - c_k) / N`` over all N clients.
 
 import jax.numpy as jnp
 
-from hetfl_jax.capacity import Family
-from hetfl_jax.compose import compose
+from hetfl_jax.core.types import Algorithm
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, select, server
+from hetfl_jax.parts.compose import compose
 from hetfl_jax.parts.local import Local
-from hetfl_jax.types import Algorithm
 
 
 def make(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core.types import Array, PyTree
 
 
 class Net(NamedTuple):

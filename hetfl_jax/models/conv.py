@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from hetfl_jax.types import Array
+from hetfl_jax.core.types import Array
 
 LOWERINGS = ("auto", "canonical", "rows", "lax")
 _NHWC = ("NHWC", "HWIO", "NHWC")

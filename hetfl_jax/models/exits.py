@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
 from hetfl_jax.models.layers import Norm, dense_layer, traced_channels
 from hetfl_jax.models.nets import BaseNet, Capacity
-from hetfl_jax.types import Array
 
 
 class ExitResNet(BaseNet):

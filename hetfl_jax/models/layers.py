@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
-from hetfl_jax.types import Array
 
 NORMS = ("bn", "bn_tracked", "in", "ln", "gn", "none")
 EPSILON = 1e-5

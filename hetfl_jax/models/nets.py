@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered, max_pool
 from hetfl_jax.models.layers import (
     GROUPS,
@@ -20,7 +21,6 @@ from hetfl_jax.models.layers import (
     scale,
     traced_channels,
 )
-from hetfl_jax.types import Array
 
 Capacity = Mapping[str, Array]
 

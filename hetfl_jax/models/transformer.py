@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core.types import Array
 from hetfl_jax.models.layers import EPSILON, active_channels, scale, traced_channels, uniform_fan_in
 from hetfl_jax.models.nets import BaseNet, Capacity
-from hetfl_jax.types import Array
 
 
 class Run(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core.types import Array, PyTree
 
 
 class Around(NamedTuple):

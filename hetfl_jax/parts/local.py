@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hetfl_jax.capacity import View, map_leaves
-from hetfl_jax.data.population import examples
+from hetfl_jax.core.random import permute
+from hetfl_jax.core.shards import examples
+from hetfl_jax.core.types import Array, PyTree, Shard
+from hetfl_jax.models.families import View
+from hetfl_jax.models.windows import map_leaves
 from hetfl_jax.parts.drift import Around, Drift
 from hetfl_jax.parts.objective import Objective, by_label, last_exit
-from hetfl_jax.random import permute
-from hetfl_jax.types import Array, PyTree, Shard
 
 OPTIMIZERS = ("sgd", "adam")
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
-from hetfl_jax.capacity import Family
-from hetfl_jax.types import Array, Level, PyTree, Shard
+from hetfl_jax.core.types import Array, Level, PyTree, Shard
+from hetfl_jax.models import windows
+from hetfl_jax.models.windows import Family
 
 
 class Total(NamedTuple):
@@ -72,22 +72,22 @@ def overlap_mean(
 
     def lift(delta: PyTree, level: Level, shard: Shard) -> Total:
         weight = shard.size.astype(jnp.float32) if by_examples else jnp.float32(1)
-        one = jax.nn.one_hot(capacity.index_of(level), family.levels) * weight
+        one = jax.nn.one_hot(windows.index_of(level), family.levels) * weight
 
         def weigh(path: tuple[str, ...], d: Array) -> Array:
             if not trains(path).all():
-                d = jnp.where(jnp.asarray(trains(path))[capacity.index_of(level)], d, 0)
+                d = jnp.where(jnp.asarray(trains(path))[windows.index_of(level)], d, 0)
             return jnp.where(along(path, d, shard.classes), d * weight, 0) if has_rows(path) else d * weight
 
-        return Total(capacity.map_leaves(weigh, delta), one, one[:, None] * shard.classes)
+        return Total(windows.map_leaves(weigh, delta), one, one[:, None] * shard.classes)
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
             count = total.count if count_untrained or trains(path).all() else total.count * trains(path)
             rows = padded(total.rows, d.shape[family.windows[path].class_axis]) if has_rows(path) else None
-            return capacity.spread(family, path, count, rows)
+            return windows.spread(family, path, count, rows)
 
-        coverage = capacity.map_leaves(cover, total.delta)
+        coverage = windows.map_leaves(cover, total.delta)
         mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)
         return mean, coverage
 
@@ -121,7 +121,7 @@ def mean_of_stacks(
       (mean, coverage) as ``Merge.settle``.
 
     >>> from hetfl_jax.models import MLP
-    >>> fam = capacity.family(MLP(hidden=(2,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> fam = families.family(MLP(hidden=(2,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
     >>> stack = lambda c, level: jax.tree.map(lambda s: jnp.full((c, *s.shape), 1.0), fam.shapes[level])
     >>> mean, coverage = mean_of_stacks(fam, [stack(2, 0), stack(3, 1)], [jnp.ones(2), jnp.ones(3)])
     >>> coverage["params"]["dense_0"]["bias"].tolist(), mean["params"]["dense_0"]["bias"].tolist()
@@ -141,10 +141,10 @@ def mean_of_stacks(
         return jnp.moveaxis(per_class, -1, axis)
 
     def of_level(level: int) -> PyTree:
-        return capacity.map_leaves(partial(dot, weights[level], held[level]), stacks[level])
+        return windows.map_leaves(partial(dot, weights[level], held[level]), stacks[level])
 
     delta = of_level(0)
     for level in range(1, family.levels):
-        delta = capacity.add_inside(family, delta, of_level(level), level)
+        delta = windows.add_inside(family, delta, of_level(level), level)
     count = jnp.stack([w.sum() for w in weights])
     return overlap_mean(family, class_rows=classes is not None, own_exit=False).settle(Total(delta, count, rows))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hetfl_jax.types import Array, Shard
+from hetfl_jax.core.types import Array, Shard
 
 
 class Objective(NamedTuple):

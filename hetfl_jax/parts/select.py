@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.random import permute
-from hetfl_jax.types import Array, Population, PyTree
+from hetfl_jax.core.random import permute
+from hetfl_jax.core.types import Array, Population, PyTree
 
 
 class Cohort(NamedTuple):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetfl_jax import capacity, tree
-from hetfl_jax.capacity import Family
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.models import windows
+from hetfl_jax.models.windows import Family
 
 
 class Server(NamedTuple):
@@ -108,12 +109,12 @@ def feddyn(
     def of_all(path: tuple[str, ...], value: Array) -> Array:
         if denominator == "all":
             return per_level.sum()
-        return jnp.maximum(capacity.spread(family, ("params", *path), per_level), 1)
+        return jnp.maximum(windows.spread(family, ("params", *path), per_level), 1)
 
     def update(
         slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array, extra: PyTree = ()
     ) -> tuple[PyTree, PyTree]:
-        everyone = capacity.map_leaves(of_all, slot)
+        everyone = windows.map_leaves(of_all, slot)
         change, cover = mean["params"], coverage["params"]
         moved = jax.tree.map(lambda m, d, c, n: m + c / n * d, slot, change, cover, everyone)
         if max_correction:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.models import windows
 
 LOCAL = ("head", "pooler")  #: never shared
 _LAYER = re.compile(r"(\w+?)_(\d+)")
@@ -63,7 +63,7 @@ def share(models: PyTree, examples: Array, depths: Sequence[int], dropped: Seque
       dropped: models that take no part.
     """
 
-    def leaf(path: capacity.Path, value: Array) -> Array:
+    def leaf(path: windows.Path, value: Array) -> Array:
         own = owners(path[0], depths, dropped)
         if own.sum() < 1:
             return value
@@ -73,7 +73,7 @@ def share(models: PyTree, examples: Array, depths: Sequence[int], dropped: Seque
         takes = jnp.asarray(own).reshape(-1, *[1] * (value.ndim - 1)) & (total > 0)
         return jnp.where(takes, mean.astype(value.dtype), value)
 
-    return capacity.map_leaves(leaf, models)
+    return windows.map_leaves(leaf, models)
 
 
 def next_larger(depths: Sequence[int]) -> list[int | None]:

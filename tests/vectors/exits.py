@@ -5,8 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families
 
 _SEPARABLE = {0: "depthwise1", 1: "pointwise1", 2: "norm1", 4: "depthwise2", 5: "pointwise2", 6: "norm2"}
 
@@ -65,4 +64,4 @@ def family_of(hidden: tuple[int, ...], arrays: dict[str, np.ndarray], image: tup
     fields = {"norm": "bn_tracked"} if tracked else {"norm": "gn"}
     classes = arrays["middle_fc1.weight"].shape[0]
     module = build("resnet18_exits", hidden=hidden, classes=classes, **fields)
-    return capacity.family(module, [{"depth": d} for d in range(len(hidden), 0, -1)], jnp.zeros((1, *image)))
+    return families.family(module, [{"depth": d} for d in range(len(hidden), 0, -1)], jnp.zeros((1, *image)))

@@ -6,8 +6,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity
-from hetfl_jax.models import Conv, PreResNet
+from hetfl_jax.models import Conv, PreResNet, families
 
 
 def _path(name: str, convs: int) -> tuple[str, str]:
@@ -54,7 +53,7 @@ def family(params: dict[str, np.ndarray], hidden: np.ndarray, rates, image: tupl
     else:
         module = Conv(hidden=full, classes=classes, **fields)
     levels = [{"width": 1.0}] + [{"width": float(r) / rate} for r in rates]
-    return capacity.family(module, levels, jnp.zeros((1, *image)))
+    return families.family(module, levels, jnp.zeros((1, *image)))
 
 
 def _is_head(name: str) -> bool:

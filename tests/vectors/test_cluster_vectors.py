@@ -9,20 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity, engine
-from hetfl_jax.bank import Report, Sent
-from hetfl_jax.clusters import matched
+from hetfl_jax.clusters import bipartition
+from hetfl_jax.clusters.report import matched
+from hetfl_jax.core.types import Plan, Shard, State
 from hetfl_jax.data import partition
-from hetfl_jax.data.population import population, rotations
-from hetfl_jax.evaluate import judged
-from hetfl_jax.executors import executor
+from hetfl_jax.data.population import population
+from hetfl_jax.data.views import rotations
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.runners import add_reply
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import cfl, ifca
-from hetfl_jax.models import MLP
-from hetfl_jax.parts import bipartition, merge
+from hetfl_jax.models import MLP, families
+from hetfl_jax.parts import merge
+from hetfl_jax.parts.bank import Report, Sent
 from hetfl_jax.parts.local import Tally, local
-from hetfl_jax.runners import add_reply
-from hetfl_jax.store import device_store
-from hetfl_jax.types import Plan, Shard, State
+from hetfl_jax.run.evaluate import judged
 from tests.vectors.discover import FOLDER, of_kind, read
 
 pytestmark = pytest.mark.vectors
@@ -59,7 +60,7 @@ def losses(algorithm, server, data, batch):
 
 def rounds_of(algorithm, server, data, rounds):
     """States after each round."""
-    step = engine.make_round(algorithm, executor("bucketed"), device_store())
+    step = rounds.make_round(algorithm, executor("bucketed"), device_store())
     state = State(jax.tree.map(jnp.copy, server), (), jnp.int32(0))  # a round reuses its state's buffers
     for _ in range(rounds):
         state, info = step(state, data, jax.random.key(0))
@@ -77,7 +78,7 @@ def test_model_averaging(name):
 def _model_averaging(z):
     given = json.loads(str(z["settings"]))
     k, m, n = given["p"], given["m"], given["n"]
-    fam = capacity.family(MLP(hidden=(given["h"],)), [dict(width=1.0)], jnp.zeros((1, 784)))
+    fam = families.family(MLP(hidden=(given["h"],)), [dict(width=1.0)], jnp.zeros((1, 784)))
     training = local(learning_rate=given["lr"], batch_size=n, epochs=given["tau"], full_batch=True)
     algorithm = ifca.make(fam, training, cohort=m, clusters=k)
     train, test = clients_of(z["x_train"], z["y_train"], classes=10), clients_of(z["x_test"], z["y_test"], classes=10)
@@ -135,7 +136,7 @@ def test_gradient_averaging(name):
     z = read(name)
     given = json.loads(str(z["settings"]))
     m, k, n, rate = given["m"], given["p"], given["n"], given["lr"]
-    fam = capacity.family(Linear(), [{}], jnp.zeros((1, given["d"])))
+    fam = families.family(Linear(), [{}], jnp.zeros((1, given["d"])))
     algorithm = ifca.make(
         fam, local(learning_rate=rate, batch_size=n, full_batch=True), cohort=m, clusters=k, averaging="gradients",
         loss="squared_error",
@@ -176,7 +177,7 @@ def stacked_family(leaves):
                 self.param(name, nn.initializers.zeros, shape)
             return jnp.zeros((x.shape[0], 1))
 
-    return capacity.family(Holder(), [{}], jnp.zeros((1, 1)))
+    return families.family(Holder(), [{}], jnp.zeros((1, 1)))
 
 
 def nobody(count):

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax.core.types import Shard
 from hetfl_jax.data import partition
-from hetfl_jax.evaluate import readings
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families, windows
+from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import drift, merge, objective, server
 from hetfl_jax.parts.local import local, tally, train
-from hetfl_jax.types import Shard
+from hetfl_jax.run.evaluate import readings
 from tests.vectors import exits
 from tests.vectors.discover import below, of_kind, read
 from tests.vectors.test_heterofl_vectors import assert_trees
@@ -45,7 +45,7 @@ def test_multi_exit_forward(name, double):
     start, x = below(z, "s"), images(z["x"])
     fam = exits.family(start, x.shape[1:])
     variables = exits.to_variables(start, fam.levels)
-    full = capacity.view(fam, variables, 0)
+    full = families.view(fam, variables, 0)
     logits = jax.jit(lambda v: full.apply(v, x)[0])(variables)
     np.testing.assert_allclose(logits, z["eval_logits"], atol=1e-10)
     trained, stats = jax.jit(lambda v: full.apply(v, x, train=True, valid=jnp.ones(len(x), bool)))(variables)
@@ -54,12 +54,12 @@ def test_multi_exit_forward(name, double):
         wanted = exits.to_variables(after, fam.levels).get("batch_stats", {})
         assert_trees(stats.get("batch_stats", stats) if wanted else {}, wanted, 1e-10)
     for level in range(1, fam.levels):
-        small = capacity.view(fam, variables, level)
+        small = families.view(fam, variables, level)
         depth = fam.levels - level
         if f"n_keys_depth{depth}" in z:
             prefix = list(z["key_order"][: int(z[f"n_keys_depth{depth}"])])
             own = exits.to_variables({k: start[k] for k in prefix}, fam.levels)
-            assert set(capacity.flat(small.variables)) == set(capacity.flat(own))
+            assert set(windows.flat(small.variables)) == set(windows.flat(own))
         np.testing.assert_array_equal(small.apply(small.variables, x)[0], full.apply(variables, x)[0][:depth])
 
 
@@ -161,10 +161,10 @@ def test_parameters_and_macs(name):
     for key in (k for k in z if re.fullmatch(r"resnet18_c\d+/params", k)):
         kind = key.split("/")[0]
         module = build("resnet18_exits", classes=int(kind.removeprefix("resnet18_c")))
-        fam = capacity.family(module, [{"depth": d} for d in (4, 3, 2, 1)], jnp.zeros((1, 32, 32, 3)))
-        costs = capacity.costs(fam)
-        np.testing.assert_array_equal(costs.parameters[::-1], z[f"{kind}/params"])
-        np.testing.assert_array_equal(costs.macs[::-1], z[f"{kind}/macs_32x32"])
+        fam = families.family(module, [{"depth": d} for d in (4, 3, 2, 1)], jnp.zeros((1, 32, 32, 3)))
+        cost = costs(fam)
+        np.testing.assert_array_equal(cost.parameters[::-1], z[f"{kind}/params"])
+        np.testing.assert_array_equal(cost.macs[::-1], z[f"{kind}/macs_32x32"])
         norms = [len(s["batch_stats"]) for s in fam.shapes]
         statistics = [sum(leaf.size for leaf in jax.tree.leaves(s["batch_stats"])) for s in fam.shapes]
         # PyTorch counts one further buffer a norm, its batch counter.
@@ -172,8 +172,8 @@ def test_parameters_and_macs(name):
         entries = [len(jax.tree.leaves(s["params"])) for s in fam.shapes]
         np.testing.assert_array_equal(entries[::-1], z["n_param_entries"])
     if "c100_param_keys" in z:
-        fam = capacity.family(build("resnet18_exits", classes=100), [{}], jnp.zeros((1, 32, 32, 3)))
-        sizes = {path: leaf.size for path, leaf in capacity.flat(fam.shapes[0]).items()}
+        fam = families.family(build("resnet18_exits", classes=100), [{}], jnp.zeros((1, 32, 32, 3)))
+        sizes = {path: leaf.size for path, leaf in windows.flat(fam.shapes[0]).items()}
         for key, size in zip(z["c100_param_keys"], z["c100_param_sizes"]):
             assert sizes[exits.place(str(key), 4)] == size, key
 
@@ -197,9 +197,9 @@ def test_local_round(name, double):
     widths = {k: len(v) for k, v in (start | duals).items() if re.fullmatch(r"layer\d\.0\.bn1\.norm\.weight", k)}
     fam = exits.family_of(tuple(widths[k] for k in sorted(widths)), start, x.shape[1:])
     paths = {k: exits.place(k, fam.levels) for k in duals}
-    shapes = {path: leaf.shape for path, leaf in capacity.flat(fam.shapes[0]).items()}
+    shapes = {path: leaf.shape for path, leaf in windows.flat(fam.shapes[0]).items()}
     owned = {k: v for k, v in start.items() if k.endswith("tracked") or exits.level_of(k, fam.levels) <= depth}
-    view = capacity.view(fam, jax.tree.map(lambda s: jnp.zeros(s.shape), fam.shapes[0]), fam.levels - depth)
+    view = families.view(fam, jax.tree.map(lambda s: jnp.zeros(s.shape), fam.shapes[0]), fam.levels - depth)
     view = view._replace(variables=exits.to_variables(owned, fam.levels))
     settings = local(
         learning_rate=float(z["lr"]), batch_size=batch, epochs=int(z["epochs"]), weight_decay=1e-3, shuffle=False
@@ -231,8 +231,8 @@ def test_local_round(name, double):
         )
     )()
     wanted = {k: v for k, v in below(z, "final").items() if k in owned}
-    for path, value in capacity.flat(exits.to_variables(wanted, fam.levels)).items():
-        found = capacity.flat(after)[path]
+    for path, value in windows.flat(exits.to_variables(wanted, fam.levels)).items():
+        found = windows.flat(after)[path]
         np.testing.assert_allclose(found, value, atol=1e-9, err_msg=str(path))
     if not dynamic:
         np.testing.assert_allclose(seen.loss / seen.examples, z["step_losses"].mean(), rtol=1e-9)
@@ -262,9 +262,9 @@ def test_server_rounds_by_depth(name, double):
 
     @partial(jax.jit, static_argnums=0)
     def add(level, total, variables, returned):
-        delta = jax.tree.map(jnp.subtract, returned, capacity.narrow(fam, variables, level))
+        delta = jax.tree.map(jnp.subtract, returned, windows.narrow(fam, variables, level))
         lifted = rule.lift(delta, level, everything(1))
-        lifted = lifted._replace(delta=capacity.widen(fam, lifted.delta, level))
+        lifted = lifted._replace(delta=windows.widen(fam, lifted.delta, level))
         return jax.tree.map(jnp.add, total, lifted)
 
     zero = jax.eval_shape(lambda: rule.lift(variables, 0, everything(1)))
@@ -286,7 +286,7 @@ def test_server_rounds_by_depth(name, double):
         deepest = levels - min(int(max(z[f"r{r}/depths"])), levels)
         absent = {path for path, window in fam.windows.items() if not window.extents[deepest].all()}
         assert bool(absent) == (deepest > 0)
-        was, now = (capacity.flat({"0": v, "m": m}) for v, m in ((before, slot_before), (variables, slot)))
+        was, now = (windows.flat({"0": v, "m": m}) for v, m in ((before, slot_before), (variables, slot)))
         for path in absent:
             np.testing.assert_array_equal(was["0", *path], now["0", *path])
             if path[0] == "params":

@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax.core.types import State
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import make_round
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round
+from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg, feddyn, fedprox, scaffold
-from hetfl_jax.models import build
+from hetfl_jax.models import build, families
 from hetfl_jax.parts import drift, objective
 from hetfl_jax.parts.local import local, train
-from hetfl_jax.store import device_store
-from hetfl_jax.types import State
 from tests.vectors.discover import of_kind, read
 from tests.vectors.test_depth_vectors import everything
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.vectors
 
 
 def linear(features, classes):
-    return capacity.family(build("mlp", hidden=(), classes=classes), [{}], jnp.zeros((1, features)))
+    return families.family(build("mlp", hidden=(), classes=classes), [{}], jnp.zeros((1, features)))
 
 
 def unflatten(theta, features, classes):
@@ -45,7 +44,7 @@ def test_a_client_of_feddyn(name):
     fam = linear(features, classes)
     for case in sorted({key.split("/")[0] for key in z if key.endswith("/theta_after_one_step")}):
         for steps, key in ((1, "theta_after_one_step"), (5, "theta_after_five_steps")):
-            view = capacity.view(fam, {"params": unflatten(z["theta"], features, classes)}, 0)
+            view = families.view(fam, {"params": unflatten(z["theta"], features, classes)}, 0)
             settings = local(
                 learning_rate=float(z[f"{case}/lr"]), batch_size=len(y), epochs=0, steps=steps, shuffle=False,
                 weight_decay=float(z[f"{case}/weight_decay"]), clip_norm=10.0,

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax.core.types import Shard, Within
 from hetfl_jax.data.population import batches, population
-from hetfl_jax.evaluate import with_statistics
-from hetfl_jax.executors import executor
+from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import heterofl
+from hetfl_jax.models import families, windows
 from hetfl_jax.parts import drift, merge, objective
 from hetfl_jax.parts.local import local, train
-from hetfl_jax.types import Shard, Within
+from hetfl_jax.run.evaluate import with_statistics
 from tests.vectors import official
 from tests.vectors.discover import below, of_kind, read
 
@@ -29,7 +29,7 @@ def shard_of(label_split, classes=10, x=None, y=None):
 
 
 def assert_trees(found, wanted, atol, relative_to_largest=0.0):
-    found, wanted = capacity.flat(found), capacity.flat(wanted)
+    found, wanted = windows.flat(found), windows.flat(wanted)
     assert set(found) == set(wanted)
     for path, value in wanted.items():
         largest = float(np.abs(value).max())
@@ -44,7 +44,7 @@ def combine(fam, variables, replies):
     def lifted(reply):
         level, shard, given, returned = reply
         total = rule.lift(jax.tree.map(jnp.subtract, returned, given), level, shard)
-        return total._replace(delta=capacity.widen(fam, total.delta, level))
+        return total._replace(delta=windows.widen(fam, total.delta, level))
 
     # One program: op by op, dispatch is what this costs.
     @jax.jit
@@ -65,18 +65,18 @@ def test_cut_and_combine(name):
     variables = {"params": official.to_tree(start)}
     replies = []
     for user in range(len(z["rates"])):
-        given = capacity.narrow(fam, variables, user + 1)
+        given = windows.narrow(fam, variables, user + 1)
         assert_trees(given["params"], official.to_tree(below(z, f"user{user}/given")), 0)
         returned = {"params": official.to_tree(below(z, f"user{user}/returned"))}
         replies.append((user + 1, shard_of(z[f"user{user}/label_split"]), given, returned))
     combined, coverage = combine(fam, variables, replies)
     assert_trees(combined["params"], official.to_tree(below(z, "global_out")), 1e-6)
-    count = capacity.flat(official.to_tree(below(z, "derived_count")))
-    for path, covered in capacity.flat(coverage["params"]).items():
+    count = windows.flat(official.to_tree(below(z, "derived_count")))
+    for path, covered in windows.flat(coverage["params"]).items():
         np.testing.assert_array_equal(covered, count[path], err_msg=str(path))
         untouched = np.asarray(count[path]) == 0
-        old = np.asarray(capacity.flat(variables["params"])[path])
-        new = np.asarray(capacity.flat(combined["params"])[path])
+        old = np.asarray(windows.flat(variables["params"])[path])
+        new = np.asarray(windows.flat(combined["params"])[path])
         np.testing.assert_array_equal(new[untouched], old[untouched])
 
 
@@ -96,7 +96,7 @@ def test_forward_loss_and_gradients(name, masked):
         )
         variables = {"params": official.to_tree(start)}
         shard = shard_of(z["label_split"])
-        view = capacity.view(fam, variables, Within(0, jnp.int32(1)) if masked else 1)
+        view = families.view(fam, variables, Within(0, jnp.int32(1)) if masked else 1)
         for mask in (0, 1):
             if f"{case}/mask{mask}/logits" not in z:
                 continue
@@ -162,7 +162,7 @@ def test_local_training_of_one_client(name):
         v.shape[0] for k, v in start.items() if re.fullmatch(r"blocks\.\d*[05]\.weight|layer\d\.0\.conv1\.weight", k)
     ]
     fam = official.family(start, np.array(hidden), [float(z["rate"])], x.shape[1:])
-    view = capacity.view(fam, {"params": official.to_tree(start)}, 1)
+    view = families.view(fam, {"params": official.to_tree(start)}, 1)
     assert_trees(view.variables["params"], official.to_tree(below(z, "given")), 0)
     shard = shard_of(z["label_split"], x=x, y=jnp.asarray(y))
     settings = local(

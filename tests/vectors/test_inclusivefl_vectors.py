@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
+from hetfl_jax.models import windows
 from hetfl_jax.parts import sharing
 from tests.vectors.discover import below, of_kind, read
 
@@ -34,7 +34,7 @@ def stacked(types):
 
 
 def assert_types(found, wanted, skip=(), atol=1e-6):
-    leaves = capacity.flat(found)
+    leaves = windows.flat(found)
     for t, arrays in enumerate(wanted):
         for name, value in arrays.items():
             if (t, name) not in skip:
@@ -75,7 +75,7 @@ def test_layers_are_shared(name):
         assert_types(found, wanted, nan)
         # The published code divides by zero where the only owners are absent; here the old value stays.
         for t, key in nan:
-            np.testing.assert_array_equal(capacity.flat(found)[place(key)][t], given[t][key])
+            np.testing.assert_array_equal(windows.flat(found)[place(key)][t], given[t][key])
         assert bool(nan) == bool(z[f"{case}/nan_names"].size if f"{case}/nan_names" in z else nan)
 
 

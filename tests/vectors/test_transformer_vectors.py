@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax import capacity
-from hetfl_jax.models import Transformer
+from hetfl_jax.core.types import Within
+from hetfl_jax.models import Transformer, families, windows
 from hetfl_jax.parts import objective
-from hetfl_jax.types import Within
 from tests.vectors.discover import below, of_kind, read
 from tests.vectors.test_heterofl_vectors import assert_trees, combine, shard_of
 
@@ -65,7 +64,7 @@ def family(z):
     # Shrinking is by the rate relative to the global model's.
     globally = full.shape[1] / int(z["embedding_size"])
     levels = [{"width": 1.0}] + [{"width": float(rate) / globally} for rate in z["rates"]]
-    return capacity.family(module, levels, jnp.zeros((1, z["tokens"].shape[1]), jnp.int32))
+    return families.family(module, levels, jnp.zeros((1, z["tokens"].shape[1]), jnp.int32))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,9 +83,9 @@ def test_cut_and_combine(name):
             if f"user{user}/idx_out/{k}" in z
         }
         assert set(index) == set(start)
-        cut = capacity.narrow(fam, {"params": to_tree(numbers, heads)}, user + 1)
+        cut = windows.narrow(fam, {"params": to_tree(numbers, heads)}, user + 1)
         assert_trees(cut["params"], to_tree({k: numbers[k][index[k]] for k in start}, heads), 0)
-        given = capacity.narrow(fam, variables, user + 1)
+        given = windows.narrow(fam, variables, user + 1)
         assert_trees(given["params"], to_tree(below(z, f"user{user}/given"), heads), 0)
         returned = {"params": to_tree(below(z, f"user{user}/returned"), heads)}
         held = shard_of(z[f"user{user}/label_split"], classes=int(z["num_tokens"]))
@@ -109,14 +108,14 @@ def test_forward_loss_and_gradients(name, masked):
     goal, valid = objective.masked_cross_entropy(), jnp.ones(len(tokens), bool)
 
     def loss(params, level, train):
-        view = capacity.view(fam, variables, level)
+        view = families.view(fam, variables, level)
         exits, _ = view.apply({"params": params}, seen, train=train)
         rows = objective.by_label(exits, tokens, valid)
         return goal.loss(rows[0], view.active, *rows[1:], held, 0), goal.local(exits, held)[-1]
 
     def both(level):
         """Training with its gradients, and evaluation."""
-        params = capacity.view(fam, variables, level).variables["params"]
+        params = families.view(fam, variables, level).variables["params"]
         (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params, level, True)
         return {"train": (value, logits), "eval": loss(params, level, False)}, gradient
 
@@ -127,5 +126,5 @@ def test_forward_loss_and_gradients(name, masked):
             wanted = z[f"user{user}/{mode}/logits_N_V_S"].transpose(0, 2, 1)
             np.testing.assert_allclose(logits, wanted, atol=1e-5)
             np.testing.assert_allclose(value, z[f"user{user}/{mode}/loss"], atol=1e-5)
-        own = capacity.narrow(fam, {"params": gradient}, user + 1)["params"] if masked else gradient
+        own = windows.narrow(fam, {"params": gradient}, user + 1)["params"] if masked else gradient
         assert_trees(own, to_tree(below(z, f"user{user}/train/grad"), heads), 1e-5)

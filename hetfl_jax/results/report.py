@@ -14,8 +14,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hetfl_jax.federation import Federation
-
 Line = dict[str, Any]
 _MOST_CLASSES = 200  #: that a heat map shows
 _COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
@@ -41,12 +39,12 @@ def environment(devices: int) -> dict[str, Any]:
     }
 
 
-def headline(config: Any, fed: Federation) -> str:
+def headline(config: Any, clients: int) -> str:
     """One line on what is about to run."""
     active = config.method.args.get("cohort", "?")
     return (
         f"{config.method.name} on {config.data.source}: {config.family.net} {config.family.mix}, "
-        f"{fed.partition.size.size} clients ({config.data.split}), {active} a round, {config.train.rounds} rounds"
+        f"{clients} clients ({config.data.split}), {active} a round, {config.train.rounds} rounds"
     )
 
 
@@ -76,17 +74,17 @@ def _evaluated(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if "accuracy" in line]
 
 
-def table(fed: Federation, lines: Sequence[Line], best: int | None) -> list[Line]:
+def table(mix: Any, costs: Any, lines: Sequence[Line], best: int | None) -> list[Line]:
     """One row a level: accuracies at start, best and last round, size and cost."""
     points = _evaluated(lines)
     first, last = points[0], points[-1]
     chosen = next((p for p in points if p["round"] == best), last)
     rows = []
-    for level, letter in enumerate(fed.mix.letters):
+    for level, letter in enumerate(mix.letters):
         row = {
             "level": letter,
-            "width": fed.mix.widths[level],
-            "depth": fed.mix.depths[level] if fed.mix.depths else None,
+            "width": mix.widths[level],
+            "depth": mix.depths[level] if mix.depths else None,
             "start": first["accuracy"][letter],
             "last": last["accuracy"][letter],
             "best": chosen["accuracy"][letter],
@@ -94,15 +92,15 @@ def table(fed: Federation, lines: Sequence[Line], best: int | None) -> list[Line
             "ensemble": last.get("ensemble_accuracy", {}).get(letter),
             "sel": last.get("sel_accuracy", {}).get(letter),
             "perplexity": last.get("perplexity", {}).get(letter),
-            "parameters": int(fed.costs.parameters[level]),
-            "macs": int(fed.costs.macs[level]),
-            "bytes": int(fed.costs.bytes[level]),
+            "parameters": int(costs.parameters[level]),
+            "macs": int(costs.macs[level]),
+            "bytes": int(costs.bytes[level]),
         }
         rows.append(row)
     return rows
 
 
-def totals(lines: Sequence[Line], best: int | None, fed: Federation) -> Line:
+def totals(lines: Sequence[Line], best: int | None) -> Line:
     """Traffic and work of the whole run, against an all-full-size FedAvg with the same cohorts."""
     last = lines[-1]
     full = max(last["full_size_bytes"], 1)

@@ -1,31 +1,8 @@
 """How many clients run under one vmap: as many as asked for, or as many as a device holds, in equal chunks."""
 
-from collections.abc import Callable
 from math import ceil, sqrt
-from typing import Any
-
-import jax
 
 MOST = 256  #: clients at once; 1,024 were no faster on a GPU, even of a net of 159,010 parameters
-
-
-def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
-    """Bytes of all that ``fn(*args)`` computes, each loop's body once: more than it holds at any one time.
-
-    >>> computed_bytes(lambda x: (2 * x).sum(), jax.ShapeDtypeStruct((3, 5), "float32"))
-    64
-    """
-    return _bytes(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
-def _bytes(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype"))
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            total += _bytes(inner) if hasattr(inner, "eqns") else 0
-    return total
 
 
 def clients_at_once(asked: int, slots: int, buckets: int, each: int, memory: int) -> int:

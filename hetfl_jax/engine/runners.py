@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import machine, tree
-from hetfl_jax.chunks import clients_at_once, computed_bytes
-from hetfl_jax.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
+from hetfl_jax.core import machine, tree
+from hetfl_jax.core.jaxprs import computed_bytes
+from hetfl_jax.core.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
+from hetfl_jax.engine.chunks import clients_at_once
 
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
 

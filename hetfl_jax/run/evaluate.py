@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetfl_jax import tree
-from hetfl_jax.data.population import examples
-from hetfl_jax.engine import Executor, compiled, query
+from hetfl_jax.core import tree
+from hetfl_jax.core.shards import examples
+from hetfl_jax.core.types import Algorithm, Array, Level, Population, PyTree, Shard, Within
+from hetfl_jax.engine.rounds import Executor, compiled, query
 from hetfl_jax.parts.local import Tally, tally
-from hetfl_jax.types import Algorithm, Array, Level, Population, PyTree, Shard, Within
 
 
 class Scores(NamedTuple):

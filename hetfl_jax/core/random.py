@@ -7,7 +7,7 @@ cohort, on chunking, bucketing, padding or device count, and a resumed run needs
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax.types import Array
+from hetfl_jax.core.types import Array
 
 INIT, PLAN, CLIENT, SURVEY, DATA = range(5)  #: purposes
 

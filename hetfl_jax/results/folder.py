@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from hetfl_jax import machine
-from hetfl_jax.types import State
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import State
 
 #: settings that a resumed run may set anew; other devices and chunks move results by rounding
 MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")

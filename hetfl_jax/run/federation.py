@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import capacity, methods
-from hetfl_jax.capacity import Costs, Family
+from hetfl_jax import methods
+from hetfl_jax.core.types import Algorithm, Population, Views
 from hetfl_jax.data import partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import batches, held_classes, joined, population, renamings, rotations
+from hetfl_jax.data.population import batches, held_classes, joined, population
+from hetfl_jax.data.views import renamings, rotations
 from hetfl_jax.models import build as build_net
+from hetfl_jax.models import families, windows
+from hetfl_jax.models.costs import Costs, costs
 from hetfl_jax.models.layers import active_channels
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts.local import Local, local
-from hetfl_jax.types import Algorithm, Population, Views
 
 SPLITS = ("iid", "shards", "dirichlet_per_class", "dirichlet_per_client", "natural", "per_group")
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
@@ -155,7 +158,7 @@ def build(config: Any) -> Federation:
         family=fam,
         local=settings,
         mix=mix,
-        costs=capacity.costs(fam),
+        costs=costs(fam),
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
@@ -310,7 +313,7 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
 
 
 def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Family:
-    prepare: capacity.Prepare = preprocess.features
+    prepare: windows.Prepare = preprocess.features
     if source.x_train.ndim == 4:
         prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
     elif source.y_train.ndim > 1:
@@ -323,7 +326,7 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int) -> Fami
     module = build_net(fields.pop("net"), **fields)
     if mix.depths and not hasattr(module, "depth"):
         raise ValueError(f"mix {config.family.mix!r} has depths, which net {config.family.net!r} has not (family.mix)")
-    return capacity.family(module, [level_fields(mix, i) for i in range(len(mix.letters))], example, prepare)
+    return families.family(module, [level_fields(mix, i) for i in range(len(mix.letters))], example, prepare)
 
 
 def level_fields(mix: Mix, level: int) -> dict[str, Any]:

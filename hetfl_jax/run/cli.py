@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hetfl_jax import machine
+from hetfl_jax.core import machine
 
 DEFAULT_CONFIG = "configs/heterofl_digits.py"
 
@@ -131,8 +131,9 @@ def _check_keys(config: Any, arguments: Sequence[str]) -> None:
 
 
 def _train(given: argparse.Namespace, rest: list[str]) -> None:
-    from hetfl_jax import report, run
-    from hetfl_jax.folder import write_json
+    from hetfl_jax.results import report
+    from hetfl_jax.results.folder import write_json
+    from hetfl_jax.run import train as run
 
     config = load_config(rest)
     machine.connect(given.coordinator, given.processes, given.process)
@@ -140,7 +141,7 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
     if given.resume and given.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if given.dry_run:
-        from hetfl_jax.dryrun import describe
+        from hetfl_jax.run.dryrun import describe
 
         print(describe(config))
         return
@@ -163,19 +164,19 @@ def _seeds(text: str) -> list[int]:
 
 
 def _eval(given: argparse.Namespace, rest: list[str]) -> None:
-    from hetfl_jax.export import evaluate_run
+    from hetfl_jax.run.export import evaluate_run
 
     print(evaluate_run(given.folder, given.round))
 
 
 def _plot(given: argparse.Namespace, rest: list[str]) -> None:
-    from hetfl_jax.export import plot_run
+    from hetfl_jax.run.export import plot_run
 
     print("\n".join(map(str, plot_run(given.folder))))
 
 
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
-    from hetfl_jax.export import export_level
+    from hetfl_jax.run.export import export_level
 
     print(export_level(given.folder, given.level, given.round, given.output, given.cluster))
 

@@ -13,13 +13,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hetfl_jax import tree
-from hetfl_jax.data.population import shards
-from hetfl_jax.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
-from hetfl_jax.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
-from hetfl_jax.runners import Pool
-from hetfl_jax.store import Store, device_store
-from hetfl_jax.types import Algorithm, Array, Between, Items, Outcome, Plan, Population, PyTree, Reply, Shard, State
+from hetfl_jax.core import tree
+from hetfl_jax.core.random import CLIENT, INIT, PLAN, SURVEY, purpose_key
+from hetfl_jax.core.shards import shards
+from hetfl_jax.core.types import (
+    Algorithm,
+    Array,
+    Between,
+    Items,
+    Outcome,
+    Plan,
+    Population,
+    PyTree,
+    Reply,
+    Shard,
+    State,
+)
+from hetfl_jax.engine.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
+from hetfl_jax.engine.runners import Pool
+from hetfl_jax.engine.stores import Store, device_store
 
 Step = Callable[[State, Population, Array], tuple[State, PyTree]]
 

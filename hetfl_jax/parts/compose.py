@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax import capacity, tree
-from hetfl_jax.capacity import Family
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+from hetfl_jax.models import families, windows
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift as drifts
 from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
 from hetfl_jax.parts.local import Local, Tally, tally, train
-from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 
 class ServerState(NamedTuple):
@@ -64,7 +65,7 @@ def compose(
     server = server or servers.optimizer()
 
     def init(key: Array) -> tuple[ServerState, PyTree]:
-        variables = capacity.init(family, key)
+        variables = families.init(family, key)
         memory = drift.init(variables["params"])
         if local.keep_momentum:
             memory = {**memory, "momentum": {"params": jax.tree.map(jnp.zeros_like, variables["params"])}}
@@ -81,7 +82,7 @@ def compose(
         )
 
     def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        view = capacity.view(family, sent.variables, level)
+        view = families.view(family, sent.variables, level)
         after, seen, kept, extra = train(
             local, view, objective, drift, key=key, shard=shard, round=sent.round,
             memory={name: view.cut(part) for name, part in dict(memory).items()}, context=view.cut(dict(sent.context)),
@@ -93,7 +94,7 @@ def compose(
 
     def widen(total: merges.Total, level: int) -> merges.Total:
         return total._replace(
-            delta=capacity.widen(family, total.delta, level), extra=capacity.widen(family, total.extra, level)
+            delta=windows.widen(family, total.delta, level), extra=windows.widen(family, total.extra, level)
         )
 
     def serve(state: ServerState, plan: Plan, total: PyTree, report: Tally, ok: Array) -> tuple[ServerState, PyTree]:
@@ -104,10 +105,10 @@ def compose(
         return ServerState(variables, slot), info
 
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
-        return capacity.view(family, state.variables, level).variables
+        return families.view(family, state.variables, level).variables
 
     def judge(sent: Sent, level: Level, shard: Shard) -> Tally:
-        view = capacity.view(family, sent.variables, level)
+        view = families.view(family, sent.variables, level)
 
         def logits(x: Array) -> Array:
             exits, _ = view.apply(view.variables, x)
@@ -116,11 +117,11 @@ def compose(
         return tally(logits, objective.each, local.batch_size, shard)
 
     def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
-        exits, _ = capacity.apply_at(family, level)(variables, x)
+        exits, _ = families.apply_at(family, level)(variables, x)
         return exits if shard is None else objective.local(exits, shard)
 
     def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
-        return capacity.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
+        return families.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
     def others(state: ServerState, memory: PyTree) -> dict[str, ServerState]:
         found = server.others(state.slot, state.variables)
@@ -128,7 +129,7 @@ def compose(
             found["all"] = {**state.variables, **jax.tree.map(lambda rows: rows.mean(0), memory["last"])}
         return {name: state._replace(variables=variables) for name, variables in found.items()}
 
-    collects = statistics if capacity.collects_statistics(family) else None
+    collects = statistics if families.collects_statistics(family) else None
     return Algorithm(
         family.levels, 1, init, plan, client, widen, serve, model, predict, collects, judge, others=others
     )  # fmt: skip

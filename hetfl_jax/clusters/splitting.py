@@ -9,11 +9,12 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from hetfl_jax import tree
-from hetfl_jax.bank import BankState, Report, Route
-from hetfl_jax.parts import bipartition, merge
+from hetfl_jax.clusters import bipartition
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Algorithm, Array, Between, Level, Plan, PyTree, Reply, Shard
+from hetfl_jax.parts import merge
+from hetfl_jax.parts.bank import BankState, Report, Route
 from hetfl_jax.parts.local import Tally
-from hetfl_jax.types import Algorithm, Array, Between, Level, Plan, PyTree, Reply, Shard
 
 
 class Clusters(NamedTuple):

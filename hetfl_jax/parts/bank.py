@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import tree
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 from hetfl_jax.parts.local import Tally
-from hetfl_jax.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
 
 LOST = 1e30  #: reported for a loss that is not finite
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core.types import Array, PyTree
 
 LINKAGES = ("complete", "single")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core.types import Array, PyTree
 
 
 def select(pred: Array, on_true: PyTree, on_false: PyTree) -> PyTree:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hetfl_jax import tree
-from hetfl_jax.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
-from hetfl_jax.types import Algorithm, Array, Items, Outcome, PyTree, State
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Algorithm, Array, Items, Outcome, PyTree, State
+from hetfl_jax.engine.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
 
 EXECUTORS = ("vmapped", "chunked", "bucketed", "debugging")
 AXIS = "clients"

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import tree
-from hetfl_jax.segments import Segments
-from hetfl_jax.types import Array, PyTree
+from hetfl_jax.core import tree
+from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.engine.segments import Segments
 
 STORES = ("device", "host", "file")
 

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax import engine, report, tree
+from hetfl_jax.core import tree
 from hetfl_jax.data import partition
-from hetfl_jax.federation import Federation, draws_levels, parse_buckets
-from hetfl_jax.run import TRAINING_PASSES, prepare
+from hetfl_jax.engine import rounds
+from hetfl_jax.results import report
+from hetfl_jax.run.federation import Federation, draws_levels, parse_buckets
+from hetfl_jax.run.train import TRAINING_PASSES, prepare
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
 ASSUMED_EFFICIENCY = 0.4
@@ -35,7 +37,7 @@ def describe(config: Any) -> str:
     macs = float(share @ fed.costs.macs) * cohort * (examples * TRAINING_PASSES + judged)
     one_way = float(share @ fed.costs.bytes) * cohort
     devices = lab.executor.devices
-    moved = engine.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
+    moved = rounds.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
     seconds = max(2 * macs / (matmul_rate() * ASSUMED_EFFICIENCY), cohort * steps * SMALLEST_STEP) / devices
     shared = tree.nbytes((fed.train.x, fed.train.y))
@@ -73,7 +75,7 @@ def describe(config: Any) -> str:
     )
     text = "\n".join(f"{name:22s}{value}" for name, value in rows)
     about = report.describe(partition.summary(fed.labels, fed.partition))
-    return f"{report.headline(config, fed)}\n{about}\n{text}"
+    return f"{report.headline(config, fed.partition.size.size)}\n{about}\n{text}"
 
 
 def _of_starts(config: Any) -> str:

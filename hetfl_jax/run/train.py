@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax import clusters, engine, executors, machine, profile, report
-from hetfl_jax.bank import alike
-from hetfl_jax.client_memory import store_for
+from hetfl_jax.clusters import report as clusters
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import Algorithm, PyTree, State
 from hetfl_jax.data import partition
-from hetfl_jax.evaluate import Scores, evaluator, judged, over_clients
-from hetfl_jax.federation import Federation, build, parse_buckets, parse_mix
-from hetfl_jax.folder import Checkpoints, Metrics, check_folder, claim, write_json
-from hetfl_jax.progress import Progress
-from hetfl_jax.store import Store
-from hetfl_jax.types import Algorithm, PyTree, State
+from hetfl_jax.engine import executors, profile, rounds
+from hetfl_jax.engine.stores import Store
+from hetfl_jax.parts.bank import alike
+from hetfl_jax.results import report
+from hetfl_jax.results.folder import Checkpoints, Metrics, check_folder, claim, write_json
+from hetfl_jax.results.progress import Progress
+from hetfl_jax.run.client_memory import store_for
+from hetfl_jax.run.evaluate import Scores, evaluator, judged, over_clients
+from hetfl_jax.run.federation import Federation, build, parse_buckets, parse_mix
 
 NEVER = -1.0  #: an accuracy below all others
 TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
@@ -49,8 +52,8 @@ class Lab(NamedTuple):
     """A federation with everything that runs it."""
 
     federation: Federation
-    executor: engine.Executor
-    step: engine.Step
+    executor: executors.Executor
+    step: rounds.Step
     evaluate: Callable[[int, PyTree], Scores]
     place: Callable[[PyTree], PyTree]
     start: Callable[[], State]
@@ -91,10 +94,10 @@ def prepare(config: Any) -> Lab:
     return Lab(
         fed,
         executor,
-        engine.make_round(fed.algorithm, executor, store),
+        rounds.make_round(fed.algorithm, executor, store),
         lambda level, server: score(level, server, population, batches, test),
         executor.place,
-        lambda: executor.place(engine.start(fed.algorithm, store, fed.partition.size.size, key)),
+        lambda: executor.place(rounds.start(fed.algorithm, store, fed.partition.size.size, key)),
         population,
         key,
         store,
@@ -143,7 +146,7 @@ def train(
         write_json(folder / "partition.json", about)
         np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
     state, totals = lab.start(), Totals(0, 0, 0, 0)
-    report.say(f"{report.headline(config, fed)}\n{report.describe(about)}", quiet)
+    report.say(f"{report.headline(config, fed.partition.size.size)}\n{report.describe(about)}", quiet)
 
     checkpoints = Checkpoints(folder, config.run.keep)
     if resume and (found := checkpoints.restore(state)):
@@ -193,11 +196,11 @@ def train(
     return _finish(config, lab, state, metrics.lines, best, folder, quiet)
 
 
-def _traced_step(lab: Lab, folder: Path, quiet: bool) -> engine.Step:
+def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
     """A round that is profiled together with an evaluation after it."""
 
     def step(state: State, population: PyTree, key: jax.Array) -> tuple[State, PyTree]:
-        program = engine.program(lab.step, state, population, key)
+        program = rounds.program(lab.step, state, population, key)
 
         def run() -> tuple[State, PyTree]:
             after, info = lab.step(state, population, key)
@@ -302,8 +305,8 @@ def _finish(
 ) -> Result:
     """Final table, plots, and what is printed."""
     fed = lab.federation
-    table = report.table(fed, lines, best)
-    summary = report.totals(lines, best, fed)
+    table = report.table(fed.mix, fed.costs, lines, best)
+    summary = report.totals(lines, best)
     files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")]
     if machine.is_first():
         write_json(folder / "table.json", {"levels": table, **summary})
@@ -334,7 +337,7 @@ def plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, Any
     """Clusters over rounds, who would lose what in which, and CFL's tree."""
     fed, server = lab.federation, state.server
     batch = config.run.eval_batch_size
-    ask = engine.compiled(
+    ask = rounds.compiled(
         lambda server, data: judged(fed.algorithm, lab.executor, server, 0, data, batch), lab.executor
     )
     seen = jax.device_get(ask(server, lab.population))

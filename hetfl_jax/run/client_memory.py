@@ -6,11 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetfl_jax import machine, tree
-from hetfl_jax.capacity import memory_extents
-from hetfl_jax.executors import Executor
-from hetfl_jax.federation import Federation, draws_levels
-from hetfl_jax.store import STORES, Packing, Store, device_store, file_store, host_store, packed_device_store, unpacked
+from hetfl_jax.core import machine, tree
+from hetfl_jax.engine.executors import Executor
+from hetfl_jax.engine.stores import (
+    STORES,
+    Packing,
+    Store,
+    device_store,
+    file_store,
+    host_store,
+    packed_device_store,
+    unpacked,
+)
+from hetfl_jax.models.windows import memory_extents
+from hetfl_jax.run.federation import Federation, draws_levels
 
 
 def store_for(config: Any, fed: Federation, executor: Executor) -> Store:

@@ -7,14 +7,16 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from hetfl_jax import capacity, report, run
+from hetfl_jax.core.types import PyTree, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.engine import compiled
-from hetfl_jax.evaluate import with_statistics
-from hetfl_jax.federation import level_fields, net_fields, parse_mix
-from hetfl_jax.folder import Checkpoints, read_metrics
-from hetfl_jax.types import PyTree, State
+from hetfl_jax.engine.rounds import compiled
+from hetfl_jax.models import windows
+from hetfl_jax.results import report
+from hetfl_jax.results.folder import Checkpoints, read_metrics
+from hetfl_jax.run import train as run
+from hetfl_jax.run.evaluate import with_statistics
+from hetfl_jax.run.federation import level_fields, net_fields, parse_mix
 
 
 def _opened(folder: Path) -> Any:
@@ -97,7 +99,7 @@ def export_level(
         return with_statistics(fed.algorithm, lab.executor, variables, number, data, batch)
 
     variables = compiled(model, lab.executor)(state.server, lab.place(fed.train_batches))
-    arrays = {"/".join(path): np.asarray(leaf) for path, leaf in capacity.flat(variables).items()}
+    arrays = {"/".join(path): np.asarray(leaf) for path, leaf in windows.flat(variables).items()}
     net = net_fields(config, mix, fed.train.classes.shape[1]) | level_fields(mix, number)
     path = output or folder / (f"level_{level}.npz" if cluster is None else f"level_{level}_cluster_{cluster}.npz")
     arrays["net"] = np.asarray(json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))

@@ -1,0 +1,44 @@
+"""Walks over a traced program: what it computes and multiplies."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """Bytes of all that ``fn(*args)`` computes, each loop's body once: more than it holds at any one time.
+
+    >>> computed_bytes(lambda x: (2 * x).sum(), jax.ShapeDtypeStruct((3, 5), "float32"))
+    64
+    """
+    return _bytes(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _bytes(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype"))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += _bytes(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def products(jaxpr: Any) -> Iterator[int]:
+    """Multiply-adds of each convolution and matrix product, in the order of the program."""
+    for equation in jaxpr.eqns:
+        out = equation.outvars[0].aval
+        if equation.primitive.name == "dot_general":
+            contract = equation.params["dimension_numbers"][0][0]
+            yield out.size * math.prod(equation.invars[0].aval.shape[a] for a in contract)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            yield out.size * math.prod(kernel) // out_channels
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)

@@ -1,0 +1,193 @@
+"""Windows: the parameters of a level are leading slices of the full ones.
+
+The *window* of a leaf is its leading extents at each level, all zero where a level lacks the leaf (a depth cut).
+Everything here is derived from that table: ``mask``, ``narrow``, ``widen``, ``overlay``, ``spread``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax.core.types import Array, Level, PyTree, Within
+from hetfl_jax.models.adapter import Net
+
+Path = tuple[str, ...]
+Prepare = Callable[[Array, Array | None], Array]
+
+
+class Window(NamedTuple):
+    """The part of one leaf that each level owns."""
+
+    extents: np.ndarray  #: [L, ndim] leading extents, all zero where the level lacks the leaf
+    class_axis: int  #: the axis that grows with the number of classes, -1 if none
+
+
+class Family(NamedTuple):
+    """One net at several capacity levels, level 0 the largest."""
+
+    nets: tuple[Net, ...]  #: one a level
+    fields: Mapping[str, np.ndarray]  #: [L] value of each module field that levels set
+    shapes: tuple[PyTree, ...]  #: variables of each level as ShapeDtypeStruct
+    windows: Mapping[Path, Window]
+    example: PyTree  #: ShapeDtypeStruct of a batch of one, as stored
+    prepare: Prepare  #: (x as stored, key or None) -> input of the net
+    exits: np.ndarray  #: [L] number of exits of each level
+    masked: bool  #: whether masked execution gives the same answer as the dense net of a level
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.nets)
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+    return tuple(str(getattr(key, "key", key)) for key in keys)
+
+
+def flat(values: PyTree) -> dict[Path, Any]:
+    """Leaves by path."""
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
+
+
+def map_leaves(fn: Callable[[Path, Any], Any], values: PyTree) -> PyTree:
+    """``fn(path, leaf)`` over a tree of variables, the path as strings: a key of ``Family.windows``."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_path(path), leaf), values)
+
+
+def base_of(level: Level) -> int:
+    """The static level whose shapes are used."""
+    return level.base if isinstance(level, Within) else level
+
+
+def index_of(level: Level) -> int | Array:
+    """The level itself, as a number."""
+    return level.level if isinstance(level, Within) else level
+
+
+def mask(fam: Family, level: int | Array, like: PyTree, base: int = 0) -> PyTree:
+    """Which entries of ``like`` (variables, or some of their collections) the level owns; bool, traced level allowed.
+
+    ``like`` has the shapes of level ``base``.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> mask(fam, 1, fam.shapes[0])["params"]["dense_0"]["bias"].tolist()
+    [True, True, False, False]
+    """
+
+    return map_leaves(lambda path, value: mask_leaf(fam, path, level, base), like)
+
+
+def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Array:
+    """``mask`` of one leaf, of the shape that level ``base`` gives it."""
+    extents = fam.windows[path].extents
+    inside = jnp.ones(tuple(extents[base]), bool)
+    for axis in range(extents.shape[1]):
+        if (extents[:, axis] < extents[base, axis]).any():
+            inside &= jax.lax.broadcasted_iota(jnp.int32, inside.shape, axis) < jnp.asarray(extents[:, axis])[level]
+    return inside
+
+
+def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
+    """The level's own tree: the leading slice of each leaf it has.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> narrow(fam, tree.zeros(fam.shapes[0]), 1)["params"]["dense_0"]["kernel"].shape
+    (3, 2)
+    """
+    leaves = flat(values)
+
+    def leaf(path: Path, shape: Any) -> Array:
+        return leaves[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
+
+    return map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
+
+
+def widen(fam: Family, values: PyTree, level: int) -> PyTree:
+    """The inverse of ``narrow``: zero outside the window."""
+    leaves = flat(values)
+
+    def leaf(path: Path, shape: Any) -> Array:
+        if path not in leaves:
+            return jnp.zeros(shape.shape, shape.dtype)
+        value = leaves[path]
+        return jnp.pad(value, [(0, full - own) for full, own in zip(shape.shape, value.shape)])
+
+    return map_leaves(leaf, {name: fam.shapes[0][name] for name in values})
+
+
+def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
+    """``old`` with the level's window replaced by ``new``; entries outside it survive."""
+    leaves = flat(new)
+
+    def leaf(path: Path, value: Array) -> Array:
+        if path not in leaves:
+            return value
+        return value.at[tuple(slice(0, extent) for extent in leaves[path].shape)].set(leaves[path])
+
+    return map_leaves(leaf, old)
+
+
+def add_inside(fam: Family, total: PyTree, part: PyTree, level: int) -> PyTree:
+    """``total + widen(part, level)``, touching only the level's window.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> ones = lambda level: jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[level])
+    >>> add_inside(fam, ones(0), ones(1), 1)["params"]["dense_0"]["bias"].tolist()
+    [2.0, 2.0, 1.0, 1.0]
+    """
+    leaves = flat(part)
+
+    def leaf(path: Path, value: Array) -> Array:
+        if path not in leaves:
+            return value
+        own = leaves[path]
+        window = jax.lax.slice(value, (0,) * own.ndim, own.shape)
+        return jax.lax.dynamic_update_slice(value, window + own, (0,) * own.ndim)
+
+    return map_leaves(leaf, total)
+
+
+def spread(fam: Family, path: Path, weights: Array, along: Array | None = None) -> Array:
+    """``sum_l weights[l] * [entry inside the window of level l]`` for every entry of a leaf.
+
+    A window is a box at the origin, so this is one small product of indicators along the axes, not a mask a level.
+
+    Args:
+      weights: [L] float.
+      along: [L, C] float instead of ``weights`` for entries along the leaf's class axis.
+    """
+    window = fam.windows[path]
+    shape = tuple(int(n) for n in window.extents[0])
+    absent = (window.extents == 0).any(1) & (window.extents[0] > 0).all()
+    factor = jnp.where(jnp.asarray(absent), 0, weights)
+    letters = "abcdefgh"[: len(shape)]
+    terms, operands = ["l"], [factor]
+    for axis, full in enumerate(shape):
+        if axis == window.class_axis and along is not None:
+            terms[0], operands[0] = "l", jnp.where(jnp.asarray(absent), 0, jnp.ones_like(weights))
+            terms.append(f"l{letters[axis]}")
+            operands.append(along)
+        elif (window.extents[:, axis] != full).any():
+            terms.append(f"l{letters[axis]}")
+            inside = np.arange(full) < window.extents[:, axis, None]
+            operands.append(jnp.asarray(inside, weights.dtype))
+    kept = "".join(term[1] for term in terms[1:])
+    product = jnp.einsum(f"{','.join(terms)}->{kept}", *operands, precision=jax.lax.Precision.HIGHEST)
+    return jnp.broadcast_to(
+        jax.lax.expand_dims(product, [a for a, letter in enumerate(letters) if letter not in kept]), shape
+    )
+
+
+def memory_extents(fam: Family, memory: PyTree) -> tuple[list[tuple[int, ...]], ...]:
+    """For each level, the leading extents of every leaf of a client memory ``{name: {"params": tree}}``."""
+    parts = [flat(memory[name]) for name in sorted(memory)]
+    return tuple(
+        [tuple(map(int, fam.windows[path].extents[level])) for part in parts for path in part]
+        for level in range(fam.levels)
+    )
