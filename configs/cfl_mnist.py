@@ -9,7 +9,7 @@ rounds, batch 128, one epoch, rate decayed by 0.99 a round, 20% of every client'
 rate 0.03: at 0.1 that net collapses. gamma_max=0.0 is the plain criterion of the published code.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -18,23 +18,15 @@ def get_config(arg=""):
         raise ValueError(f"groups {arg.groups!r} is not one of labels, rotation, none (cfl_mnist.py)")
     swap = arg.groups == "labels"
     rate, clients = (0.03, 20) if swap else (0.1, 10)
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
             examples=10_000,
-            validation=0.0,
             clients=clients,
             split="iid" if swap else "dirichlet_per_class",
-            classes_per_client=2,
             concentration=1.0,
-            test_fraction=0.2,
-            mean=(0.0,),
-            std=(1.0,),
             groups={"labels": "labels:4", "rotation": "rotation:2", "none": "none"}[arg.groups],
             own_test=0.2,
-            augment="none",
-            options=dict(),
         ),
         family=dict(net="lenet", hidden=(6, 16), mix="a1", norm="none", scaler=False, lowering="auto", outputs=62),
         method=dict(
@@ -44,45 +36,24 @@ def get_config(arg=""):
                 eps1=0.2 if swap else 0.4,
                 eps2=0.6 if swap else 1.6,
                 gamma_max=arg.gamma_max,
-                linkage="complete",
                 max_clusters=8,
                 min_clients=3,
                 first_round=20,
-                weighted=False,
                 keep_updates=True,
-                server_optimizer=dict(name="sgd", learning_rate=1.0),
             ),
         ),
         train=dict(
             rounds=50 if swap else 60,
-            epochs=1,
-            steps=0,
             batch_size=128,
-            optimizer="sgd",
             learning_rate=rate * 0.99,
             momentum=0.9,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            milestones=(),
-            decay_factor=0.1,
             round_decay=0.99,
-            full_batch=False,
             keep_momentum=True,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"cfl_mnist_{arg.groups}",
-            folder="runs",
-            seed=0,
             eval_every=25 if swap else 20,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
-            checkpoint_every=10,
-            keep=2,
         ),
     )
     if arg.quick:

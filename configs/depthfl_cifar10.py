@@ -11,7 +11,7 @@ Commands (``source`` is an .npz with x_train, y_train, x_test, y_test, or tfds:c
 Device and time: one CPU core, about 10 minutes a run of 40 rounds with 5 local steps; see experiments/depthfl_cifar.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -35,38 +35,22 @@ def get_config(arg=""):
         mix=(f"{arg.exclusive}x1" if arg.exclusive else "4x1-3x1-2x1-1x1") if depth else "a1-b1-c1-d1",
         norm="bn_tracked" if depth else "bn",
         scaler=not depth,
-        lowering="auto",
     )
     args = dict(
         feddyn=arg.feddyn,
         feddyn_alpha=0.1,
-        feddyn_denominator="all",
-        max_correction=0.0,
         distill=arg.distill,
         ramp_rounds=arg.ramp,
-        ramp_power=5.0,
-        temperature=1.0,
         train_all=True,
         average_untrained=False,
     )
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
-            examples=0,
-            validation=0.0,
-            clients=100,
             first_clients=clients,
-            split="iid",
-            classes_per_client=2,
-            concentration=0.5,
-            test_fraction=0.2,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
-            groups="none",
-            own_test=0.0,
             augment="crop_flip",
-            options=dict(),
         ),
         family=family,
         method=dict(
@@ -78,31 +62,14 @@ def get_config(arg=""):
             epochs=5,
             steps=arg.steps,
             batch_size=50,
-            optimizer="sgd",
-            learning_rate=0.1,
-            momentum=0.0,
             weight_decay=1e-3,
-            clip_norm=0.0,
-            milestones=(),
-            decay_factor=0.1,
             round_decay=0.998,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
             devices=1,
-            store="device",
         ),
         run=dict(
             name=f"depthfl_cifar10_{name}",
-            folder="runs",
-            seed=0,
             eval_every=40,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
-            checkpoint_every=10,
             keep=1,
         ),
     )

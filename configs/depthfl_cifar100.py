@@ -17,7 +17,7 @@ Published ensemble accuracy of the global model: 76.06 IID with distillation, 74
 DepthFL (FedAvg) 72.67; HeteroFL 57.61; exclusive DepthFL 69.68, 73.21, 70.29, 60.32. No deviations are published.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -42,38 +42,23 @@ def get_config(arg=""):
         mix=(f"{arg.exclusive}x1" if arg.exclusive else "4x1-3x1-2x1-1x1") if depth else "a1-b1-c1-d1",
         norm="bn_tracked" if depth else "bn",
         scaler=not depth,
-        lowering="auto",
     )
     args = dict(
         feddyn=arg.feddyn and not arg.inclusive,
         feddyn_alpha=0.1,
-        feddyn_denominator="all",
-        max_correction=0.0,
         distill=arg.distill and not arg.inclusive,
         ramp_rounds=arg.ramp,
-        ramp_power=5.0,
-        temperature=1.0,
         train_all=not arg.inclusive,
         average_untrained=arg.inclusive,
     )
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
-            examples=0,
-            validation=0.0,
-            clients=100,
             first_clients=clients,
             split="iid" if arg.split == "iid" else "dirichlet_per_class",
-            classes_per_client=2,
-            concentration=0.5,
-            test_fraction=0.2,
             mean=(0.5071, 0.4867, 0.4408),
             std=(0.2675, 0.2565, 0.2761),
-            groups="none",
-            own_test=0.0,
             augment="crop_flip",
-            options=dict(),
         ),
         family=family,
         method=dict(
@@ -83,33 +68,13 @@ def get_config(arg=""):
         train=dict(
             rounds=1000,
             epochs=5,
-            steps=0,
             batch_size=50,
-            optimizer="sgd",
-            learning_rate=0.1,
-            momentum=0.0,
             weight_decay=1e-3,
-            clip_norm=0.0,
-            milestones=(),
-            decay_factor=0.1,
             round_decay=0.998,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
-            store="device",
         ),
         run=dict(
             name=f"depthfl_cifar100_{arg.split}_{name}",
-            folder="runs",
-            seed=0,
-            eval_every=10,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
-            checkpoint_every=10,
             keep=1,
         ),
     )

@@ -9,7 +9,7 @@ Published, last column of the table: a-e IID 90.29%, non-iid-2 92.10% local, 59.
 61.64. Single runs of non-iid cells differ by up to 3.5 points.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -17,23 +17,13 @@ def get_config(arg=""):
     if arg.split not in ("iid", "noniid2"):
         raise ValueError(f"split {arg.split!r} is not one of iid, noniid2 (heterofl_cifar10.py)")
     iid = arg.split == "iid"
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
-            examples=0,
-            validation=0.0,
-            clients=100,
             split="iid" if iid else "shards",
-            classes_per_client=2,
-            concentration=0.5,
-            test_fraction=0.2,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2023, 0.1994, 0.2010),
-            groups="none",
-            own_test=0.0,
             augment="crop_flip",
-            options=dict(),
         ),
         family=dict(
             net="preresnet_1112",
@@ -41,39 +31,21 @@ def get_config(arg=""):
             mix=arg.mix,
             norm="bn",
             scaler=True,
-            lowering="auto",
         ),
         method=dict(name="heterofl", args=dict(cohort=10, assignment="dynamic", mask=True)),
         train=dict(
             rounds=400 if iid else 800,
             epochs=5,
-            steps=0,
-            batch_size=10,
-            optimizer="sgd",
-            learning_rate=0.1,
             momentum=0.9,
             weight_decay=5e-4,
             clip_norm=1.0,
             milestones=(150, 250) if iid else (300, 500),
-            decay_factor=0.1,
-            round_decay=1.0,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"heterofl_cifar10_{arg.split}_{arg.mix}",
-            folder="runs",
-            seed=0,
             eval_every=5,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
             checkpoint_every=5,
-            keep=2,
         ),
     )
     return shrink(config) if arg.quick else config

@@ -8,7 +8,7 @@ Published (200 rounds IID, 400 non-iid-2; a third-party run of the official sett
 global; non-iid-2 99.86% local, 98.90% global. What was run here, and for how long: experiments/heterofl_mnist.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -16,63 +16,34 @@ def get_config(arg=""):
     if arg.split not in ("iid", "noniid2"):
         raise ValueError(f"split {arg.split!r} is not one of iid, noniid2 (heterofl_mnist.py)")
     iid = arg.split == "iid"
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
-            examples=0,
-            validation=0.0,
-            clients=100,
             split="iid" if iid else "shards",
-            classes_per_client=2,
-            concentration=0.5,
-            test_fraction=0.2,
             mean=(0.1307,),
             std=(0.3081,),
-            groups="none",
-            own_test=0.0,
-            augment="none",
-            options=dict(),
         ),
         family=dict(
-            net="conv",
             hidden=(64, 128, 256, 512),
             mix=arg.mix,
             norm="bn",
             scaler=True,
-            lowering="auto",
         ),
         method=dict(name="heterofl", args=dict(cohort=10, assignment="dynamic", mask=True)),
         train=dict(
             rounds=200 if iid else 400,
             epochs=5,
-            steps=0,
-            batch_size=10,
-            optimizer="sgd",
             learning_rate=0.01,
             momentum=0.9,
             weight_decay=5e-4,
             clip_norm=1.0,
             milestones=(100,) if iid else (200,),
-            decay_factor=0.1,
-            round_decay=1.0,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"heterofl_mnist_{arg.split}_{arg.mix}",
-            folder="runs",
-            seed=0,
             eval_every=5,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
             checkpoint_every=5,
-            keep=2,
         ),
     )
     return shrink(config) if arg.quick else config

@@ -12,7 +12,7 @@ Device and time: the paper's settings want an accelerator; small takes minutes o
 experiments/wikitext2.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -22,21 +22,12 @@ def get_config(arg=""):
     width = arg.method == "heterofl"
     mix = arg.mix or ("a1-b1-c1-d1-e1" if width else "4x1-3x1-2x1")
     args = dict(assignment="dynamic", mask=True) if width else dict(beta=0.2, timing="previous")
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
-            examples=0,
-            validation=0.0,
-            clients=100,
             split="natural",
-            classes_per_client=2,
             concentration=0.6,
             test_fraction=0.0,
-            mean=(0.0,),
-            std=(1.0,),
-            groups="none",
-            own_test=0.0,
             augment="corrupt:0.15",
             options=dict(length=64, rows=100, test_rows=10, test_tokens=0),
         ),
@@ -51,39 +42,22 @@ def get_config(arg=""):
             exits=False,
             norm="ln",
             scaler=width,
-            lowering="auto",
         ),
         method=dict(name=arg.method, args=dict(cohort=10, **args)),
         train=dict(
             rounds=200,
-            epochs=1,
-            steps=0,
             batch_size=1,
-            optimizer="sgd",
-            learning_rate=0.1,
             momentum=0.9,
             weight_decay=5e-4,
             clip_norm=1.0,
             milestones=(50, 100),
-            decay_factor=0.1,
-            round_decay=1.0,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"{arg.method}_wikitext2_{mix}{'_small' if arg.small else ''}",
-            folder="runs",
-            seed=0,
             eval_every=5,
-            eval_masked=False,
             eval_batch_size=10,
             statistics_batch_size=10,
             checkpoint_every=5,
-            keep=2,
         ),
     )
     if arg.small:

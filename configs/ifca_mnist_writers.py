@@ -15,7 +15,7 @@ first command, 98.15 % after 2,000 rounds, 175 s on an NVIDIA H200 beside other 
 ``quick``.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
@@ -42,63 +42,31 @@ def get_config(arg=""):
         warm_start=arg.start,
         redraw=("head",),
     )
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
             writers=arg.writers,
-            examples=0,
-            validation=0.0,
             clients=539,
             split="natural",
-            classes_per_client=2,
-            concentration=0.5,
             test_fraction=0.1,
-            mean=(0.0,),
-            std=(1.0,),
-            groups="none",
-            own_test=0.0,
-            augment="none",
-            options=dict(),
         ),
         family=dict(net="cnn", hidden=(32, 64, 2048), mix="a1", norm="none", scaler=False, lowering="auto"),
         method=dict(
             name="fedavg" if before else "ifca",
             args=dict(
                 cohort=3 if before else 6,
-                server_optimizer=dict(name="sgd", learning_rate=1.0),
                 **({} if before else cluster),
             ),
         ),
         train=dict(
             rounds=2000 if before else 4000,
-            epochs=1,
-            steps=0,
-            batch_size=10,
-            optimizer="sgd",
             learning_rate=0.004,
-            momentum=0.0,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            milestones=(),
-            decay_factor=0.1,
-            round_decay=1.0,
-            full_batch=False,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"ifca_mnist_writers_{'pretrain' if before else f'k{arg.clusters}'}",
-            folder="runs",
-            seed=0,
             eval_every=20,
-            eval_masked=False,
-            eval_batch_size=100,
             statistics_batch_size=50,
             checkpoint_every=20,
-            keep=2,
         ),
     )
     if not arg.quick:

@@ -11,29 +11,19 @@ in clients of n, each judged by the model that is best on it (its labels are use
 Published accuracy, from memory of the paper: 94.20, 95.05, 95.25 for m = 4800, 2400, 1200; global 86.74, 88.65, 89.73.
 """
 
-from hetfl_jax.run.config import blocks, parse_arg, shrink
+from hetfl_jax.run.config import changed, parse_arg, shrink
 
 
 def get_config(arg=""):
     arg = parse_arg(arg, m=4800, clusters=4, restarts=1, examples=0, source="npz:mnist.npz", quick=False)
     held = 4 * (arg.examples or 60_000) // arg.m  # images of a client, all of them in each step
-    config = blocks(
+    config = changed(
         data=dict(
             source=arg.source,
-            writers="",
             examples=arg.examples,
-            validation=0.0,
             clients=arg.m,
             split="per_group",
-            classes_per_client=2,
-            concentration=0.5,
-            test_fraction=0.2,
-            mean=(0.0,),
-            std=(1.0,),
             groups="rotation:4",
-            own_test=0.0,
-            augment="none",
-            options=dict(),
         ),
         family=dict(net="mlp", hidden=(200,), mix="a1", norm="none", scaler=False, lowering="auto"),
         method=dict(
@@ -41,51 +31,19 @@ def get_config(arg=""):
             args=dict(
                 cohort=arg.m,
                 clusters=arg.clusters,
-                averaging="models",
-                weighted=False,
-                over="",
-                over_args=dict(),
                 restarts=arg.restarts,
-                restart_rounds=3,
-                min_share=0.0,
-                forced_rounds=0,
-                shared=(),
-                freeze_shared=False,
-                warm_start="",
-                redraw=("head",),
-                server_optimizer=dict(name="sgd", learning_rate=1.0),
             ),
         ),
         train=dict(
             rounds=300,
             epochs=10,
-            steps=0,
             batch_size=held,
-            optimizer="sgd",
-            learning_rate=0.1,
-            momentum=0.0,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            milestones=(),
-            decay_factor=0.1,
-            round_decay=1.0,
             full_batch=True,
-            keep_momentum=False,
-            executor="bucketed",
-            buckets="each",
-            clients_per_chunk=0,
-            devices=0,
         ),
         run=dict(
             name=f"ifca_rotated_mnist_m{arg.m}_k{arg.clusters}",
-            folder="runs",
-            seed=0,
-            eval_every=10,
-            eval_masked=False,
             eval_batch_size=held,
             statistics_batch_size=50,
-            checkpoint_every=10,
-            keep=2,
         ),
     )
     if not arg.quick:

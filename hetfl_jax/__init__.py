@@ -1,10 +1,10 @@
 """Federated learning with heterogeneous clients, simulated in JAX.
 
 A federated round is: **plan** who gets what, run **client** for each of them, **sum** the replies, let the **server**
-use the sum. Start at ``hetfl_jax.types``.
+use the sum. Start at ``hetfl_jax.core.types``.
 """
 
-from hetfl_jax.core.types import Algorithm, Population, State
+from hetfl_jax.core.types import Algorithm, ClientContext, Population, State
 from hetfl_jax.data.population import population
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.engine.rounds import make_round, query, start
@@ -12,21 +12,27 @@ from hetfl_jax.engine.stores import device_store
 from hetfl_jax.models.costs import costs
 from hetfl_jax.models.families import family, view
 from hetfl_jax.models.windows import Family, mask, narrow, overlay, widen
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import local
+from hetfl_jax.run.config import load_config
+from hetfl_jax.run.evaluate import evaluate
 from hetfl_jax.run.train import Result, over_seeds, train
 
 __all__ = [
     "Algorithm",
+    "ClientContext",
     "Family",
     "Population",
     "Result",
+    "Slots",
     "State",
     "compose",
     "costs",
     "device_store",
+    "evaluate",
     "executor",
     "family",
+    "load_config",
     "local",
     "make_round",
     "mask",

@@ -67,7 +67,7 @@ def test_two_clusters_of_depthfl_with_feddyn():
     rule = ifca.make(family, sgd(), cohort=12, clusters=2, over="depthfl", restarts=3, min_share=0.4, **told)
     state, infos, compilations = play(rule, executor(*EXECUTORS["sharded8"]), pop, rounds=8)
     assert matched(infos[-1]["cluster"][np.argsort(infos[-1]["cluster_ids"])][-12:], groups) == 1
-    assert infos[-1]["train_loss"] < infos[0]["train_loss"]
+    assert infos[-1].numbers["train_loss"] < infos[0].numbers["train_loss"]
     assert set(compilations) == {1}
     assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(state.memory))
 
@@ -151,7 +151,7 @@ def test_restarts_are_those_starts_alone_and_the_best_goes_on(how):
     leader = int(state.server.route.leader)
     assert bool(state.server.route.decided)
     assert compilations == [1] * rounds
-    assert [info["clients"] for info in infos] == [12, 12, 12, 6]
+    assert [info.numbers["clients"] for info in infos] == [12, 12, 12, 6]
     alone = ifca.make(mlp_family(), sgd(shuffle=False), cohort=6, clusters=2)
     rows = [2 * leader, 2 * leader + 1]
 
@@ -171,7 +171,7 @@ def test_a_start_is_rejected_before_training_if_a_model_gets_too_few():
     algorithm = ifca.make(mlp_family(), sgd(), cohort=8, clusters=2, restarts=4, min_share=0.25)
     start = started(algorithm)
     state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=2)
-    assert infos[0]["clients"] == 8, "the starts that were rejected are not trained"
+    assert infos[0].numbers["clients"] == 8, "the starts that were rejected are not trained"
     share = np.bincount(infos[0]["cluster"][infos[0]["cluster"] >= 0], minlength=2) / 8
     leader = int(state.server.route.leader)
     assert share.min() >= 0.25 or leader == 0
@@ -227,7 +227,7 @@ def test_a_model_that_is_lost_costs_no_client_its_reply():
         return state._replace(members=state.members._replace(variables=lost)), memory
 
     _, infos, _ = play(algorithm._replace(init=init), executor("bucketed"), toy_population())
-    assert [info["failed"] for info in infos] == [0, 0, 0]
+    assert [info.numbers["failed"] for info in infos] == [0, 0, 0]
     assert all((info["cluster"] == 2).all() for info in infos)
 
 

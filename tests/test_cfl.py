@@ -35,7 +35,7 @@ def test_cfl_finds_the_two_groups_and_never_recompiles(how):
     assert int(route.count) == 2
     assert matched(route.table, group) == 1.0
     assert compilations == [1] * 6
-    assert infos[-1]["train_loss"] < 0.5 * infos[2]["train_loss"]
+    assert infos[-1].numbers["train_loss"] < 0.5 * infos[2].numbers["train_loss"]
     born = int(route.born[1])
     side = route.side[1]
     assert born >= 2
@@ -65,13 +65,13 @@ def test_cfl_with_a_client_momentum_splits_on_the_very_updates_of_the_round():
     first_time = []
 
     def needed(info):
-        first_time.append(float(info["train_loss"]))
+        first_time.append(float(info.numbers["train_loss"]))
         return algorithm.between.needed(info)
 
     watched = algorithm._replace(between=algorithm.between._replace(needed=needed))
     state, infos, _ = play(watched, executor("bucketed"), pop, rounds=5)
     assert matched(state.server.route.table, group) == 1.0
-    np.testing.assert_allclose([info["train_loss"] for info in infos], first_time, rtol=1e-6)
+    np.testing.assert_allclose([info.numbers["train_loss"] for info in infos], first_time, rtol=1e-6)
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(state.memory))
 
 

@@ -46,7 +46,7 @@ def test_quick(name, tmp_path, monkeypatch):
         state = jax.eval_shape(lab.start)
         after, info = jax.eval_shape(lab.step, state, lab.population, lab.key)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-        assert info["train_loss"].shape == jax.eval_shape(partial(lab.evaluate, 0), state.server).accuracy.shape == ()
+        assert info.numbers["train_loss"].shape == jax.eval_shape(partial(lab.evaluate, 0), state.server).accuracy.shape == ()
         return
     result = run.train(config, quiet=True)
     assert result.summary["rounds"] == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hetfl_jax.core.jaxprs import computed_bytes
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Info
 from hetfl_jax.engine import rounds, runners
 from hetfl_jax.engine.chunks import clients_at_once
 from hetfl_jax.engine.executors import Executor, executor
@@ -26,15 +26,20 @@ from tests.toys import conv_family, exits_family, mlp_family, sgd, toy_populatio
 def visits(family, settings, *, cohort):
     """FedAvg whose clients pull towards a private average of what they saw: a drift with memory, at every level."""
 
-    def gradient(gradient, params, around):
-        return jax.tree.map(lambda g, d: g - 0.1 * d, gradient, around.memory["seen"]["params"])
+    def gradient(gradient, params, context):
+        return jax.tree.map(lambda g, d: g - 0.1 * d, gradient, context.memory["seen"]["params"])
 
-    def update(after, around, steps):
-        seen = jax.tree.map(lambda d, p, r: d + p - r, around.memory["seen"]["params"], after, around.received)
+    def update(after, context, steps):
+        before = drift.received(context)
+        seen = jax.tree.map(lambda d, p, r: d + p - r, context.memory["seen"]["params"], after, before)
         return {"seen": {"params": seen}}, {}
 
     rule = drift.Drift(lambda params: {"seen": {"params": jax.tree.map(jnp.zeros_like, params)}}, gradient, update)
     return compose(family, local=settings, select=select.uniform(cohort), drift=rule)
+
+
+def shown(**arrays):
+    return Info((), (), {}, arrays)
 
 
 class Row(NamedTuple):
@@ -43,6 +48,7 @@ class Row(NamedTuple):
     kwargs: dict
     family: object = mlp_family
     image: bool = False
+    settings: object = sgd
 
 
 ROWS = [
@@ -55,7 +61,7 @@ ROWS = [
     Row("heterofl_conv", heterofl.make, {"proportions": (1, 1)}, lambda: conv_family(norm="bn"), True),
     Row("fedavg_tracked_bn", fedavg.make, {}, lambda: conv_family(norm="bn_tracked"), True),
     Row("feddyn", feddyn.make, {"clients_per_level": (6, 6), "feddyn_alpha": 0.1, "keep_models": True}),
-    Row("scaffold", scaffold.make, {"clients": 12}),
+    Row("scaffold", scaffold.make, {"clients": 12}, settings=lambda: sgd(momentum=0.0)),
     Row("depthfl", depthfl.make, {"clients_per_level": (6, 6)}, lambda: exits_family()),
     Row("inclusivefl", inclusivefl.make, {}, lambda: exits_family(({"depth": 3}, {"depth": 2}), hidden=(8, 8, 8))),
     Row("ifca", ifca.make, {"clusters": 2, "restarts": 2, "restart_rounds": 1}),
@@ -84,8 +90,7 @@ def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
     infos, compilations = [], []
     for _ in range(rounds):
         state, info = step(state, population, key)
-        info.pop("device")
-        infos.append(jax.device_get(info))
+        infos.append(jax.device_get(info._replace(device=0)))
         compilations.append(step._cache_size() if run.jit else 0)
     clients = population.size.shape[0]
     state = jax.device_get(state)
@@ -100,7 +105,7 @@ def references():
 
     def of(row):
         if row.name not in made:
-            algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+            algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
             made[row.name] = (algorithm, *play(algorithm, executor("bucketed"), toy_population(image=row.image))[:2])
         return made[row.name]
 
@@ -186,30 +191,31 @@ def cohort_of(algorithm, population, round=0):
 @pytest.mark.parametrize("how", ["vmapped", "sharded8"])
 @pytest.mark.parametrize("row", [ROWS[3], ROWS[5]], ids=lambda row: row.name)
 def test_a_client_that_is_not_finite_is_left_out_counted_and_named(row, how):
-    algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+    algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
     population = toy_population()
     bad = int(cohort_of(algorithm, population).ids[2])
     run = executor(*EXECUTORS[how])
     state, infos, _ = play(algorithm, run, poisoned(population, bad), rounds=1)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    assert infos[0]["failed"] == 1
-    assert infos[0]["clients"] == COHORT - 1
-    assert [i for i in infos[0]["failed_ids"] if i >= 0] == [bad]
+    assert infos[0].numbers["failed"] == 1
+    assert infos[0].numbers["clients"] == COHORT - 1
+    items = infos[0].items
+    assert items.ids[items.valid & ~items.ok].tolist() == [bad]
     for leaf in jax.tree.leaves(state.memory):
         assert (leaf[bad] == 0).all()
 
 
 @pytest.mark.parametrize("row", [ROWS[1], ROWS[3], ROWS[5]], ids=lambda row: row.name)
 def test_a_round_in_which_every_client_fails_changes_nothing(row):
-    algorithm = row.make(row.family(), sgd(), cohort=COHORT, **row.kwargs)
+    algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
     population = toy_population()
     population = population._replace(x=jnp.full_like(population.x, jnp.nan))
     before = jax.device_get(start(algorithm, device_store(), population.size.shape[0], jax.random.key(7)))
     state, infos, _ = play(algorithm, executor("bucketed"), population, rounds=1)
     for old, new in zip(jax.tree.leaves(before[:2]), jax.tree.leaves(state[:2]), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert infos[0]["clients"] == 0
-    assert infos[0]["failed"] == COHORT
+    assert infos[0].numbers["clients"] == 0
+    assert infos[0].numbers["failed"] == COHORT
 
 
 @pytest.mark.parametrize("how", ["bucketed3", "sharded8"])
@@ -230,7 +236,7 @@ def test_padding_adds_nothing_even_if_it_is_nan(how):
     wanted, _, _ = play(whole, run, population, rounds=1)
     found, infos, _ = play(whole._replace(plan=padded_plan), run, poisoned(population, ghost), rounds=1)
     assert worst(found, wanted) < 1e-6
-    assert infos[0]["failed"] == 0
+    assert infos[0].numbers["failed"] == 0
 
 
 @pytest.mark.parametrize("how", ["chunked3", "bucketed_each", "sharded8"])
@@ -259,22 +265,21 @@ def test_debugging_names_the_first_client_that_is_not_finite():
 def test_members_of_a_bank_get_their_own_row():
     """Replies are added to the row of the member that they trained; two members, chosen by the client's id."""
 
-    def client(key, sent, level, ticket, shard, memory):
-        reply = base.client(key, sent, level, ticket, shard, memory)
-        return reply._replace(member=shard.offset % 2)
+    def client(context):
+        return base.client(context)._replace(member=context.shard.offset % 2)
 
     base = fedavg.make(mlp_family(), sgd(), cohort=6)
 
-    def server(state, plan, total, report, ok):
-        return state, {"rows": total.count, "offset": toy.offset[plan.ids]}
+    def server(state, plan, sent, total, report, ok):
+        return state, shown(rows=total.count, offset=toy.offset[plan.ids])
 
     toy = toy_population()
     bank = base._replace(members=2, client=client, server=server)
     found = {}
     for how in ("vmapped", "bucketed_each", "sharded8"):
         _, infos, _ = play(bank, executor(*EXECUTORS[how]), toy, rounds=1)
-        found[how] = infos[0]["rows"]
-        odd = np.asarray(infos[0]["offset"]) % 2 == 1
+        found[how] = infos[0].arrays["rows"]
+        odd = np.asarray(infos[0].arrays["offset"]) % 2 == 1
         sizes = np.asarray(toy.size)[np.asarray(cohort_of(bank, toy).ids)]
         np.testing.assert_allclose(found[how].sum(1), [sizes[~odd].sum(), sizes[odd].sum()], err_msg=how)
 
@@ -285,14 +290,14 @@ def test_survey_asks_through_the_executor():
     for how in ("vmapped", "bucketed3", "sharded8"):
 
         def plan(key, round, server, population, survey):
-            sizes = survey(lambda key, sent, shard: sent * shard.size, jnp.int32(2), jnp.arange(12))
+            sizes = survey(lambda key, sent, level, shard: sent * shard.size, jnp.int32(2), jnp.arange(12))
             return base.plan(key, round, server, population, survey)._replace(ticket=jnp.broadcast_to(sizes[:3], (3,)))
 
-        def server(state, plan, total, report, ok):
-            return state, {"asked": plan.ticket}
+        def server(state, plan, sent, total, report, ok):
+            return state, shown(asked=plan.ticket)
 
         _, infos, _ = play(base._replace(plan=plan, server=server), executor(*EXECUTORS[how]), population, rounds=1)
-        np.testing.assert_array_equal(infos[0]["asked"], 2 * population.size[:3])
+        np.testing.assert_array_equal(infos[0].arrays["asked"], 2 * population.size[:3])
 
 
 def collectives(text):
@@ -316,7 +321,7 @@ def test_what_crosses_devices_is_one_sum_of_totals_and_the_rows_of_the_cohort():
     assert [size * devices for size in found["reduce-scatter"]] == [moved["memory to clients"]]
     assert moved["memory back"] in found["all-gather"]
     found["all-gather"].remove(moved["memory back"])
-    assert sum(found["all-gather"]) < 8 * 4 * 8, "only reports and item numbers are left"
+    assert sum(found["all-gather"]) < 8 * 4 * 24, "only reports and item numbers are left"
     assert not found["all-to-all"] + found["collective-permute"]
     for leaf in jax.tree.leaves(state.memory):
         assert leaf.addressable_shards[0].data.shape[0] == 16 // devices

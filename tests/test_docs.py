@@ -28,7 +28,7 @@ def test_the_readme_method_trains(capsys):
     exec(next(block for block in BLOCKS if "small_first" in block), names)
     algorithm = names["make"](mlp_family(), sgd(), cohort=4)
     _, infos, _ = play(algorithm, executor("bucketed"), toy_population(), rounds=1)
-    assert infos[0]["clients"] == 4
+    assert infos[0].numbers["clients"] == 4
 
 
 def test_links_and_paths_exist():

@@ -51,7 +51,7 @@ def test_same_rounds_as_on_the_device(name, how, tmp_path):
     )
     assert worst(state.server, wanted.server) < 1e-6
     assert worst(store.gather((), np.arange(12)), wanted.memory) < 1e-6
-    assert info["train_loss"] == pytest.approx(infos[-1]["train_loss"], rel=1e-5)
+    assert info.numbers["train_loss"] == pytest.approx(infos[-1].numbers["train_loss"], rel=1e-5)
     kernel = wanted.memory["sum"]["params"]["dense_1"]["kernel"]
     assert not kernel[np.asarray(toy_population().level) == 1].any()
 
@@ -65,7 +65,7 @@ def test_rows_packed_on_the_device_are_those_of_the_whole_store(devices):
     how = ("bucketed", 0, devices)
     state, info, store = depth_run(lambda packing: packed_device_store(packing, one), how=how)
     assert worst(state.server, wanted.server) < 1e-6
-    assert info["train_loss"] == pytest.approx(infos[-1]["train_loss"], rel=1e-5)
+    assert info.numbers["train_loss"] == pytest.approx(infos[-1].numbers["train_loss"], rel=1e-5)
     rows = {name: next(iter(parts.values())).shape[0] for name, parts in state.memory.items()}
     assert rows == dict.fromkeys(("level_0", "level_1"), 8 if devices == 8 else 6)
     if devices == 1:

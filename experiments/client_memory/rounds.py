@@ -43,7 +43,7 @@ def run(folder: Path, clients: int, cohort: int, rounds: int) -> dict[str, float
         state, info = step(state, people, key)
         jax.block_until_ready(state.server)
         seconds.append(time.perf_counter() - began)
-        assert int(info["failed"]) == 0
+        assert int(info.numbers["failed"]) == 0
         if (round + 1) % 5 == 0:
             began = time.perf_counter()
             store.commit(round + 1, [round - 4])

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from hetfl_jax.core.types import Shown
+from hetfl_jax.parts.bank import alike
+
 
 def matched(found: np.ndarray, groups: np.ndarray) -> float:
     """Share of clients in the right cluster under the best one-to-one matching of clusters and true groups.
@@ -21,15 +24,52 @@ def matched(found: np.ndarray, groups: np.ndarray) -> float:
     return float(table[rows, columns].sum() / found.size)
 
 
+def shown(models: int, tree: bool = False) -> Shown:
+    """What people see of a bank of ``models``; with ``tree`` its route keeps a tree of splits."""
+
+    def figures(
+        folder: Path, lines: Sequence[Mapping[str, Any]], server: Any, losses: np.ndarray, groups: np.ndarray | None
+    ) -> list[Path]:
+        files = plot(folder, lines) + plot_losses(folder, losses, groups)
+        if tree:
+            route, count = server.route, int(server.route.count)
+            files += plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
+        return files
+
+    def warning(server: Any) -> str:
+        return "all models start equal: every client will prefer the first (method.args)" if alike(server) else ""
+
+    return Shown(
+        line=lambda info, groups: of_round(info.arrays, models, groups),
+        sentence=sentence,
+        placed=lambda placed, groups: {"test_recovery": matched(placed, groups)},
+        figures=figures,
+        warning=warning if not tree else lambda server: "",
+    )
+
+
+def sentence(line: Mapping[str, Any]) -> str:
+    """What the table says below of the models and who used them in the last round.
+
+    >>> sentence({"clusters": [3, 1], "recovery": 0.75})
+    '2 model(s), the best one counts for a test batch; clients of the last round: 3, 1; 75% of them in the right one \
+    (best matching)'
+    """
+    counts, recovery = line["clusters"], line.get("recovery")
+    known = "" if recovery is None else f"; {100 * recovery:.0f}% of them in the right one (best matching)"
+    each = ", ".join(map(str, counts[:12])) + (", ..." if len(counts) > 12 else "")
+    return f"{len(counts)} model(s), the best one counts for a test batch; clients of the last round: {each}{known}"
+
+
 def of_round(info: Mapping[str, Any], models: int, groups: np.ndarray | None) -> dict[str, Any]:
     """The metrics line of a round with clusters: clients in each, recovery of known groups, and CFL's criteria."""
-    cluster, ids = np.asarray(info["cluster"]), np.asarray(info["cluster_ids"])
+    cluster, ids = np.asarray(info["member"]), np.asarray(info["member_ids"])
     cluster, ids = cluster[ids >= 0], ids[ids >= 0]
     line: dict[str, Any] = {"clusters": np.bincount(cluster, minlength=models).tolist()}
     if groups is not None and ids.size:
         line["recovery"] = matched(cluster, groups[ids])
     if "mean_norm" in info:
-        alive = int(info["clusters"])
+        alive = int(info["count"])
         line["clusters"] = line["clusters"][:alive]
         line["mean_norm"], line["largest_norm"] = (np.asarray(info[k])[:alive].tolist() for k in _NORMS)
     return line

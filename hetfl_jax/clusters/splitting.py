@@ -11,10 +11,19 @@ from jax.flatten_util import ravel_pytree
 
 from hetfl_jax.clusters import bipartition
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Algorithm, Array, Between, Level, Plan, PyTree, Reply, Shard
+from hetfl_jax.core.types import Algorithm, Array, Between, ClientContext, Level, Plan, PyTree, Reply, Shard, Tally
+from hetfl_jax.models.windows import base_of
 from hetfl_jax.parts import merge
 from hetfl_jax.parts.bank import BankState, Report, Route
-from hetfl_jax.parts.local import Tally
+from hetfl_jax.parts.compose import Sent
+
+
+class AtSplit(NamedTuple):
+    """What the clients of a cluster had received when it was split."""
+
+    variables: PyTree
+    round: Array
+    context: PyTree
 
 
 class Clusters(NamedTuple):
@@ -25,7 +34,7 @@ class Clusters(NamedTuple):
     rounds: Array  #: int32, rounds done
     parent: Array  #: [size] int32
     born: Array  #: [size] int32 round of the split
-    sent: PyTree  #: leaves [size, ...] what the parent's clients had received at the split
+    sent: AtSplit  #: leaves [size, ...] what the parent's clients had received at the split
     side: Array  #: [size, N] int8: 0 stayed with the parent, 1 went to the new cluster, -1 not there
     updates: Array  #: [size, N, P] unit updates of the members at the split; P = 0 where they are not kept
 
@@ -46,7 +55,8 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
     unjudged = Tally(*(jnp.zeros(size) for _ in Tally._fields))
 
     def plan(key: Array, state: Clusters, plan: Plan, ask: Any) -> tuple[Plan, PyTree]:
-        return plan._replace(ticket=state.table[plan.ids]), state
+        cluster = state.table[plan.ids]
+        return plan._replace(ticket=cluster, stream=cluster), state
 
     def place(state: Clusters, losses: Array, ids: Array | None) -> Array:
         if ids is not None:
@@ -55,10 +65,10 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
 
     return Route(
         start, plan,
-        choose=lambda state, ticket, judge: (ticket, unjudged),
+        choose=lambda ticket, judge: (ticket, unjudged),
         server=lambda state, plan, report, ok: state._replace(rounds=state.rounds + 1),
         row=lambda state, number: number,
-        place=place, models=size,
+        place=place, models=size, in_use=lambda state: int(state.count),
     )  # fmt: skip
 
 
@@ -78,8 +88,8 @@ def _update(total: merge.Total) -> PyTree:
 def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool) -> Algorithm:
     """A bank by table whose clusters are split between rounds."""
 
-    def client(key: Array, sent: Any, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        reply = inner.client(key, sent, level, ticket, shard, memory)
+    def client(context: ClientContext) -> Reply:
+        reply = inner.client(context)
         return reply._replace(report=Measured(reply.report, optax.tree.norm(_update(reply.total)), ()))
 
     def criteria(state: BankState, total: PyTree, report: Measured, ok: Array) -> dict[str, Array]:
@@ -91,42 +101,42 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
         fires = (mean < rule.eps1) & (most > rule.eps2) & (here.sum(-1) >= rule.min_clients) & may
         return {"mean_norm": mean, "largest_norm": most, "fires": fires}
 
-    def serve(state: BankState, plan: Plan, total: PyTree, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
+    def serve(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> Any:
         found = criteria(state, total, report, ok)
-        after, info = inner.server(state, plan, total, report.bank, ok)
-        return after, {**info, **found, "clusters": after.route.count}
+        after, info = inner.server(state, plan, sent, total, report.bank, ok)
+        return after, info._replace(arrays={**info.arrays, **found, "count": after.route.count})
 
-    def collect(key: Array, sent: Any, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        reply = client(key, sent, level, ticket, shard, memory)
-        whole = base.widen(reply.total, level if isinstance(level, int) else level.base)
+    def collect(context: ClientContext) -> Reply:
+        reply = client(context)
+        whole = base.widen(reply.total, base_of(context.level))
         return reply._replace(report=reply.report._replace(total=whole))
 
-    def hand_out(state: BankState, plan: Plan, total: PyTree, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
-        return state, (plan, report, ok, criteria(state, total, report, ok)["fires"])
+    def hand_out(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> Any:
+        return state, (plan, sent, report, ok, criteria(state, total, report, ok)["fires"])
 
     def decide(state: BankState, collected: Any, ask: Callable[..., PyTree]) -> tuple[BankState, PyTree]:
-        plan, report, ok, fires = collected
+        plan, sent, report, ok, fires = collected
         updates = jax.jit(jax.vmap(_update))(report.total)
         similar = bipartition.similarity(np.asarray(jax.jit(bipartition.gram)(updates), np.float64))
-        cut = Cutting(state, plan, np.asarray(ok), updates, keep_updates)
+        cut = Cutting(state, plan, sent, np.asarray(ok), updates, keep_updates)
         for cluster in np.flatnonzero(fires):
             cut.consider(int(cluster), similar, rule, lambda sent, ids: ask(_asked(base), sent, ids))
         state, member = cut.state(), jnp.asarray(cut.table)[plan.ids]
         report = report._replace(bank=report.bank._replace(member=member))
-        plan = plan._replace(sent=plan.sent._replace(route=state.route))
+        plan = plan._replace(notes=plan.notes._replace(route=state.route))
 
         @jax.jit
-        def again(state: BankState, plan: Plan, report: Measured, ok: Array) -> tuple[BankState, PyTree]:
+        def again(state: BankState, plan: Plan, report: Measured, ok: Array) -> Any:
             rows = jnp.where(ok, report.bank.member, inner.members)
             total = jax.tree.map(
                 lambda t: jax.ops.segment_sum(t, rows, inner.members + 1)[: inner.members], report.total
             )
-            return serve(state, plan, total, report, ok)
+            return serve(state, plan, sent, total, report, ok)
 
         return again(state, plan, report, ok)
 
     between = Between(
-        needed=lambda info: bool(np.asarray(info["fires"]).any()),
+        needed=lambda info: bool(np.asarray(info.arrays["fires"]).any()),
         collecting=inner._replace(client=collect, server=hand_out),
         decide=decide,
         base=base,
@@ -137,9 +147,10 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
 def _asked(base: Algorithm) -> Callable[..., Array]:
     """What a client answers when it is asked for its update at some model: the unit vector of it, [P]."""
 
-    def answer(key: Array, sent: PyTree, shard: Shard) -> Array:
+    def answer(key: Array, at: AtSplit, level: Level, shard: Shard) -> Array:
         memory = tree.zeros(jax.eval_shape(base.init, key)[1])
-        update, _ = ravel_pytree(_update(base.client(key, sent, 0, (), shard, memory).total))
+        sent = Sent(at.variables, at.context)
+        update, _ = ravel_pytree(_update(base.client(ClientContext(key, at.round, 0, shard, (), sent, memory)).total))
         return update / jnp.maximum(jnp.linalg.norm(update), 1e-12)
 
     return answer
@@ -148,9 +159,9 @@ def _asked(base: Algorithm) -> Callable[..., Array]:
 class Cutting:
     """The splits of one round, on the host."""
 
-    def __init__(self, state: BankState, plan: Plan, ok: np.ndarray, updates: PyTree, keep: bool):
-        """Start from the state before the round and the updates of its items."""
-        self.plan, self.ok, self.updates, self.keep = plan, ok, updates, keep
+    def __init__(self, state: BankState, plan: Plan, sent: PyTree, ok: np.ndarray, updates: PyTree, keep: bool):
+        """Start from the state before the round, what clients were sent, and the updates of its items."""
+        self.sent, self.ok, self.updates, self.keep = plan, ok, updates, keep
         self.members, self.route = state.members, state.route
         self.table = np.array(state.route.table)
         self.ids = np.asarray(plan.ids)
@@ -167,7 +178,8 @@ class Cutting:
             return
         side = np.full(self.table.size, -1, np.int8)
         side[self.ids[items[cut.first]]], side[self.ids[items[cut.second]]] = 0, 1
-        sent = tree.take(self.plan.sent.members, cluster)
+        one = tree.take(self.sent, cluster)
+        sent = AtSplit(one.variables, self.route.rounds, one.context)
         rows = np.asarray(jax.vmap(lambda u: ravel_pytree(u)[0])(self.updates))
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         absent = np.flatnonzero((self.was == cluster) & (side < 0))

@@ -1,10 +1,11 @@
 """Walks over a traced program: what it computes and multiplies."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval as pe
 
 
 def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
@@ -42,3 +43,19 @@ def products(jaxpr: Any) -> Iterator[int]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from products(inner)
+
+
+def used_inputs(fn: Callable[..., Sequence[Any]], *args: Any) -> list[Any]:
+    """For every output of ``fn(*args)``, a list, the arguments as trees of bools: whether the output reads the leaf.
+
+    >>> used_inputs(lambda a, b: [a["x"] + a["y"], b], {"x": 1.0, "y": 2.0}, 3.0)
+    [({'x': True, 'y': True}, False), ({'x': False, 'y': False}, True)]
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    structure, count = jax.tree.structure(args), len(closed.jaxpr.outvars)
+
+    def of(output: int) -> Any:
+        _, used = pe.dce_jaxpr(closed.jaxpr, [i == output for i in range(count)])
+        return jax.tree.unflatten(structure, used)
+
+    return [of(output) for output in range(count)]

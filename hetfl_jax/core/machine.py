@@ -42,6 +42,12 @@ def use_cache() -> Path:
     return folder
 
 
+def use_cache_once() -> None:
+    """``use_cache``, unless a folder of compiled programs was chosen already."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        use_cache()
+
+
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other hosts of a run: every host starts the same command.
 

@@ -65,15 +65,41 @@ class Within(NamedTuple):
 Level = int | Within  #: how a client is told its level: dense at its true shape, or masked inside a larger one
 
 
+class Batch(NamedTuple):
+    """Examples of one step."""
+
+    x: Array  #: [B, ...] input of the net: prepared, and augmented while training
+    labels: Array  #: [B] int32, or float targets; [B, S] of sequences
+    valid: Array  #: [B] bool, the rest fills the batch up
+
+
+class Tally(NamedTuple):
+    """Sums over all examples seen, float32."""
+
+    loss: Array
+    correct: Array
+    examples: Array
+
+
+class Cohort(NamedTuple):
+    """The clients of a round."""
+
+    ids: Array  #: [K] int32
+    valid: Array  #: [K] bool
+    stream: Array | int = 0  #: [K] int32, see ``Plan.stream``
+
+
 class Plan(NamedTuple):
     """Who gets what this round. ``K`` is fixed; a cohort of random size marks the rest as not ``valid``."""
 
     ids: Array  #: [K] int32 client ids; a client may appear several times with different tickets
     valid: Array  #: [K] bool
     level: Array  #: [K] int32 capacity level of the item in this round
-    sent: PyTree  #: the same for all items
-    ticket: PyTree  #: leaves [K, ...], what distinguishes items of one client; ``()`` if nothing does
-    #: (the first leaf is folded into the item's key, 0 leaves it as it is)
+    ticket: PyTree = ()  #: leaves [K, ...], what distinguishes items of one client; ``()`` if nothing does
+    stream: Array | int = 0  #: [K] int32, folded into the item's key; 0 leaves the key as it is
+    row: Array | None = None  #: [K] int32 row of the client memory, default ``ids``; no two valid items share one
+    notes: PyTree = ()  #: from the plan to the server, past the clients
+    asked: "Account | tuple[()]" = ()  #: what a survey cost
 
 
 class Items(NamedTuple):
@@ -83,9 +109,53 @@ class Items(NamedTuple):
     key: Array
     valid: Array
     level: Array
+    round: Array
     ticket: PyTree
     shard: Shard  #: x, y, index and views are ``None`` here: the pool is shared and travels apart
     memory: PyTree
+
+
+class ClientContext(NamedTuple):
+    """All that a client knows: what ``Algorithm.client`` and every slot on the client's side get."""
+
+    key: Array
+    round: Array  #: int32 scalar, from 0
+    level: Level  #: an int (dense at its true shape) or a ``Within`` (masked inside a larger shape)
+    shard: Shard
+    ticket: PyTree
+    sent: PyTree
+    memory: PyTree
+    received: Tally | tuple[()] = ()  #: of the received model on the client's own data, where a slot asks for it
+
+
+class Seen(NamedTuple):
+    """What one item did and what it cost."""
+
+    tally: Tally  #: of its local training
+    work: Array  #: [2, L] int32 examples that went forward and backward through the net of each level
+    down: Array  #: [3] int32, bits received, as ``core.bits`` counts them
+    up: Array  #: [3] int32, bits sent
+
+
+class Account(NamedTuple):
+    """Who did what; leaves [K, ...]. Summed exactly on the host."""
+
+    ids: Array
+    level: Array
+    valid: Array
+    ok: Array
+    seen: Seen
+
+
+class Info(NamedTuple):
+    """What a human wants of a round."""
+
+    items: Account
+    asked: Account | tuple[()]  #: of a survey before the round
+    numbers: dict[str, Array]  #: named scalars: they go to metrics, TensorBoard and plots by name
+    arrays: dict[str, Array]  #: further arrays by name, for ``Shown.line``
+    device: Array | int = 0  #: [K] int32, which device ran each item; filled in by the engine
+    refused: Array | int = 0  #: items of clients that do not exist, or that share a row of memory; likewise
 
 
 class Reply(NamedTuple):
@@ -94,7 +164,7 @@ class Reply(NamedTuple):
     total: PyTree  #: summed over clients, into row ``member`` of ``[members, ...]`` accumulators
     member: Array | int  #: which model of a bank was trained, 0 for ordinary methods
     memory: PyTree  #: the client's private state after the round, full shape at every level
-    report: PyTree  #: small and stacked over items, same shapes at every level
+    report: PyTree  #: small and stacked over items, same shapes at every level; ``Seen`` of composed methods
 
 
 class Outcome(NamedTuple):
@@ -114,33 +184,86 @@ class State(NamedTuple):
     round: Array  #: int32 scalar, rounds done
 
 
+class Tier(NamedTuple):
+    """A model that is offered and evaluated; most methods offer their levels."""
+
+    name: str
+    parameters: int
+    bytes: int  #: of all its variables
+    macs: int  #: multiply-adds of one example's forward pass
+
+
+class Question(NamedTuple):
+    """What evaluation asks of a model. The first of a method is its accuracy; others have a name."""
+
+    name: str  #: before ``accuracy`` in metrics and table, "" of the first
+    variables: Callable[[PyTree, PyTree, Level], PyTree]  #: (server, client memory, tier) -> what is evaluated
+    #: (variables, tier, batch as stored, shard or None) -> logits [B, C] by the name of a reading, "" the first
+    read: Callable[[PyTree, Level, Batch, Shard | None], dict[str, Array]]
+    memory: bool = False  #: whether ``variables`` needs the client memory
+
+
+class Choice(NamedTuple):
+    """Several models, of which each client uses one."""
+
+    models: int
+    place: Callable[..., Array]  #: (server, losses [N, models], ids [N] or None) -> [N] which model is whose
+    in_use: Callable[[PyTree], int]  #: (server) -> how many of the models there are yet
+
+
+class Shown(NamedTuple):
+    """What a method wants people to see besides numbers. Plain Python on the host."""
+
+    #: (info, true group of each client or None) -> further fields of the round's metrics line
+    line: Callable[[Any, Any], dict[str, Any]] = lambda info, groups: {}
+    #: (last metrics line) -> a sentence under the table, "" for none
+    sentence: Callable[[dict[str, Any]], str] = lambda line: ""
+    #: (model of each test batch, true group of each) -> further scores
+    placed: Callable[[Any, Any], dict[str, float]] = lambda placed, groups: {}
+    #: (folder, metrics lines, server, mean training losses [N, models], groups or None) -> files drawn
+    figures: Callable[..., list[Any]] | None = None
+    #: (server before the first round) -> what to warn of, "" for nothing
+    warning: Callable[[PyTree], str] = lambda server: ""
+
+
+class Price(NamedTuple):
+    """What an item of each level is expected to cost before anything runs. On the host."""
+
+    down: Any  #: [L] int64 bits received
+    up: Any  #: [L] int64 bits sent
+    judged: int = 0  #: models that go forward through all of a client's examples before training
+    note: str = ""  #: what else holds, for people
+
+
 class Algorithm(NamedTuple):
     """A federated learning method as pure functions. ``compose`` fills them from parts; they may be hand-written.
 
-    ``init(key) -> (server, memory)`` with ``memory`` of ONE client, ``()`` if stateless.
+    ``init(key) -> (server, memory)`` with ``memory`` of ONE row of client memory, ``()`` if stateless; a client has
+    ``memory_rows`` of them.
 
-    ``plan(key, round, server, population, survey) -> Plan``; ``survey(fn, sent, ids)`` asks clients something
-    through the executor and stacks the answers of ``fn(key, sent, shard)``.
+    ``plan(key, round, server, population, survey) -> Plan``. ``survey(fn, sent, ids, levels)`` asks clients something
+    through the executor and stacks the answers of ``fn(key, sent, level, shard)``: at the levels [K] through the
+    buckets, or, without ``levels``, with level 0.
 
-    ``client(key, sent, level, ticket, shard, memory) -> Reply`` for one client, no client axis in sight. ``level`` is a
-    Python int (dense execution at its true shape) or a ``Within`` (masked execution inside a larger shape).
+    ``send(server, round) -> sent``, the same for all items.
+
+    ``client(context) -> Reply`` for one client, no client axis in sight.
 
     ``widen(total, level)`` brings a total of the static level's shape to full shape.
 
-    ``server(server, plan, total, report, ok) -> (server, info)``. Items that are padding, absent or not finite add
-    nothing to ``total`` and arrive as ``ok`` false.
+    ``server(server, plan, sent, total, report, ok) -> (server, info)``. Items that are padding, absent or not finite
+    add nothing to ``total`` and arrive as ``ok`` false. ``info`` is an ``Info``.
 
-    ``model(server, level, member=0) -> variables`` and ``predict(variables, level, x, shard=None) -> [E, B, C]``
-    serve evaluation, of a client's own data if ``shard`` is given; ``statistics(variables, level, x, valid)`` returns
-    the statistics of one batch where the net collects them only before evaluation, else it is ``None``.
+    ``model(server, tier, member=0) -> variables`` and ``predict(variables, tier, x, shard=None) -> [E, B, C]``, of a
+    client's own data if ``shard`` is given; ``statistics(variables, tier, x, valid)`` returns the statistics of one
+    batch where the net collects them only before evaluation, else it is ``None``. ``questions`` are what evaluation
+    asks, the first of them the accuracy. ``tiers`` are the models that are offered, by default the levels.
 
-    ``judge(sent, level, shard) -> (loss, correct, examples)``: sums over all of a client's examples, before training.
+    ``judge(sent, level, shard) -> Tally``: sums over all of a client's examples, before training.
 
-    Where a client has a choice of ``models`` > 1, ``place(server, losses, ids) -> [N]`` says which one is whose, given
-    the clients' training losses [N, models]. Every item of a round receives ``broadcast`` times a model's bytes and
-    sends ``messages`` times them.
+    ``drawn`` says how often each level is drawn; it is empty where every client has its own level all along.
 
-    ``others(server, memory) -> {name: server}`` are further models that evaluation looks at, as servers that hold them.
+    ``same_selection(server, other)`` is the first server with the other's memory of who took part.
 
     ``between`` is work on the host between rounds (e.g. splitting a cluster).
     """
@@ -149,18 +272,22 @@ class Algorithm(NamedTuple):
     members: int
     init: Callable[..., tuple[PyTree, PyTree]]
     plan: Callable[..., Plan]
-    client: Callable[..., Reply]
+    send: Callable[[PyTree, Array], PyTree]
+    client: Callable[[ClientContext], Reply]
     widen: Callable[[PyTree, int], PyTree]
     server: Callable[..., tuple[PyTree, PyTree]]
     model: Callable[..., PyTree]
     predict: Callable[..., Array]
+    questions: tuple[Question, ...] = ()
     statistics: Callable[..., PyTree] | None = None
-    judge: Callable[..., Any] | None = None
-    models: int = 1
-    broadcast: int = 1
-    messages: int = 1
-    place: Callable[..., Array] | None = None
-    others: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda server, memory: {}
+    judge: Callable[[PyTree, Level, Shard], Tally] | None = None
+    tiers: tuple[Tier, ...] = ()
+    choice: Choice | None = None
+    same_selection: Callable[[PyTree, PyTree], PyTree] = lambda server, other: server
+    drawn: tuple[float, ...] = ()
+    price: Callable[[], Price] | None = None
+    memory_rows: int = 1
+    shown: Shown = Shown()
     between: "Between | None" = None
 
 

@@ -4,9 +4,16 @@ Two different things are called Dirichlet in the literature: ``dirichlet_per_cla
 each class) and ``dirichlet_per_client`` (a class prior for each client). The same number means different data.
 """
 
+import math
+import time
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
+
+DRAWS = 10_000  #: Dirichlet draws per class after which a split is given up
+PATIENCE = 10.0  #: seconds after which it is, too
 
 
 class Partition(NamedTuple):
@@ -25,6 +32,33 @@ def _need(fine: bool, message: str) -> None:
         raise ValueError(f"{message} (data.partition)")
 
 
+def _whole(value: object, name: str, low: int) -> None:
+    fine = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
+    _need(fine, f"{name} {value!r}: need a whole number >= {low}")
+
+
+def _number(value: object, name: str) -> None:
+    fine = isinstance(value, Real) and math.isfinite(float(value))
+    _need(fine, f"{name} {value!r}: need a finite number")
+
+
+def _clients(clients: object, examples: int, seed: object) -> None:
+    _whole(seed, "seed", 0)
+    fine = isinstance(clients, Integral) and 1 <= int(clients) <= examples
+    _need(fine, f"{clients!r} clients, allowed 1..{examples} (one example each)")
+
+
+def _classes(labels: np.ndarray) -> np.ndarray:
+    """Labels that a split can group by: [M], 0..C-1. Others would take memory for classes that nobody has."""
+    labels = np.asarray(labels)
+    _need(labels.ndim == 1 and labels.size > 0, f"labels of shape {labels.shape}: need one an example")
+    whole = labels.dtype.kind in "biu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+    _need(whole, f"labels of dtype {labels.dtype}: a split by classes needs whole numbers 0..C-1")
+    low, high, most = labels.min(), labels.max(), max(10 * labels.size, 999)
+    _need(low >= 0 and high <= most, f"labels {low}..{high}, allowed 0..{most} for {labels.size} rows: renumber them")
+    return labels
+
+
 def _grouped(owner: np.ndarray, clients: int) -> tuple[np.ndarray, np.ndarray]:
     """CSR index and sizes from the owner of each row; owner -1 means nobody."""
     order = np.argsort(owner, kind="stable")
@@ -38,7 +72,9 @@ def iid(examples: int, clients: int, seed: int, test_examples: int = 0) -> Parti
     >>> iid(10, 3, seed=0).size.tolist()
     [3, 3, 3]
     """
-    _need(1 <= clients <= examples, f"{clients} clients, allowed 1..{examples} (one example each)")
+    _whole(examples, "examples", 0)
+    _whole(test_examples, "test examples", 0)
+    _clients(clients, examples, seed)
     rng = np.random.default_rng(seed)
 
     def deal(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +93,9 @@ def per_group(examples: int, clients: int, groups: int, seed: int, shuffle: bool
     >>> per_group(4, 4, 2, seed=0, shuffle=False).index.tolist()
     [0, 1, 2, 3, 0, 1, 2, 3]
     """
+    for name, value in (("examples", examples), ("clients", clients), ("groups", groups)):
+        _whole(value, name, 1)
+    _whole(seed, "seed", 0)
     _need(1 <= groups <= clients and clients % groups == 0, f"{clients} clients in {groups} equal groups")
     each = clients // groups
     _need(
@@ -74,7 +113,9 @@ def hold_out_own(part: Partition, fraction: float, seed: int) -> Partition:
     >>> hold_out_own(iid(10, 2, seed=0), 0.2, seed=0).test_size.tolist()
     [1, 1]
     """
+    _number(fraction, "local test fraction")
     _need(0 <= fraction < 1, f"local test fraction {fraction}, allowed 0 <= f < 1")
+    _whole(seed, "seed", 0)
     size = np.asarray(part.size)
     owner = np.repeat(np.arange(size.size), size)
     order = np.lexsort((np.random.default_rng(seed).random(owner.size), owner))
@@ -93,6 +134,7 @@ def first_clients(part: Partition, count: int) -> Partition:
     >>> first_clients(iid(10, 5, seed=0), 2).index.size
     4
     """
+    _whole(count, "first clients", 0)
     if not count:
         return part
     _need(0 < count <= part.size.size, f"first {count} clients, allowed 1..{part.size.size}, or 0 for all")
@@ -115,7 +157,10 @@ def shards(
     collapse, so some clients hold fewer classes and some shards stay unused. A client takes a random unused shard of
     each class it holds. Test rows are split the same way with the same classes.
     """
+    labels = _classes(labels)
     classes = int(labels.max()) + 1
+    _clients(clients, labels.size, seed)
+    _whole(classes_per_client, "classes per client", 1)
     _need(
         1 <= classes_per_client <= classes and classes_per_client * clients % classes == 0,
         f"{classes_per_client} classes a client for {clients} clients: N * clients must be a multiple of {classes}",
@@ -141,37 +186,74 @@ def shards(
         return _grouped(owner, clients)
 
     train = split(labels)
-    test_index, test_size = (None, None) if test_labels is None else split(test_labels)
+    test_index, test_size = (None, None) if test_labels is None else split(_classes(test_labels))
     return Partition(*train, test_index, test_size, held)
 
 
-def dirichlet_per_class(labels: np.ndarray, clients: int, concentration: float, seed: int) -> Partition:
+def dirichlet_per_class(
+    labels: np.ndarray, clients: int, concentration: float, seed: int, least: int | None = None
+) -> Partition:
     """For each class, proportions over clients ~ Dirichlet(concentration); used by DepthFL's code.
 
     Clients that already hold ``n / clients`` examples get none of the further classes; the whole draw repeats until
-    the smallest client has 10 (or half its fair share, if that is less). NumPy's legacy generator in the official call
-    order, so the index sets equal the official ones.
+    the smallest client has ``least`` examples. NumPy's legacy generator in the official call order, so the index sets
+    equal the official ones.
+
+    Args:
+      labels: [M] integers 0..C-1.
+      clients: number of clients, at most one an example.
+      concentration: > 0, small is skewed.
+      seed: of the draws.
+      least: examples that every client must get, by default 10, or half its fair share if that is less.
+
+    Raises:
+      ValueError: a value out of range, or no such draw in 10,000 or within 10 s.
+
+    >>> dirichlet_per_class(np.repeat([0, 1], 8), 2, 1.0, seed=0, least=6).size.tolist()
+    [10, 6]
     """
-    _need(concentration > 0, f"Dirichlet concentration {concentration}, allowed > 0")
-    _need(1 <= clients <= labels.size, f"{clients} clients, allowed 1..{labels.size} (one example each)")
+    labels = _classes(labels)
+    _concentration(concentration)
+    _clients(clients, labels.size, seed)
     rng = np.random.RandomState(seed)
-    least = min(10, labels.size // (2 * clients)) or 1
-    for _ in range(10_000):
-        owner = np.empty(labels.size, int)
-        held = np.zeros(clients, int)
-        for c in range(int(labels.max()) + 1):
-            rows = np.flatnonzero(labels == c)
-            rng.shuffle(rows)
-            share = rng.dirichlet(np.repeat(concentration, clients)) * (held < labels.size / clients)
-            cuts = (np.cumsum(share / share.sum()) * rows.size).astype(int)[:-1]
-            taken = np.diff(np.concatenate([[0], cuts, [rows.size]]))
-            owner[rows] = np.repeat(np.arange(clients), taken)
-            held += taken
-        if held.min() >= least:
+    least = (min(10, labels.size // (2 * clients)) or 1) if least is None else least
+    _whole(least, "least examples a client", 1)
+    _need(least * clients <= labels.size, f"{clients} clients with {least} of {labels.size} examples each: too many")
+    if clients == 1:
+        return Partition(*_grouped(np.zeros(labels.size, int), 1))
+    rows = [np.flatnonzero(labels == c) for c in range(int(labels.max()) + 1)]
+    end, draws = time.monotonic() + PATIENCE, 0
+    while draws < DRAWS and time.monotonic() < end:
+        draws += 1
+        owner = _dealt(rng, rows, clients, concentration)
+        if owner is not None and np.bincount(owner, minlength=clients).min() >= least:
             return Partition(*_grouped(owner, clients))
     raise ValueError(
-        f"no Dirichlet({concentration}) draw gave {clients} clients {least} examples each (data.partition)"
+        f"no Dirichlet({concentration}) draw of {draws} gave {clients} clients {least} examples each: raise the "
+        "concentration, or lower the minimum or the clients (data.partition)"
     )
+
+
+def _dealt(rng: np.random.RandomState, rows: list[np.ndarray], clients: int, concentration: float) -> np.ndarray | None:
+    """[M] owner of each row in one draw; ``None`` where no client that may still take a class has a share of it."""
+    examples = sum(each.size for each in rows)
+    owner, held = np.full(examples, -1), np.zeros(clients, int)
+    for each in rows:
+        mixed = each.copy()
+        rng.shuffle(mixed)
+        share = rng.dirichlet(np.repeat(concentration, clients)) * (held < examples / clients)
+        if not 0 < share.sum() < np.inf:  # all shares have underflown to 0; NumPy's own 0 / 0 gives NaN
+            return None
+        cuts = (np.cumsum(share / share.sum()) * mixed.size).astype(int)[:-1]
+        taken = np.diff(np.concatenate([[0], cuts, [mixed.size]]))
+        owner[mixed] = np.repeat(np.arange(clients), taken)
+        held += taken
+    return owner
+
+
+def _concentration(value: float) -> None:
+    _number(value, "Dirichlet concentration")
+    _need(value > 0, f"Dirichlet concentration {value}, allowed > 0")
 
 
 def dirichlet_per_client(labels: np.ndarray, clients: int, concentration: float, seed: int) -> Partition:
@@ -180,8 +262,9 @@ def dirichlet_per_client(labels: np.ndarray, clients: int, concentration: float,
     Sizes are equal and fixed first; examples are dealt one by one to a random client that is not full, the class drawn
     from its prior among the classes that are left.
     """
-    _need(concentration > 0, f"Dirichlet concentration {concentration}, allowed > 0")
-    _need(1 <= clients <= labels.size, f"{clients} clients, allowed 1..{labels.size} (one example each)")
+    labels = _classes(labels)
+    _concentration(concentration)
+    _clients(clients, labels.size, seed)
     rng = np.random.default_rng(seed)
     classes = int(labels.max()) + 1
     rows = [rng.permutation(np.flatnonzero(labels == c)) for c in range(classes)]
@@ -192,9 +275,11 @@ def dirichlet_per_client(labels: np.ndarray, clients: int, concentration: float,
     # A uniformly random order of all slots is the same as asking a random client that is not full, each time.
     for client, draw in zip(rng.permutation(np.repeat(np.arange(clients), each)), rng.random(each * clients)):
         weight = np.cumsum(prior[client] * (left > 0))
-        if weight[-1] <= 0:  # the prior has no mass on what is left
+        if not weight[-1] > 0:  # the prior has no mass on what is left
             weight = np.cumsum(left)
         c = int(np.searchsorted(weight, draw * weight[-1], side="right"))
+        if c == classes:  # the product was rounded up to the whole mass
+            c = int(np.searchsorted(weight, weight[-1]))
         left[c] -= 1
         owner[rows[c][left[c]]] = client
     return Partition(*_grouped(owner, clients))
@@ -208,6 +293,12 @@ def natural(writer: np.ndarray, seed: int, test_fraction: float = 0.2, min_examp
     >>> natural(np.array([7, 7, 9, 9, 9]), seed=0, test_fraction=0.5).size.tolist()
     [1, 2]
     """
+    writer = np.asarray(writer)
+    _need(writer.ndim == 1 and writer.size > 0, f"client ids of shape {writer.shape}: need one an example")
+    kinds = {type(value) for value in writer} if writer.dtype == object else set()
+    missing = bool((writer != writer).any())
+    _need(len(kinds) < 2 and not missing, "client ids of several kinds or NaN: need numbers or text in every row")
+    _whole(min_examples, "least examples a client", 1)
     _, client, count = np.unique(writer, return_inverse=True, return_counts=True)
     keep = count >= min_examples
     _need(bool(keep.any()), f"no client has {min_examples} examples; the largest has {count.max()}")
@@ -221,6 +312,7 @@ def levels_fixed(proportions: tuple[int, ...], clients: int) -> np.ndarray:
     >>> levels_fixed((1, 2), 7).tolist()
     [0, 0, 1, 1, 1, 1, 1]
     """
+    _proportions(proportions, clients)
     each = clients // sum(proportions)
     level = np.repeat(np.arange(len(proportions)), [each * p for p in proportions])
     return np.concatenate([level, np.full(clients - level.size, len(proportions) - 1)]).astype(np.int32)
@@ -234,9 +326,43 @@ def levels_by_id(proportions: tuple[int, ...], clients: int) -> np.ndarray:
     >>> levels_by_id((1, 1), 5).tolist()
     [1, 1, 1, 0, 0]
     """
+    _proportions(proportions, clients)
     share = np.arange(clients) * sum(proportions) // clients
     from_smallest = np.searchsorted(np.cumsum(proportions[::-1]), share, side="right")
     return (len(proportions) - 1 - from_smallest).astype(np.int32)
+
+
+def _proportions(proportions: tuple[int, ...], clients: int) -> None:
+    _whole(clients, "clients", 1)
+    _need(isinstance(proportions, Sequence) and len(proportions) > 0, f"proportions {proportions!r}: need some")
+    for value in proportions:
+        _whole(value, f"proportions {proportions!r}:", 0)
+    _need(sum(proportions) > 0, f"proportions {proportions!r}: need one above 0")
+
+
+def check_levels(level: np.ndarray, levels: int, names: Sequence[str]) -> None:
+    """Refuse [N] fixed levels of which one has no client, above all the global one: nobody would train it.
+
+    Args:
+      level: the level of each client, 0 is the global one.
+      levels: how many there are.
+      names: what they are called, in that order.
+
+    Raises:
+      ValueError: with the number of clients of each level.
+
+    >>> check_levels(np.array([1, 1]), 2, ("a", "e"))
+    Traceback (most recent call last):
+    ValueError: no client has level a, the global one: a 0, e 2 clients; need one each, so more clients or other
+    proportions (family.mix, data.clients)
+    """
+    count = np.bincount(level, minlength=levels)
+    if empty := [i for i in range(levels) if not count[i]]:
+        told = ", ".join(f"{name} {clients}" for name, clients in zip(names, count))
+        raise ValueError(
+            f"no client has level {names[empty[0]]}{', the global one' if not empty[0] else ''}: {told} clients; need "
+            "one each, so more clients or other proportions (family.mix, data.clients)"
+        )
 
 
 def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
@@ -254,7 +380,9 @@ def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
 
 
 def class_counts(labels: np.ndarray, part: Partition) -> np.ndarray:
-    """[N, C] examples of each class per client; of sequences, labels of each class."""
+    """[N, C] examples of each class per client; of sequences, labels of each class; of a regression, one class."""
+    if labels.dtype.kind == "f":
+        return np.asarray(part.size)[:, None]
     classes, each = int(labels.max()) + 1, labels.size // len(labels)
     client = np.repeat(np.arange(part.size.size), part.size * each)
     held = labels[part.index].ravel()

@@ -1,5 +1,6 @@
 """Building a ``Population``: everything is checked here, once, because JAX clamps bad gathers silently."""
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -44,9 +45,14 @@ def population(
     >>> pop.offset.tolist(), pop.classes.tolist()
     ([0, 1], [[True, False], [False, True]])
     """
-    index, size, stored, y = np.asarray(index), np.asarray(size), y, np.asarray(y)
+    index, size, stored, y = _array(index, "index"), _array(size, "sizes"), y, _array(y, "labels")
+    x = x if hasattr(x, "ndim") else _array(x, "x")
+    _check(x.ndim > 0 and y.ndim > 0, f"x of shape {x.shape}, labels of shape {y.shape}: need rows")
     _check(len(x) == len(y) >= 1, f"{len(x)} examples with {len(y)} labels: need as many, at least 1")
     _check(size.ndim == 1 and size.size >= 1, f"sizes of shape {size.shape}: need one per client")
+    _check(index.ndim == 1, f"index of shape {index.shape}: need one axis, the rows client after client")
+    for name, array in (("sizes", size), ("index", index)):
+        _check(np.issubdtype(array.dtype, np.integer), f"{name} of dtype {array.dtype}: need whole numbers")
     empty = np.flatnonzero(size < 1)
     _check(not empty.size, lambda: f"{empty.size} clients hold no example (first: client {empty[0]}); need >= 1 each")
     total = int(size.sum(dtype=np.int64))
@@ -59,21 +65,21 @@ def population(
         _check(classes is None, f"labels of dtype {y.dtype}: need integers where there are classes")
         classes = np.ones((size.size, 1), bool)
     _check(numbers or np.issubdtype(y.dtype, np.integer), f"labels of dtype {y.dtype}: need integers or floats")
-    table = classes if isinstance(classes, np.ndarray) else None
+    _check_counts(levels, classes)
+    table = np.asarray(classes) if np.ndim(classes) else None  # type: ignore[arg-type]
     count = table.shape[1] if table is not None else int(y.max()) + 1 if classes is None else int(classes)
     _check(
         numbers or (int(y.min()) >= (0 if y.ndim == 1 else -1) and int(y.max()) < count),
         f"labels {y.min()}..{y.max()}, allowed 0..{count - 1}",
     )
-    level = np.zeros(size.size, np.int32) if level is None else np.asarray(level)
-    _check(level.shape == size.shape, f"{level.size} levels for {size.size} clients")
+    level = np.zeros(size.size, np.int32) if level is None else _of_clients(level, "levels", size.size)
     bad = np.flatnonzero((level < 0) | (level >= levels))
-    _check(not bad.size, lambda: f"client {bad[0]} has level {level[bad[0]]}, allowed 0..{levels - 1}")
+    hint = f"; with several levels pass levels={level.max() + 1:.0f}" if levels == 1 and bad.size else ""
+    _check(not bad.size, lambda: f"client {bad[0]} has level {level[bad[0]]}, allowed 0..{levels - 1}{hint}")
     held = held_classes(y[index], size, count) if table is None else table.astype(bool)
     _check(held.shape == (size.size, count), f"class table of shape {held.shape}, need {(size.size, count)}")
     if isinstance(views, Views):
-        view = np.zeros(size.size, np.int32) if view is None else np.asarray(view)
-        _check(view.shape == size.shape, f"{view.size} views for {size.size} clients")
+        view = np.zeros(size.size, np.int32) if view is None else _of_clients(view, "views", size.size)
         most = views.pixels.shape[0] - 1
         _check(view.min() >= 0 and view.max() <= most, f"views {view.min()}..{view.max()}, allowed 0..{most}")
     else:
@@ -94,6 +100,30 @@ def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray
     return held
 
 
+def _array(value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{name} of uneven rows: need an array (data.population)") from None
+
+
+def _of_clients(value: Any, name: str, clients: int) -> np.ndarray:
+    """[N] whole numbers."""
+    array = _array(value, name)
+    _check(array.shape == (clients,), f"{array.size} {name} for {clients} clients")
+    _check(array.dtype.kind in "biuf", f"{name} of dtype {array.dtype}: need whole numbers")
+    _check(bool((array == np.floor(array)).all()), f"{name} that are not whole numbers")
+    return array
+
+
+def _check_counts(levels: Any, classes: Any) -> None:
+    _check(isinstance(levels, Integral) and int(levels) >= 1, f"levels {levels!r}: need a whole number >= 1")
+    if np.ndim(classes):
+        _check(np.ndim(classes) == 2, f"class table of shape {np.shape(classes)}: need [clients, classes]")
+    elif classes is not None:
+        _check(isinstance(classes, Integral) and int(classes) >= 1, f"classes {classes!r}: need a whole number >= 1")
+
+
 def _check(fine: bool, message: object) -> None:
     if not fine:
         raise ValueError(f"{message() if callable(message) else message} (data.population)")
@@ -111,6 +141,8 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     >>> batches(pop, 2).size.tolist()
     [2, 2, 1]
     """
+    fine = isinstance(batch_size, Integral) and batch_size >= 1
+    _check(fine, f"batch size {batch_size!r}: need a whole number >= 1")
     index = np.asarray(pop.index)
     order = np.random.default_rng(0).permutation(index.size) if order is None else order
     view = np.zeros(index.size, int)

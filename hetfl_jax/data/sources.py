@@ -2,13 +2,13 @@
 
 import importlib
 import importlib.util
-import io
 import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from hetfl_jax.data.synthetic import linear_clients
 
 DATA_FOLDER = "HETFL_DATA"  #: environment variable: where ``npz:`` looks for files that the working folder lacks
 
@@ -59,7 +59,7 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
         ``text:<path>`` with streams of token ids train and test, ``tfds:<name>`` prepared beforehand, or
         ``synthetic`` (Synthetic(alpha, beta)).
       clients, seed: of ``synthetic`` only.
-      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``) and ``text`` (see there) only.
+      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``, ``hybrid``) and ``text`` (see there) only.
       writers: ``<npz path>:<array>`` with the client id of each training example.
 
     Raises:
@@ -113,15 +113,38 @@ def _find(path: str, arrays: str = "x_train=..., y_train=..., x_test=..., y_test
 
 def _npz(path: str) -> Source:
     with np.load(_find(path), allow_pickle=False) as file:
-        if "jpeg_bytes" in file:
-            return _jpeg_npz(file)
         if missing := {"x_train", "y_train", "x_test", "y_test"} - set(file.files):
             raise ValueError(
                 f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(file.files)} (data.source)"
             )
         writer = file.get("writer_train")
         arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
-    return Source(_stored(arrays[0]), _labels(arrays[1]), _stored(arrays[2]), _labels(arrays[3]), writer)
+    return Source(*arrays, writer)
+
+
+def given(data: Any) -> Source:
+    """A data set from a user's arrays: (x_train, y_train, x_test, y_test), or a dict of them.
+
+    Raises:
+      ValueError: something else, or an array that is missing.
+
+    >>> given((np.zeros((4, 2)), np.arange(4), np.zeros((1, 2)), np.zeros(1, int))).x_train.shape
+    (4, 2)
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, dict):
+        names = ("x_train", "y_train", "x_test", "y_test")
+        if missing := [name for name in names if name not in data]:
+            raise ValueError(f"data has no {missing[0]}; it has {', '.join(map(str, data))} (data)")
+        writer = data.get("writer", data.get("writer_train"))
+        return Source(*(data[name] for name in names), writer)
+    if isinstance(data, tuple | list) and len(data) == 4:
+        return Source(*data)
+    raise ValueError(
+        f"data is a {type(data).__name__}: allowed (x_train, y_train, x_test, y_test), a dict of them, or (Population, "
+        "(x_test, y_test)) (data)"
+    )
 
 
 def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, test_tokens: int = 0) -> Source:
@@ -159,17 +182,6 @@ def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, t
     return Source(train, train, test, test, writer)
 
 
-def _jpeg_npz(file: Any) -> Source:
-    """Images kept as JPEG scans that share one header: jpeg_header, jpeg_bytes, offsets, labels, n_train."""
-    from PIL import Image
-
-    head, scans, offsets = file["jpeg_header"].tobytes(), file["jpeg_bytes"].tobytes(), file["offsets"]
-    scan = [scans[a:b] for a, b in pairwise(offsets)]
-    x = np.stack([np.asarray(Image.open(io.BytesIO(head + s + b"\xff\xd9"))) for s in scan])
-    y, split = _labels(file["labels"]), int(file["n_train"])
-    return Source(x[:split], y[:split], x[split:], y[split:])
-
-
 def _tfds(name: str) -> Source:
     """Through ``tfds.data_source`` (array_record, no TensorFlow), else ``tfds.load`` where only TFRecords are there."""
     tfds = importlib.import_module("tensorflow_datasets")
@@ -188,12 +200,7 @@ def _tfds(name: str) -> Source:
             f"tfds:{name} has {', '.join(first)}; needs 'label' and one of image, features, x (data.source)"
         )
     train, test = splits
-    return Source(
-        _stored(stack(train, feature)),
-        _labels(stack(train, "label")),
-        _stored(stack(test, feature)),
-        _labels(stack(test, "label")),
-    )
+    return Source(*(stack(split, key) for split in (train, test) for key in (feature, "label")))
 
 
 def _tfds_records(tfds: Any, name: str, error: Exception) -> list[Any]:
@@ -209,47 +216,23 @@ def _tfds_records(tfds: Any, name: str, error: Exception) -> list[Any]:
     ) from error
 
 
-def _stored(x: np.ndarray) -> np.ndarray:
-    """Images as [M, H, W, C]; features as float32."""
-    if x.ndim == 3 and x.dtype == np.uint8:
-        x = x[..., None]
-    return x if x.dtype == np.uint8 else x.astype(np.float32)
-
-
-def _labels(y: np.ndarray) -> np.ndarray:
-    return np.asarray(y).astype(np.int32)
-
-
 def synthetic(
-    clients: int, seed: int, *, alpha: float = 1.0, beta: float = 1.0, sigma: float = 2.0, iid: bool = False
-) -> Source:
+    clients: int, seed: int, *, alpha: float = 1.0, beta: float = 1.0, sigma: float = 2.0, iid: bool = False,
+    hybrid: int = 0,
+) -> Source:  # fmt: skip
     """Synthetic(alpha, beta) of Li et al. (FedProx, q-FFL): 60 features, 10 classes, one linear model per client.
 
-    ``n_k = floor(LogNormal(4, sigma)) + 50``; ``u_k ~ N(0, alpha)`` is the mean of ``W_k`` and ``b_k``, ``v_k ~
-    N(B_k, 1)`` with ``B_k ~ N(0, beta)`` the mean of x, with covariance ``diag(j^-1.2)``; ``y = argmax(x W_k + b_k)``.
-    alpha and beta are standard deviations, as in the published generator, whose legacy random stream and call order
-    this follows. ``iid`` uses one global model and v = 0. The last tenth of each client is test data.
+    ``linear_clients`` has the equations. The published sets are alpha, beta, sigma = (1, 1, 2), (0.5, 0.5, 2) and
+    (0, 0, 2), ``iid`` with sigma 1, and the hybrid set of 100 clients: (1, 1, 1) with ``hybrid`` 50, the first 50 iid.
+    The last tenth of each client is test data.
 
     >>> synthetic(3, seed=1).x_train.shape[1]
     60
     """
-    if clients < 1:
-        raise ValueError(f"{clients} clients, allowed >= 1 (data.clients)")
-    rng = np.random.RandomState(seed)
-    dim, classes = 60, 10
-    sizes = rng.lognormal(4, sigma, clients).astype(int) + 50
-    model_mean = rng.normal(0, alpha, clients)
-    centre_mean = rng.normal(0, beta, clients)
-    deviation = np.arange(1, dim + 1) ** -0.6
-    centre = np.zeros((clients, dim)) if iid else np.stack([rng.normal(m, 1, dim) for m in centre_mean])
-    shared = (rng.normal(0, 1, (dim, classes)), rng.normal(0, 1, classes)) if iid else None
-
-    def client(i: int) -> tuple[np.ndarray, np.ndarray]:
-        w, b = shared or (rng.normal(model_mean[i], 1, (dim, classes)), rng.normal(model_mean[i], 1, classes))
-        x = centre[i] + rng.normal(size=(sizes[i], dim)) * deviation
-        return x.astype(np.float32), np.argmax(x @ w + b, 1).astype(np.int32)
-
-    x, y = (np.concatenate(parts) for parts in zip(*map(client, range(clients))))
+    drawn = linear_clients(clients, seed, alpha=alpha, beta=beta, sigma=sigma, iid=iid, hybrid=hybrid)
+    parts = [(x.astype(np.float32), y) for x, y in drawn]
+    x, y = (np.concatenate(part) for part in zip(*parts))
+    sizes = np.array([y.size for _, y in parts])
     writer = np.repeat(np.arange(clients), sizes)
     place = np.arange(writer.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     test = place >= np.repeat((0.9 * sizes).astype(int), sizes)

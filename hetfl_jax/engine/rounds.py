@@ -20,7 +20,9 @@ from hetfl_jax.core.types import (
     Algorithm,
     Array,
     Between,
+    ClientContext,
     Items,
+    Level,
     Outcome,
     Plan,
     Population,
@@ -100,10 +102,11 @@ def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State
     @jax.jit  # op by op, drawing a net's start values takes seconds
     def init(key: Array) -> State:
         server, one = algorithm.init(purpose_key(key, INIT))
-        return State(server, one if store.on_host else store.init(one, clients), jnp.int32(0))
+        return State(server, one if store.on_host else store.init(one, rows), jnp.int32(0))
 
+    rows = clients * algorithm.memory_rows
     state = init(key)
-    return state._replace(memory=store.init(state.memory, clients)) if store.on_host else state
+    return state._replace(memory=store.init(state.memory, rows)) if store.on_host else state
 
 
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
@@ -114,17 +117,18 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     """
 
     def step(algorithm: Algorithm, state: State, population: Population, key: Array) -> tuple[State, PyTree]:
-        plan, items = _planned(algorithm, executor, state, population, key)
+        plan, items, refused = _planned(algorithm, executor, state, population, key)
+        sent = algorithm.send(state.server, state.round)
         outcome, memory, device = _execute(
-            executor, algorithm, plan.sent, _pool(population), items, store, state.memory
+            executor, algorithm, sent, _pool(population), items, store, state.memory, plan.row
         )
         with jax.named_scope("server"):
-            server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
-        return State(server, memory, state.round + 1), (info, device)
+            server, info = algorithm.server(state.server, plan, sent, outcome.total, outcome.report, outcome.ok)
+        return State(server, memory, state.round + 1), (info, device, refused)
 
     def usual(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
-        state, (info, device) = step(algorithm, state, population, key)
-        return state, {**info, "device": device}
+        state, (info, device, refused) = step(algorithm, state, population, key)
+        return state, info._replace(device=device, refused=refused)
 
     if store.on_host:
         return _with_host_memory(algorithm, executor, store)
@@ -143,25 +147,26 @@ def _with_host_memory(algorithm: Algorithm, executor: Executor, store: Store) ->
         raise ValueError("this method splits on the host between rounds: need store 'device' (train.store)")
 
     def execute(
-        state: State, plan: Plan, items: Items, memory: PyTree, population: Population
+        state: State, plan: Plan, items: Items, refused: Array, memory: PyTree, population: Population
     ) -> tuple[State, PyTree, PyTree]:
         slot = jnp.arange(items.ids.shape[0], dtype=jnp.int32)
+        sent = algorithm.send(state.server, state.round)
         outcome, rows, device = _execute(
-            executor, algorithm, plan.sent, _pool(population), items, device_store(), memory, slot
+            executor, algorithm, sent, _pool(population), items, device_store(), memory, slot
         )
         with jax.named_scope("server"):
-            server, info = algorithm.server(state.server, plan, outcome.total, outcome.report, outcome.ok)
-        return State(server, (), state.round + 1), {**info, "device": device}, rows
+            server, info = algorithm.server(state.server, plan, sent, outcome.total, outcome.report, outcome.ok)
+        return State(server, (), state.round + 1), info._replace(device=device, refused=refused), rows
 
     planned = compiled(partial(_planned, algorithm, executor), executor)
-    run = compiled(execute, executor, donate_argnums=(0, 3))
+    run = compiled(execute, executor, donate_argnums=(0, 4))
 
     def step(state: State, population: Population, key: Array) -> tuple[State, PyTree]:
-        plan, items = planned(state, population, key)
-        ids, valid = jax.device_get((plan.ids, plan.valid))
-        own = executor.place(State((), jax.tree.map(jnp.asarray, store.gather((), ids)), jnp.int32(0))).memory
-        state, info, rows = run(state, plan, items, own, population)
-        store.scatter((), ids, valid, jax.device_get(rows))
+        plan, items, refused = planned(state, population, key)
+        places, valid = jax.device_get((plan.ids if plan.row is None else plan.row, plan.valid))
+        own = executor.place(State((), jax.tree.map(jnp.asarray, store.gather((), places)), jnp.int32(0))).memory
+        state, info, rows = run(state, plan, items, refused, own, population)
+        store.scatter((), places, valid, jax.device_get(rows))
         return executor.place(state), info
 
     if executor.jit:
@@ -181,9 +186,9 @@ def _with_host_work(between: Between, executor: Executor, usual: Step, step: Cal
         def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
             return survey(executor, fn, sent, population, ids, purpose_key(key, SURVEY, state.round))
 
-        after, (collected, device) = again(state, population, key)
+        after, (collected, device, refused) = again(state, population, key)
         server, info = between.decide(state.server, collected, ask)
-        return after._replace(server=executor.place(server)), {**info, "device": device}
+        return after._replace(server=executor.place(server)), info._replace(device=device, refused=refused)
 
     if executor.jit:
         run.jitted, run._cache_size = getattr(usual, "jitted", usual), usual._cache_size  # type: ignore[attr-defined]
@@ -191,27 +196,46 @@ def _with_host_work(between: Between, executor: Executor, usual: Step, step: Cal
 
 
 def survey(
-    executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array
-) -> PyTree:
-    """What clients ``ids`` answer: ``fn(key, sent, shard)`` stacked."""
-    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key).report
+    executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array,
+    levels: Array | None = None, count: int = 1,
+) -> PyTree:  # fmt: skip
+    """What clients ``ids`` answer: ``fn(key, sent, level, shard)`` stacked; see ``query``."""
+    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key, levels, count).report
 
 
 def _planned(
     algorithm: Algorithm, executor: Executor, state: State, population: Population, key: Array
-) -> tuple[Plan, Items]:
-    """A round's plan, and its items without their memory."""
+) -> tuple[Plan, Items, Array]:
+    """A round's plan, its items without their memory, and how many the plan may not hold, which are left out."""
 
-    def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
-        return survey(executor, fn, sent, population, ids, purpose_key(key, SURVEY, state.round))
+    def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array, levels: Array | None = None) -> PyTree:
+        asked = purpose_key(key, SURVEY, state.round)
+        return survey(executor, fn, sent, population, ids, asked, levels, algorithm.levels)
 
     with jax.named_scope("plan"):
         plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, ask)
+    memory = jax.tree.leaves(jax.eval_shape(algorithm.init, key)[1])
+    allowed = _allowed(plan, population.size.shape[0], unique=bool(memory))
+    refused = (plan.valid & ~allowed).sum()
+    plan = plan._replace(valid=plan.valid & allowed, ids=jnp.where(allowed, plan.ids, 0))
     keys = _client_keys(purpose_key(key, CLIENT, state.round), plan.ids)
-    if jax.tree.leaves(plan.ticket):
-        number = jax.tree.leaves(plan.ticket)[0].astype(jnp.uint32)
+    if not (isinstance(plan.stream, int) and plan.stream == 0):
+        number = jnp.asarray(plan.stream).astype(jnp.uint32)
         keys = jnp.where(number == 0, keys, jax.vmap(jax.random.fold_in)(keys, number))
-    return plan, Items(plan.ids, keys, plan.valid, plan.level, plan.ticket, shards(population, plan.ids), ())
+    rounds = jnp.broadcast_to(state.round, plan.ids.shape)
+    rows = shards(population, plan.ids)
+    return plan, Items(plan.ids, keys, plan.valid, plan.level, rounds, plan.ticket, rows, ()), refused
+
+
+def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
+    """[K] which items are of clients that exist and, where rows of memory are ``unique``, the first of their row."""
+    inside = (plan.ids >= 0) & (plan.ids < clients)
+    if not unique:
+        return inside
+    row = jnp.where(plan.valid & inside, plan.ids if plan.row is None else plan.row, -1)
+    order = jnp.argsort(row, stable=True)
+    again = jnp.pad(row[order][1:] == row[order][:-1], (1, 0)) & (row[order] >= 0)
+    return inside & ~jnp.zeros_like(inside).at[order].set(again)
 
 
 def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Callable[..., Any]:
@@ -252,8 +276,9 @@ def moved_bytes(
         return {}
 
     def outcome(state: State, population: Population, key: Array) -> tuple[PyTree, Array]:
-        plan, items = _planned(algorithm, executor, state, population, key)
-        done = _execute(executor, algorithm, plan.sent, _pool(population), items, device_store(), state.memory)
+        plan, items, _ = _planned(algorithm, executor, state, population, key)
+        sent = algorithm.send(state.server, state.round)
+        done = _execute(executor, algorithm, sent, _pool(population), items, device_store(), state.memory, plan.row)
         return done[0].total, plan.ids
 
     total, ids = jax.eval_shape(outcome, state, population, key)
@@ -265,27 +290,36 @@ def moved_bytes(
 
 def query(
     executor: Executor,
-    fn: Callable[[Array, PyTree, Shard], tuple[PyTree, PyTree]],
+    fn: Callable[[Array, PyTree, Level, Shard], tuple[PyTree, PyTree]],
     sent: PyTree,
     population: Population,
     ids: Array,
     key: Array,
+    levels: Array | None = None,
+    count: int = 1,
 ) -> Outcome:
-    """Ask clients ``ids`` something through the executor: ``fn(key, sent, shard) -> (summed, stacked)``.
+    """Ask clients ``ids`` something through the executor: ``fn(key, sent, level, shard) -> (summed, stacked)``.
 
     Surveys, the statistics pass and evaluation are all this; the sums come back with a leading axis of one.
+
+    Args:
+      levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
+        summed; without it the level is 0.
     """
 
-    def client(key: Array, sent: PyTree, level: Any, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        total, report = fn(key, sent, shard)
+    def client(context: ClientContext) -> Reply:
+        total, report = fn(context.key, context.sent, context.level, context.shard)
         return Reply(total, 0, (), report)
 
     def absent(*_: Any) -> Any:
         raise NotImplementedError("a query has no server")
 
-    asked = Algorithm(1, 1, absent, absent, client, lambda total, level: total, absent, absent, absent)
-    some = jnp.ones(ids.shape, bool)
-    items = Items(ids, _client_keys(key, ids), some, jnp.zeros_like(ids), (), shards(population, ids), ())
+    count = 1 if levels is None else count
+    asked = Algorithm(
+        count, 1, absent, absent, absent, client, lambda total, level: total, absent, absent, absent
+    )  # fmt: skip
+    there, at = jnp.ones(ids.shape, bool), jnp.zeros_like(ids) if levels is None else levels
+    items = Items(ids, _client_keys(key, ids), there, at, jnp.zeros_like(ids), (), shards(population, ids), ())
     return _execute(executor, asked, sent, _pool(population), items, device_store(), ())[0]
 
 

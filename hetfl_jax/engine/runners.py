@@ -14,7 +14,7 @@ import numpy as np
 
 from hetfl_jax.core import machine, tree
 from hetfl_jax.core.jaxprs import computed_bytes
-from hetfl_jax.core.types import Algorithm, Array, Items, Level, Outcome, PyTree, Within
+from hetfl_jax.core.types import Algorithm, Array, ClientContext, Items, Level, Outcome, PyTree, Within
 from hetfl_jax.engine.chunks import clients_at_once
 
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
@@ -29,7 +29,7 @@ def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level
     x, y, index, views = pool
     shard = item.shard._replace(x=x, y=y, index=index, views=views)
     with jax.named_scope("local_training"):
-        reply = algorithm.client(item.key, sent, level, item.ticket, shard, item.memory)
+        reply = algorithm.client(ClientContext(item.key, item.round, level, shard, item.ticket, sent, item.memory))
     ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))
     total = tree.select(ok, reply.total, jax.tree.map(jnp.zeros_like, reply.total))
     return total, reply.member, (tree.select(ok, reply.memory, item.memory), reply.report, ok)
@@ -161,7 +161,7 @@ def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: 
     shapes = [jax.eval_shape(run, sent, pool, item) for run in runs]
     slots = items.valid.shape[0]
     sizes = [0 if chunk else computed_bytes(run, sent, pool, item) for run in runs]
-    tried = algorithm.members // algorithm.models if algorithm.models > 1 else 1
+    tried = algorithm.members // algorithm.choice.models if algorithm.choice else 1
     going = -(-slots // tried)  # of several starts one soon goes on alone
     chunks = [clients_at_once(chunk, going, len(buckets), each, machine.device_memory()) for each in sizes]
     report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])

@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.clusters import bipartition
-from hetfl_jax.clusters.splitting import Clusters, Rule, by_table, splitting
+from hetfl_jax.clusters import bipartition, report
+from hetfl_jax.clusters.splitting import AtSplit, Clusters, Rule, by_table, splitting
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.bank import bank
-from hetfl_jax.parts.compose import Sent, compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
 MOST_BYTES = 2**31  #: of the updates that the tree keeps
@@ -44,8 +44,8 @@ def make(
     *,
     cohort: int,
     clients: int,
-    eps1: float,
-    eps2: float,
+    eps1: float = 0.4,
+    eps2: float = 1.6,
     gamma_max: float = 0.74,
     linkage: str = "complete",
     max_clusters: int = 8,
@@ -54,6 +54,7 @@ def make(
     weighted: bool = False,
     keep_updates: bool = True,
     server_optimizer: Mapping[str, Any] | None = None,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """CFL over a population of ``clients``.
 
@@ -78,10 +79,11 @@ def make(
         select=select.uniform(cohort),
         merge=merge.overlap_mean(family, by_examples=weighted),
         server=server.optimizer(**(server_optimizer or {})),
+        slots=slots,
     )
 
     def start() -> Clusters:
-        rows, sent = (max_clusters,), Sent(family.shapes[0], jnp.int32(0), {})
+        rows, sent = (max_clusters,), AtSplit(family.shapes[0], jnp.int32(0), {})
         return Clusters(
             jnp.zeros(clients, jnp.int32), jnp.int32(1), jnp.int32(0), jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32), jax.tree.map(lambda s: jnp.zeros((*rows, *s.shape), s.dtype), sent),
@@ -90,7 +92,7 @@ def make(
 
     inner = bank(base, max_clusters, by_table(start, max_clusters))
     rule = Rule(eps1, eps2, gamma_max, linkage, min_clients, first_round)
-    return splitting(inner, base, rule, keep_updates)
+    return splitting(inner, base, rule, keep_updates)._replace(shown=report.shown(max_clusters, tree=True))
 
 
 def _check(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
 
@@ -38,6 +38,7 @@ def make(
     temperature: float = 1.0,
     train_all: bool = True,
     average_untrained: bool = False,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """DepthFL over a family whose levels differ in depth.
 
@@ -64,4 +65,5 @@ def make(
         drift=rule,
         merge=merge.overlap_mean(family, by_examples=False, own_exit=not train_all, count_untrained=average_untrained),
         server=server.feddyn(family, clients_per_level, feddyn_denominator, max_correction) if rule else None,
+        slots=slots,
     )

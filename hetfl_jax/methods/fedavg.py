@@ -16,12 +16,23 @@ from typing import Any
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
 
-def make(family: Family, local: Local, *, cohort: int, server_optimizer: Mapping[str, Any] | None = None) -> Algorithm:
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    server_optimizer: Mapping[str, Any] | None = None,
+    slots: Slots | None = None,
+) -> Algorithm:
     """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``."""
     return compose(
-        family, local=local, select=select.uniform(cohort), server=server.optimizer(**(server_optimizer or {}))
+        family,
+        local=local,
+        select=select.uniform(cohort),
+        server=server.optimizer(**(server_optimizer or {})),
+        slots=slots,
     )

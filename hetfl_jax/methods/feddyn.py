@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose, refuse
 from hetfl_jax.parts.local import Local
 
 
@@ -31,12 +31,13 @@ def make(
     *,
     cohort: int,
     clients_per_level: Sequence[int],
-    feddyn_alpha: float,
+    feddyn_alpha: float = 0.01,
     mean_examples: float = 0.0,
     participation: float = 0.0,
     feddyn_denominator: str = "all",
     max_correction: float = 0.0,
     keep_models: bool = False,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """FedDyn with alpha ``feddyn_alpha``.
 
@@ -51,6 +52,7 @@ def make(
     Raises:
       ValueError: alpha <= 0, or another value out of range.
     """
+    refuse("feddyn with a participation probability", slots or Slots(), select=participation > 0)
     rule = drift.feddyn(feddyn_alpha, mean_examples)
     return compose(
         family,
@@ -59,4 +61,5 @@ def make(
         drift=drift.remembering(rule) if keep_models else rule,
         merge=merge.overlap_mean(family, by_examples=False),
         server=server.feddyn(family, clients_per_level, feddyn_denominator, max_correction),
+        slots=slots,
     )

@@ -14,7 +14,7 @@ from typing import Any
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
 
@@ -23,8 +23,9 @@ def make(
     local: Local,
     *,
     cohort: int,
-    proximal_weight: float,
+    proximal_weight: float = 0.01,
     server_optimizer: Mapping[str, Any] | None = None,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """FedProx with ``proximal_weight`` (mu); 0 is FedAvg."""
     return compose(
@@ -33,4 +34,5 @@ def make(
         select=select.uniform(cohort),
         drift=drift.proximal(proximal_weight),
         server=server.optimizer(**(server_optimizer or {})),
+        slots=slots,
     )

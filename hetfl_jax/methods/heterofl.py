@@ -18,7 +18,7 @@ from typing import Any
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, objective, select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
 ASSIGNMENTS = ("dynamic", "fixed")
@@ -33,6 +33,7 @@ def make(
     assignment: str = "dynamic",
     mask: bool = True,
     server_optimizer: Mapping[str, Any] | None = None,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """HeteroFL over the levels of ``family``.
 
@@ -55,4 +56,5 @@ def make(
         objective=objective.masked_cross_entropy() if mask else objective.cross_entropy(),
         merge=merge.overlap_mean(family, by_examples=False, class_rows=True),
         server=server.optimizer(**(server_optimizer or {})),
+        slots=slots,
     )

@@ -17,9 +17,6 @@ can be tried in one program and the best by training loss goes on.
 | all others | those of the method inside |
 """
 
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetfl_jax import methods
+from hetfl_jax.clusters import report
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.types import Algorithm, Array, Plan, PyTree
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
 from hetfl_jax.parts.bank import Report, Route, bank
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local, Tally
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
@@ -56,7 +55,7 @@ def make(
     local: Local,
     *,
     cohort: int,
-    clusters: int,
+    clusters: int = 2,
     averaging: str = "models",
     loss: str = "cross_entropy",
     weighted: bool = False,
@@ -74,6 +73,7 @@ def make(
     proportions: Sequence[float] = (),
     clients_per_level: Sequence[int] = (),
     clients: int = 0,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """IFCA with ``clusters`` models.
 
@@ -114,7 +114,7 @@ def make(
         if ignored := [name for name, given in own.items() if given]:
             raise ValueError(f"{ignored[0]} with over={over!r}, which has its own (method.args.{ignored[0]})")
         told = {"proportions": proportions, "clients_per_level": clients_per_level, "clients": clients}
-        base = _inside(over, over_args or {}, family, local, cohort, told)
+        base = _inside(over, over_args or {}, family, local, cohort, told, slots)
     else:
         base = compose(
             family,
@@ -124,6 +124,7 @@ def make(
             drift=drift.frozen(shared) if freeze_shared else None,
             merge=merge.overlap_mean(family, by_examples=weighted),
             server=server.optimizer(**(server_optimizer or {})),
+            slots=slots,
         )
     if warm_start:
         base = base._replace(init=_warm(base.init, warm_start, redraw))
@@ -131,22 +132,29 @@ def make(
     if shared and not freeze_shared:
         _check_shared(base, family, shared)
     route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
-    return bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
+    made = bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
+    if restarts == 1 or min_share > 0:
+        return made._replace(shown=report.shown(clusters))
+    note = f"{restarts} times that, and the bytes, in the first {restart_rounds + 1} rounds"
+    price = made.price
+    assert price is not None
+    return made._replace(shown=report.shown(clusters), price=lambda: price()._replace(note=note))
 
 
 def _inside(
-    name: str, args: Mapping[str, Any], family: Family, local: Local, cohort: int, told: Mapping[str, Any]
-) -> Algorithm:
+    name: str, args: Mapping[str, Any], family: Family, local: Local, cohort: int, told: Mapping[str, Any],
+    slots: Slots | None,
+) -> Algorithm:  # fmt: skip
     """The method called ``name``, with what it wants to know."""
-    if not name.isidentifier() or importlib.util.find_spec(f"hetfl_jax.methods.{name}") is None:
-        raise ValueError(f"method {name!r} inside IFCA is not there (method.args.over)")
-    make = importlib.import_module(f"hetfl_jax.methods.{name}").make
-    known = inspect.signature(make).parameters
+    if name not in methods.names():
+        raise ValueError(f"method {name!r} inside IFCA is not one of {', '.join(methods.names())} (method.args.over)")
+    make = methods.find(name)
+    known = methods.arguments(make)
     given = {"cohort": cohort, **{k: v for k, v in told.items() if k in known}, **args}
-    need = {k for k, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    need = {k for k, p in known.items() if p.default is p.empty}
     if wrong := (set(given) - set(known)) | (need - set(given)):
         raise ValueError(f"argument {min(wrong)!r} of {name} is missing or unknown (method.args.over_args)")
-    return make(family, local, **given)
+    return methods.build(name, make, family, local, given, slots)
 
 
 def _check(
@@ -209,18 +217,18 @@ def least_loss(
     def plan(key: Array, state: Restarts, plan: Plan, ask: Callable[[Array], Tally]) -> tuple[Plan, Restarts]:
         if forced_rounds:
             forced = 1 + permute(jax.random.key(0), plan.ids, clients) % clusters
-            return plan._replace(ticket=jnp.where(state.rounds < forced_rounds, forced, 0)), state
+            ticket = jnp.where(state.rounds < forced_rounds, forced, 0)
+            return plan._replace(ticket=ticket, stream=ticket), state
         if restarts == 1:
             return plan, state
         if min_share > 0:
             chosen = jax.lax.cond(state.rounds == 0, lambda: shares(ask(plan.ids), plan.valid), lambda: state.leader)
             state = state._replace(leader=chosen, decided=jnp.asarray(True))
-        everyone: Plan = jax.tree.map(
-            lambda v: jnp.tile(v, (restarts, *[1] * (v.ndim - 1))), plan._replace(sent=(), ticket=())
-        )
+        tiled = lambda v: jnp.tile(v, restarts)  # noqa: E731
+        everyone = plan._replace(ids=tiled(plan.ids), valid=tiled(plan.valid), level=tiled(plan.level))
         ticket = jnp.repeat(jnp.arange(restarts, dtype=jnp.int32), plan.ids.shape[0])
         going = ~state.decided | (ticket == state.leader)
-        return everyone._replace(valid=everyone.valid & going, sent=plan.sent, ticket=ticket), state
+        return everyone._replace(valid=everyone.valid & going, ticket=ticket, stream=ticket), state
 
     def shares(judged: Tally, valid: Array) -> Array:
         """The first start that gives every model its share."""
@@ -230,7 +238,7 @@ def least_loss(
         return jnp.where((least >= min_share).any(), (least >= min_share).argmax(), least.argmax()).astype(jnp.int32)
 
     def choose(
-        state: Restarts, ticket: PyTree, judge: Callable[[Array | int, int], Tally]
+        ticket: PyTree, judge: Callable[[Array | int, int], Tally]
     ) -> tuple[Array, Tally]:  # fmt: skip
         first = ticket * clusters if restarts > 1 else jnp.int32(0)
         judged = judge(first, clusters)

@@ -23,12 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+from hetfl_jax.core.types import (
+    Algorithm,
+    Array,
+    ClientContext,
+    Info,
+    Level,
+    Plan,
+    PyTree,
+    Reply,
+    Seen,
+    Shard,
+    Tally,
+)
 from hetfl_jax.models import families, windows
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, select, sharing
-from hetfl_jax.parts.compose import Sent, compose, round_info
+from hetfl_jax.parts.compose import Sent, Slots, compose, down_bits, questions_of, refuse, round_info
 from hetfl_jax.parts.local import Local
+from hetfl_jax.parts.survey import planner
 
 TIMINGS = ("previous", "same")
 
@@ -39,9 +52,18 @@ class Types(NamedTuple):
     variables: PyTree
     momentum: PyTree
     known: Array  #: [L] bool, whether there is a momentum yet
+    select: PyTree = ()  #: what the selection remembers
 
 
-def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing: str = "previous") -> Algorithm:
+def make(
+    family: Family,
+    local: Local,
+    *,
+    cohort: int,
+    beta: float = 0.2,
+    timing: str = "previous",
+    slots: Slots | None = None,
+) -> Algorithm:
     """InclusiveFL over a family whose levels differ in depth.
 
     Args:
@@ -56,9 +78,12 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
     if timing not in TIMINGS:
         raise ValueError(f"timing {timing!r} is not one of {', '.join(TIMINGS)} (method.args.timing)")
     _check(family)
+    slots = slots or Slots()
+    refuse("inclusivefl", slots, capacity=True, downlink=True)
     depths, count = family.fields["depth"].tolist(), family.levels
     rule = merge.overlap_mean(family)
-    base = compose(family, local=local, select=select.uniform(cohort), merge=rule)
+    chosen = slots.select or select.uniform(cohort)
+    base = compose(family, local=local, select=chosen, merge=rule, slots=slots)
 
     def momentum(change: PyTree) -> PyTree:
         return sharing.momentum(change, depths) if beta else {}
@@ -69,20 +94,25 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
     def init(key: Array) -> tuple[Types, PyTree]:
         server, memory = base.init(key)
         start = jax.tree.map(lambda v: jnp.tile(v[None], (count, *[1] * v.ndim)), server.variables)
-        return Types(start, tree.zeros(empty), jnp.zeros(count, bool)), memory
+        return Types(start, tree.zeros(empty), jnp.zeros(count, bool), server.select), memory
 
-    def plan(key: Array, round: Array, state: Types, population: Population, survey: Any) -> Plan:
-        planned = base.plan(key, round, plain, population, survey)
-        return planned._replace(sent=Sent(state.variables, round, {}))
+    def send(state: Types, round: Array) -> Sent:
+        return Sent(state.variables)
 
-    plain = jax.eval_shape(base.init, jax.random.key(0))[0]  # which clients come does not depend on the models
+    def own_model(sent: Sent, level: Level) -> Sent:
+        return sent._replace(variables=tree.take(sent.variables, windows.index_of(level)))
 
-    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        own = windows.index_of(level)
-        reply = base.client(key, sent._replace(variables=tree.take(sent.variables, own)), level, ticket, shard, memory)
-        return reply._replace(member=own)
+    def judge(sent: Sent, level: Level, *rest: Any) -> Tally:
+        assert base.judge is not None
+        return base.judge(own_model(sent, level), level, *rest)
 
-    def server(state: Types, plan: Plan, total: merge.Total, report: PyTree, ok: Array) -> tuple[Types, PyTree]:
+    plan = planner(chosen, select.own_level(), send, judge, lambda sent: down_bits(family, own_model(sent, 0)), count)
+
+    def client(context: ClientContext) -> Reply:
+        reply = base.client(context._replace(sent=own_model(context.sent, context.level)))
+        return reply._replace(member=windows.index_of(context.level))
+
+    def server(state: Types, plan: Plan, sent: Sent, total: merge.Total, seen: Seen, ok: Array) -> tuple[Types, Info]:
         mean, _ = merge.settle_each(rule, total)
         examples = total.count.sum(1)
         change, params = mean["params"], state.variables["params"]
@@ -95,7 +125,8 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         mixed = sharing.mix(change, used, beta, depths, there & (examples > 0))
         moved = jax.tree.map(lambda p, d: jnp.where(_rows(examples > 0, p), p + d, p), params, mixed)
         shared = sharing.share(moved, examples, depths)
-        return Types({"params": shared}, taught, known), round_info(plan, report, ok, count)
+        remembered = chosen.update(plan.notes, plan, seen, ok)
+        return Types({"params": shared}, taught, known, remembered), round_info(plan, seen, ok)
 
     def model(state: Types, level: Level, member: int = 0) -> PyTree:
         return families.view(family, tree.take(state.variables, windows.index_of(level)), level).variables
@@ -104,8 +135,8 @@ def make(family: Family, local: Local, *, cohort: int, beta: float = 0.2, timing
         return base.predict(variables, level, x, shard)[-1:]  # the exits before are nobody's: they were never trained
 
     return base._replace(
-        members=count, predict=predict, init=init, plan=plan, client=client, server=server, model=model, judge=None,
-        others=lambda server, memory: {},
+        members=count, predict=predict, init=init, plan=plan, send=send, client=client, server=server, model=model,
+        judge=None, questions=questions_of(model, predict, {}, {}),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, select, server
-from hetfl_jax.parts.compose import compose
+from hetfl_jax.parts.compose import Slots, compose, refuse
 from hetfl_jax.parts.local import Local
 
 
@@ -29,6 +29,8 @@ def make(
     participation: float = 0.0,
     server_learning_rate: float = 1.0,
     keep_models: bool = False,
+    authors_rate: bool = False,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """SCAFFOLD over a population of ``clients``; its messages are twice as large as FedAvg's.
 
@@ -36,17 +38,25 @@ def make(
       mean_examples: if > 0, variates are weighed by ``n_k / mean_examples``, as FedDyn's authors do.
       participation, keep_models: as in ``feddyn``.
       server_learning_rate: of the server's step along the mean.
+      authors_rate: divide by the learning rate of round 0 in every round, as the code of FedDyn's authors does, in
+        place of the round's own.
 
     Raises:
       ValueError: a value out of range.
     """
-    rule = drift.scaffold(local.learning_rate(jnp.int32(0)), mean_examples)
-    method = compose(
+    refuse("scaffold with a participation probability", slots or Slots(), select=participation > 0)
+    if not local.plain:
+        raise ValueError(
+            "scaffold reads a client's gradient off its change: need optimizer sgd, momentum 0 (train.optimizer)"
+        )
+    first = local.learning_rate(jnp.int32(0))
+    rule = drift.scaffold((lambda round: first) if authors_rate else local.learning_rate, mean_examples)
+    return compose(
         family,
         local=local,
         select=select.bernoulli(participation, clients) if participation else select.uniform(cohort),
         drift=drift.remembering(rule) if keep_models else rule,
         merge=merge.overlap_mean(family, by_examples=False),
         server=server.scaffold(clients, server_learning_rate),
+        slots=slots,
     )
-    return method._replace(broadcast=2, messages=2)  # a variate goes with the model, both ways

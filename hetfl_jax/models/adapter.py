@@ -1,14 +1,17 @@
 """The one place where a linen module becomes plain functions.
 
-A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. It returns
-logits [B, C], or [E, B, C] with one row per exit; of sequences, whose every position has a label, [E, B, S, C].
+A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. ``training``
+and ``is_training`` are read as ``train``, ``deterministic`` as its opposite. It returns logits [B, C], or those of
+several exits as a tuple, or as [E, B, C]; of sequences, whose every position has a label, a tuple of [B, S, C].
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from hetfl_jax.core.types import Array, PyTree
 
@@ -20,6 +23,12 @@ class Net(NamedTuple):
     apply: Callable[..., tuple[Array, PyTree]]  #: (variables, x, ...) -> (exits [E, B, C], new batch_stats or {})
     counted: Callable[[PyTree, Array], Array]  #: evaluation in plain lax operations, for counting
     outline: Callable[[Array, Array], tuple[Array, PyTree]]  #: (key, x) -> (exits, variables), likewise, for shapes
+    each_exit: Callable[[PyTree, Array], Sequence[Array]]  #: likewise, the exits apart where the module says them so
+    module: nn.Module
+
+    def outputs(self, variables: PyTree, x: Any) -> int:
+        """Classes that the net tells apart, from the shapes of its variables and input."""
+        return jax.eval_shape(self.each_exit, variables, x)[-1].shape[-1]
 
 
 def adapt(module: nn.Module) -> Net:
@@ -36,7 +45,7 @@ def adapt(module: nn.Module) -> Net:
     accepted = inspect.signature(type(module).__call__).parameters
 
     def call(net: nn.Module, variables: PyTree, x: Array, rngs: Any, mutable: Any, **options: Any) -> Any:
-        given = {name: value for name, value in options.items() if name in accepted}
+        given = {name: value for name, value in _spelled(options).items() if name in accepted}
         return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
 
     def init(key: Array, x: Array) -> PyTree:
@@ -67,8 +76,21 @@ def adapt(module: nn.Module) -> Net:
         logits, variables = plain.init_with_output({"params": key, "dropout": key}, x)
         return _as_exits(logits), variables
 
-    return Net(init, apply, counted, outline)
+    def each_exit(variables: PyTree, x: Array) -> Sequence[Array]:
+        out = counted(variables, x)
+        return out if isinstance(out, tuple | list) else [out]
+
+    return Net(init, apply, counted, outline, each_exit, module)
 
 
-def _as_exits(logits: Array) -> Array:
-    return logits if logits.ndim > 2 else logits[None]
+def _spelled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call under every spelling that is known."""
+    train = options.get("train", False)
+    return {**options, "training": train, "is_training": train, "deterministic": not train}
+
+
+def _as_exits(logits: Array | Sequence[Array]) -> Array:
+    if isinstance(logits, Sequence):
+        return jnp.stack(logits)
+    exits: Array = logits
+    return exits if exits.ndim > 2 else exits[None]

@@ -24,8 +24,9 @@ class Costs(NamedTuple):
 def costs(fam: Family) -> Costs:
     """Parameters, bytes one way, and forward multiply-adds per example, of every level.
 
-    >>> from hetfl_jax.models import MLP
-    >>> fam = family(MLP(), [dict(width=1.0)], jnp.zeros((1, 784)))
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(), [dict(width=1.0)], jnp.zeros((1, 784)))
     >>> costs(fam).parameters.tolist(), costs(fam).macs.tolist()
     ([159010], [158800])
     """

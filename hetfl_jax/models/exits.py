@@ -28,8 +28,8 @@ class ExitResNet(BaseNet):
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
-    ) -> Array:
-        """[B, H, W, I] -> [depth, B, C]."""
+    ) -> tuple[Array, ...]:
+        """[B, H, W, I] -> depth times [B, C]."""
         last = len(self.hidden)
 
         def conv(x: Array, full: int, kernel: int, stride: int, name: str, depthwise: bool = False) -> Array:
@@ -74,7 +74,7 @@ class ExitResNet(BaseNet):
                 x = block(x, before, full, stride, f"layer{level}_block{number}")
                 before = full
             exits.append(exit_of(x, level))
-        return jnp.stack(exits)
+        return tuple(exits)
 
 
 def _fan_out_normal(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:

@@ -5,24 +5,27 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.core import tree
+from hetfl_jax.core import jaxprs, tree
 from hetfl_jax.core.types import Array, Level, PyTree, Within
 from hetfl_jax.models.adapter import Net, adapt
-from hetfl_jax.models.windows import Family, Path, Prepare, Window, base_of, flat, index_of, mask, narrow, overlay
+from hetfl_jax.models.windows import Family, Path, Prepare, Window, base_of, flat, mask, masked_by, narrow, overlay
 
 
 class View(NamedTuple):
     """A model at one level, dense or masked; a client written against it serves both."""
 
+    #: see ``forward_at``: (variables, x prepared, level=None, stats=None, ...) -> (exits, active, stats)
+    forward: Callable[..., tuple[Array, Array | np.ndarray, PyTree]]
     apply: Callable[..., tuple[Array, PyTree]]  #: see ``apply_at``
     variables: PyTree
-    active: Array  #: [E] bool, the exits that the level has
+    active: Array | np.ndarray  #: [E] bool, the exits that the level has; a plain NumPy array where it is dense
     cut: Callable[[PyTree], PyTree]  #: a full tree -> the level's (narrowed, or dead entries set to zero)
     put: Callable[[PyTree, PyTree], PyTree]  #: (full tree, the level's) -> the full tree with the window replaced
 
@@ -73,8 +76,9 @@ def family(
     names = dict.fromkeys(name for fields in levels for name in fields)
     table = {name: np.asarray([getattr(m, name) for m in modules]) for name in names}
     exits = np.asarray([logits.shape[0] for logits in outputs])
+    reach = {} if exits.max() == 1 else _reach(nets, shapes, ready, exits)
     one_head = len(set(table.get("depth", (0,)))) > 1 == len(set(exits))
-    return Family(nets, table, shapes, windows, example, prepare, exits, masked and not one_head)
+    return Family(nets, table, shapes, windows, example, prepare, exits, reach, masked and not one_head)
 
 
 def collects_statistics(fam: Family) -> bool:
@@ -108,8 +112,42 @@ def _window(path: Path, leaf: Any, levels: list[dict[Path, Any]], wider: Any) ->
     return Window(np.asarray(extents, np.int32).reshape(len(levels), len(leaf.shape)), grown[0] if grown else -1)
 
 
+def _reach(nets: Sequence[Net], shapes: Sequence[PyTree], x: Any, exits: np.ndarray) -> dict[Path, np.ndarray]:
+    """[L, E] which exits each leaf takes part in, from the program of every level's net."""
+    found = {path: np.zeros((len(nets), int(exits.max())), bool) for path in flat(shapes[0])}
+    for level, (net, shape) in enumerate(zip(nets, shapes)):
+        used = jaxprs.used_inputs(lambda v, x, net=net: net.each_exit(v, x), shape, x)
+        for exit, of_exit in enumerate(used):
+            for path, takes_part in flat(of_exit[0]).items():
+                found[path][level, exit] = takes_part
+    return found
+
+
+def trained(fam: Family, path: Path, all_exits: bool) -> np.ndarray:
+    """[L] whether clients of a level train a leaf: it takes part in all their exits' loss, or in their deepest one's.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4, 4)), [dict(depth=2), dict(depth=1)], jnp.zeros((1, 3)))
+    >>> trained(fam, ("params", "head_0", "bias"), False).tolist()
+    [False, True]
+    """
+    held = (fam.windows[path].extents > 0).all(1)
+    if path not in fam.reach:
+        return held
+    return fam.reach[path].any(1) if all_exits else fam.reach[path][np.arange(fam.levels), fam.exits - 1]
+
+
+def active_exits(fam: Family, level: Level) -> Array | np.ndarray:
+    """[E] bool, which exits of a level's base the level has; a plain NumPy array where it is dense."""
+    number = np.arange(fam.exits[base_of(level)])
+    return jnp.asarray(number) < jnp.asarray(fam.exits)[level.level] if isinstance(level, Within) else number >= 0
+
+
 def view(fam: Family, variables: PyTree, level: Level) -> View:
     """The model at ``level``: dense at its true shape for an int, masked inside a larger shape for a ``Within``.
+
+    ``cut`` and ``put`` serve any tree of collections; what the family does not know (a counter, a vector of thresholds)
+    is kept whole.
 
     Raises:
       ValueError: a masked level of a family that runs dense only.
@@ -118,34 +156,60 @@ def view(fam: Family, variables: PyTree, level: Level) -> View:
 
     def cut(values: PyTree) -> PyTree:
         small = narrow(fam, values, base)
-        if not isinstance(level, Within):
-            return small
-        return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), small, mask(fam, level.level, small, base))
+        return masked_by(fam, level, small) if isinstance(level, Within) else small
 
     def put(old: PyTree, new: PyTree) -> PyTree:
         if isinstance(level, Within):
-            keep = mask(fam, level.level, new, base)
-            new = jax.tree.map(jnp.where, keep, new, narrow(fam, old, base))
+            inside = narrow(fam, old, base)
+            new = jax.tree.map(jnp.where, mask(fam, level.level, new, base), new, inside)
         return overlay(fam, old, new, base)
 
-    active = jnp.arange(fam.exits[base]) < jnp.asarray(fam.exits)[index_of(level)]
-    return View(apply_at(fam, level), cut(variables), active, cut, put)
+    forward = forward_at(fam, level)
+    return View(forward, apply_at(fam, level), cut(variables), active_exits(fam, level), cut, put)
+
+
+def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | np.ndarray, PyTree]]:
+    """``forward(variables, x, level=None, stats=None, train=, valid=, key=, collect=)`` of a level's net.
+
+    ``x`` is prepared. A masked level runs the net of its base, told the level's own fields. ``level`` runs a smaller
+    level inside this one, on its part of the variables: a number at its true shape, a traced one, or any inside a
+    masked level, masked. ``stats`` stand in for the statistics in ``variables``.
+    """
+
+    def forward(
+        variables: PyTree, x: Array, *, level: int | Array | None = None, stats: PyTree = None, **options: Any
+    ) -> tuple[Array, Array | np.ndarray, PyTree]:
+        if stats is not None:
+            variables = {**variables, "batch_stats": stats}
+        where: Level = outer
+        if level is not None:
+            dense = isinstance(level, int) and isinstance(outer, int)
+            where = int(level) if dense else Within(base_of(outer), jnp.asarray(level, jnp.int32))
+            variables = narrow(fam, variables, where) if dense else masked_by(fam, where, variables)
+        exits, stats = _call(fam, where)(variables, x, **options)
+        return exits, active_exits(fam, where), stats
+
+    outer = level
+    _call(fam, outer)  # refuses what cannot run
+    return forward
+
+
+def _call(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:
+    net = fam.nets[base_of(level)]
+    if not isinstance(level, Within):
+        return net.apply
+    if not fam.masked:
+        raise ValueError("this net runs only at its true shape: use executor bucketed or debugging (families.view)")
+    numbers = {name: column for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
+    return partial(net.apply, capacity={name: jnp.asarray(column)[level.level] for name, column in numbers.items()})
 
 
 def apply_at(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:
-    """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored.
-
-    A masked level runs the net of its base, told the level's own fields.
-    """
-    net, capacity = fam.nets[base_of(level)], None
-    if isinstance(level, Within):
-        if not fam.masked:
-            raise ValueError("this net runs only at its true shape: use executor bucketed or debugging (families.view)")
-        numbers = {name: column for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
-        capacity = {name: jnp.asarray(column)[level.level] for name, column in numbers.items()}
+    """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored."""
+    call = _call(fam, level)
 
     def apply(variables: PyTree, x: Array, *, key: Array | None = None, **options: Any) -> tuple[Array, PyTree]:
         augment, dropout = (None, None) if key is None else tuple(jax.random.split(key))
-        return net.apply(variables, fam.prepare(x, augment), key=dropout, capacity=capacity, **options)
+        return call(variables, fam.prepare(x, augment), key=dropout, **options)
 
     return apply

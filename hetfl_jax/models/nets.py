@@ -69,7 +69,7 @@ class MLP(BaseNet):
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
-    ) -> Array:
+    ) -> Array | tuple[Array, ...]:
         """[B, ...] -> [B, C]."""
         x, exits = x.reshape(x.shape[0], -1), []
         for i, full in enumerate(self.hidden[: self.depth or None]):
@@ -77,7 +77,7 @@ class MLP(BaseNet):
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
             if self.depth and self.exits:
                 exits.append(dense_layer(x, self.classes, name=f"head_{i}"))
-        return jnp.stack(exits) if exits else dense_layer(x, self.classes, name="head")
+        return tuple(exits) if exits else dense_layer(x, self.classes, name="head")
 
 
 class CNN(BaseNet):
@@ -183,7 +183,7 @@ class Conv(BaseNet):
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
-    ) -> Array:
+    ) -> Array | tuple[Array, ...]:
         """[B, H, W, I] -> [B, C]."""
         exits = []
         for i, full in enumerate(self.hidden[: self.depth or None]):
@@ -191,7 +191,7 @@ class Conv(BaseNet):
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
             if self.depth and self.exits:
                 exits.append(dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name=f"head_{i}"))
-        return jnp.stack(exits) if exits else dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
+        return tuple(exits) if exits else dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
 
 
 class PreResNet(BaseNet):

@@ -151,4 +151,4 @@ class Transformer(BaseNet):
             x = Layer(self.embedding, self.heads, hidden, name=f"layer_{i}")(x, there, start, run)
             if self.depth and self.exits:
                 exits.append(Decoder(self.embedding, self.classes, name=f"head_{i}")(x, run))
-        return jnp.stack(exits or [Decoder(self.embedding, self.classes, name="head")(x, run)])
+        return tuple(exits or [Decoder(self.embedding, self.classes, name="head")(x, run)])

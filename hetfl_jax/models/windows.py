@@ -35,6 +35,7 @@ class Family(NamedTuple):
     example: PyTree  #: ShapeDtypeStruct of a batch of one, as stored
     prepare: Prepare  #: (x as stored, key or None) -> input of the net
     exits: np.ndarray  #: [L] number of exits of each level
+    reach: Mapping[Path, np.ndarray]  #: [L, E] which exits each leaf takes part in; empty where nets have one exit
     masked: bool  #: whether masked execution gives the same answer as the dense net of a level
 
     @property
@@ -70,15 +71,23 @@ def index_of(level: Level) -> int | Array:
 def mask(fam: Family, level: int | Array, like: PyTree, base: int = 0) -> PyTree:
     """Which entries of ``like`` (variables, or some of their collections) the level owns; bool, traced level allowed.
 
-    ``like`` has the shapes of level ``base``.
+    ``like`` has the shapes of level ``base``. A leaf that the family does not know is owned whole.
 
-    >>> from hetfl_jax.models import MLP
-    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
     >>> mask(fam, 1, fam.shapes[0])["params"]["dense_0"]["bias"].tolist()
     [True, True, False, False]
     """
 
-    return map_leaves(lambda path, value: mask_leaf(fam, path, level, base), like)
+    def leaf(path: Path, value: Array) -> Array:
+        return mask_leaf(fam, path, level, base) if path in fam.windows else jnp.ones(jnp.shape(value), bool)
+
+    return map_leaves(leaf, like)
+
+
+def masked_by(fam: Family, level: Within, values: PyTree) -> PyTree:
+    """``values``, of the shapes of the level's base, with zeros outside the level's window."""
+    return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), values, mask(fam, level.level, values, level.base))
 
 
 def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Array:
@@ -92,19 +101,28 @@ def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Arr
 
 
 def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
-    """The level's own tree: the leading slice of each leaf it has.
+    """The level's own tree: the leading slice of each leaf it has; what the family does not know stays whole.
 
-    >>> from hetfl_jax.models import MLP
-    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> narrow(fam, tree.zeros(fam.shapes[0]), 1)["params"]["dense_0"]["kernel"].shape
-    (3, 2)
+    ``values`` may be of any level that holds this one.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> full = families.init(fam, jax.random.key(0))
+    >>> small = narrow(fam, {**full, "rounds": jnp.int32(3)}, 1)
+    >>> small["params"]["dense_0"]["kernel"].shape, int(small["rounds"])
+    ((3, 2), 3)
     """
+    if not isinstance(values, Mapping):
+        return values
     leaves = flat(values)
 
     def leaf(path: Path, shape: Any) -> Array:
         return leaves[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
 
-    return map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
+    known = map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
+    return {
+        name: known.get(name, value) for name, value in values.items() if name in known or name not in fam.shapes[0]
+    }
 
 
 def widen(fam: Family, values: PyTree, level: int) -> PyTree:
@@ -117,7 +135,8 @@ def widen(fam: Family, values: PyTree, level: int) -> PyTree:
         value = leaves[path]
         return jnp.pad(value, [(0, full - own) for full, own in zip(shape.shape, value.shape)])
 
-    return map_leaves(leaf, {name: fam.shapes[0][name] for name in values})
+    known = map_leaves(leaf, {name: fam.shapes[0][name] for name in values if name in fam.shapes[0]})
+    return {name: known.get(name, value) for name, value in values.items()}
 
 
 def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
@@ -135,8 +154,8 @@ def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
 def add_inside(fam: Family, total: PyTree, part: PyTree, level: int) -> PyTree:
     """``total + widen(part, level)``, touching only the level's window.
 
-    >>> from hetfl_jax.models import MLP
-    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
     >>> ones = lambda level: jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[level])
     >>> add_inside(fam, ones(0), ones(1), 1)["params"]["dense_0"]["bias"].tolist()
     [2.0, 2.0, 1.0, 1.0]
@@ -185,9 +204,13 @@ def spread(fam: Family, path: Path, weights: Array, along: Array | None = None) 
 
 
 def memory_extents(fam: Family, memory: PyTree) -> tuple[list[tuple[int, ...]], ...]:
-    """For each level, the leading extents of every leaf of a client memory ``{name: {"params": tree}}``."""
-    parts = [flat(memory[name]) for name in sorted(memory)]
-    return tuple(
-        [tuple(map(int, fam.windows[path].extents[level])) for part in parts for path in part]
-        for level in range(fam.levels)
-    )
+    """For each level, the leading extents of every leaf of a client memory ``{name: {"params": tree}}``.
+
+    A leaf that the family does not know has its own shape at every level.
+    """
+
+    def extents(level: int, path: Path, leaf: Any) -> tuple[int, ...]:
+        known = fam.windows.get(path[1:])
+        return tuple(leaf.shape) if known is None else tuple(map(int, known.extents[level]))
+
+    return tuple([extents(level, *item) for item in flat(memory).items()] for level in range(fam.levels))

@@ -12,8 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
-from hetfl_jax.parts.local import Tally
+from hetfl_jax.core.types import (
+    Algorithm,
+    Array,
+    Choice,
+    ClientContext,
+    Level,
+    Plan,
+    Population,
+    Price,
+    PyTree,
+    Reply,
+    Seen,
+    Shard,
+    Tally,
+)
+from hetfl_jax.models.windows import index_of
 
 LOST = 1e30  #: reported for a loss that is not finite
 
@@ -25,35 +39,36 @@ class BankState(NamedTuple):
     route: PyTree
 
 
-class Sent(NamedTuple):
-    """What every client of a bank receives."""
+class Noted(NamedTuple):
+    """What goes from a bank's plan to its server."""
 
-    members: PyTree  #: leaves [size, ...]
-    route: PyTree
+    own: PyTree  #: notes of the method inside
+    route: PyTree  #: the route's state after its plan
 
 
 class Report(NamedTuple):
     """A client's report."""
 
-    own: PyTree  #: of the method inside
+    own: Seen  #: of the method inside, with what it cost to choose
     member: Array  #: int32, the row of the member that was trained
-    judged: Tally  #: leaves [models], every model that had a chance, on all of the client's examples before training
+    judged: Tally  #: leaves [models], every model that the client judged, on all of its examples before training
 
 
 class Route(NamedTuple):
     """Which member an item trains."""
 
     init: Callable[[], PyTree]  #: -> the route's state, part of the server's
-    #: (key, state, plan, ask) -> (plan, state as sent); ``ask(ids)`` is every member's ``Tally`` [K, size]
+    #: (key, state, plan, ask) -> (plan, state); ``ask(ids)`` is every member's ``Tally`` [K, size]
     plan: Callable[[Array, PyTree, Plan, Callable[[Array], Tally]], tuple[Plan, PyTree]]
-    #: (state, ticket, judge) -> (member, judged); ``judge(first, count)`` is the ``Tally`` [count] of these members
-    choose: Callable[[PyTree, PyTree, Callable[[Array | int, int], Tally]], tuple[Array, Tally]]
-    server: Callable[[PyTree, Plan, Report, Array], PyTree]  #: (state as sent, plan, report, ok) -> state
+    #: (ticket, judge) -> (member, judged); ``judge(first, count)`` is the ``Tally`` [count] of these members
+    choose: Callable[[PyTree, Callable[[Array | int, int], Tally]], tuple[Array, Tally]]
+    server: Callable[[PyTree, Plan, Report, Array], PyTree]  #: (state after ``plan``, plan, report, ok) -> state
     row: Callable[[PyTree, Array | int], Array | int]  #: (state, number of a model) -> its row of the bank
     place: Callable[[PyTree, Array, Array], Array]  #: (state, training losses [N, models], ids [N]) -> model [N]
     models: int  #: how many models a client has to choose from
     groups: int = 1  #: independent groups of members (restarts)
     broadcast: int = 1  #: how many models an item receives
+    in_use: Callable[[PyTree], int] | None = None  #: (state) -> how many models there are yet; all by default
 
 
 def bank(
@@ -88,33 +103,34 @@ def bank(
         return BankState(_by_name(shared, common, members), route.init()), starts[0][1]
 
     def plan(key: Array, round: Array, state: BankState, population: Population, survey: Any) -> Plan:
-        def of(server: PyTree) -> Plan:
-            return base.plan(key, round, server, population, survey)
-
-        first = of(tree.take(state.members, 0))
-        sent = jax.vmap(lambda server: of(server).sent)(state.members)
+        first = base.plan(key, round, tree.take(state.members, 0), population, survey)
 
         def ask(ids: Array) -> Tally:
-            judged = lambda key, sent, shard: _judge(sent, 0, shard, 0, size)  # noqa: E731
-            return survey(judged, sent, ids)
+            judged = lambda key, sent, level, shard: _judge(sent, level, shard, 0, size)  # noqa: E731
+            return survey(judged, send(state, round), ids)
 
         planned, routed = route.plan(key, state.route, first, ask)
-        return planned._replace(sent=Sent(sent, routed))
+        return planned._replace(notes=Noted(first.notes, routed))
+
+    def send(state: BankState, round: Array) -> PyTree:
+        return jax.vmap(lambda server: base.send(server, round))(state.members)
 
     def _judge(sent: PyTree, level: Level, shard: Shard, first: Array | int, count: int) -> Tally:
-        some = sent
         if count < size:
-            some = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, first, count), sent)
-        return jax.vmap(lambda one: judge_one(one, level, shard))(some)
+            sent = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, first, count), sent)
+        return jax.vmap(lambda one: judge_one(one, level, shard))(sent)
 
-    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
-        member, judged = route.choose(
-            sent.route, ticket, lambda first, count: _judge(sent.members, level, shard, first, count)
-        )
+    def client(context: ClientContext) -> Reply:
+        sent, level, shard = context.sent, context.level, context.shard
+        member, judged = route.choose(context.ticket, lambda first, count: _judge(sent, level, shard, first, count))
         # A model that is lost to one client must not cost the client's reply.
         judged = judged._replace(loss=jnp.where(jnp.isfinite(judged.loss), judged.loss, LOST))
-        reply = base.client(key, tree.take(sent.members, member), level, (), shard, memory)
-        return reply._replace(member=member, report=Report(reply.report, member, judged))
+        reply = base.client(context._replace(sent=tree.take(sent, member), ticket=()))
+        own: Seen = reply.report
+        models = (judged.examples > 0).sum().astype(jnp.int32)
+        forward = own.work.at[0, index_of(level)].add(models * shard.size)
+        own = own._replace(work=forward, down=own.down * route.broadcast)
+        return reply._replace(member=member, report=Report(own, member, judged))
 
     def of_group(total: PyTree) -> PyTree:
         """The sum over each group of members, in every row of it."""
@@ -125,17 +141,18 @@ def bank(
 
         return jax.tree.map(leaf, total)
 
-    def server(state: BankState, plan: Plan, total: PyTree, report: Report, ok: Array) -> tuple[BankState, PyTree]:
+    def server(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Report, ok: Array) -> Any:
         rows = jnp.arange(size)[:, None]
-        own = plan._replace(sent=())
+        own = plan._replace(notes=plan.notes.own)
 
         def serve(totals: PyTree, chosen: Array) -> PyTree:
-            def one(server: PyTree, total: PyTree, chosen: Array) -> PyTree:
-                after = base.server(server, own, jax.tree.map(lambda t: t[None], total), report.own, chosen & ok)[0]
+            def one(server: PyTree, sent: PyTree, total: PyTree, chosen: Array) -> PyTree:
+                total = jax.tree.map(lambda t: t[None], total)
+                after = base.server(server, own, sent, total, report.own, chosen & ok)[0]
                 # Divided by all, a member that nobody chose has a mean, 0, which old moments would go on from.
                 return tree.select((chosen & ok).any(), after, server)
 
-            return jax.vmap(one)(state.members, totals, chosen)
+            return jax.vmap(one)(state.members, sent, totals, chosen)
 
         together = of_group(total)
         if divide_by_all:
@@ -144,25 +161,35 @@ def bank(
         if shared:
             common = serve(together, report.member // per_group == rows // per_group)
             members = _by_name(shared, common, members)
-        _, info = base.server(tree.take(state.members, 0), own, jax.tree.map(lambda t: t[:1], total), report.own, ok)
-        routed = route.server(plan.sent.route, plan, report, ok)
+        first = tree.take((state.members, sent), 0)
+        # One selection serves all members: it saw every item.
+        seen_by_all, info = base.server(first[0], own, first[1], jax.tree.map(lambda t: t[:1], total), report.own, ok)
+        members = jax.vmap(lambda member: base.same_selection(member, seen_by_all))(members)
+        routed = route.server(plan.notes.route, plan, report, ok)
         shown = plan.valid & (report.member // per_group == route.row(routed, 0) // per_group)
-        judged = jnp.where(plan.valid, report.judged.examples.sum(-1), 0)
-        levels = jax.nn.one_hot(plan.level, base.levels)
-        more = {
-            "cluster": jnp.where(shown, report.member % per_group, -1),
-            "cluster_ids": jnp.where(shown, plan.ids, -1),
-            "judged": (levels * judged[:, None]).sum(0),
+        trained = {
+            "member": jnp.where(shown, report.member % per_group, -1),
+            "member_ids": jnp.where(shown, plan.ids, -1),
         }
-        return BankState(members, routed), {**info, **more}
+        return BankState(members, routed), info._replace(arrays={**info.arrays, **trained})
 
     def model(state: BankState, level: Level, member: Array | int = 0) -> PyTree:
         return base.model(tree.take(state.members, route.row(state.route, member)), level)
 
+    def price() -> Price:
+        assert base.price is not None
+        one = base.price()
+        return one._replace(down=one.down * route.broadcast, judged=route.models if route.broadcast > 1 else 0)
+
+    choice = Choice(
+        route.models,
+        lambda state, losses, ids: route.place(state.route, losses, ids),
+        lambda state: route.in_use(state.route) if route.in_use else route.models,
+    )
+    asked = base.questions[0]._replace(variables=lambda server, memory, tier: model(server, tier))
     return base._replace(
-        members=size, init=init, plan=plan, client=client, server=server, model=model, judge=None, models=route.models,
-        broadcast=route.broadcast * base.broadcast, others=lambda server, memory: {},
-        place=lambda state, losses, ids: route.place(state.route, losses, ids),
+        members=size, init=init, plan=plan, send=send, client=client, server=server, model=model, judge=None,
+        questions=(asked,), choice=choice, price=price,
     )  # fmt: skip
 
 

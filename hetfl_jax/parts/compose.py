@@ -1,12 +1,31 @@
 """``compose``: a method from parts. A slot exists only where two methods fill it differently."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hetfl_jax.core import tree
-from hetfl_jax.core.types import Algorithm, Array, Level, Plan, Population, PyTree, Reply, Shard
+from hetfl_jax.core import bits, tree
+from hetfl_jax.core.types import (
+    Account,
+    Algorithm,
+    Array,
+    Batch,
+    ClientContext,
+    Info,
+    Level,
+    Plan,
+    Price,
+    PyTree,
+    Question,
+    Reply,
+    Seen,
+    Shard,
+    Tally,
+    Within,
+)
 from hetfl_jax.models import families, windows
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift as drifts
@@ -14,7 +33,19 @@ from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
-from hetfl_jax.parts.local import Local, Tally, tally, train
+from hetfl_jax.parts.codec import Codec
+from hetfl_jax.parts.local import Local, Trained, examples_trained, tally, train
+from hetfl_jax.parts.survey import planner
+
+
+class Slots(NamedTuple):
+    """What is chosen apart from the method: every ``make`` takes it as ``slots``. ``None`` leaves it to the method."""
+
+    select: selects.Select | None = None  #: who takes part
+    capacity: selects.Capacity | None = None  #: at which level
+    uplink: Codec | None = None  #: what is sent in place of a change
+    downlink: Codec | None = None  #: what is sent in place of the model's change since it was last sent
+    clients: int = 0  #: in the population; wanted by a selection that remembers
 
 
 class ServerState(NamedTuple):
@@ -22,14 +53,35 @@ class ServerState(NamedTuple):
 
     variables: PyTree  #: the full model: params and, where tracked, batch_stats
     slot: PyTree  #: of the server rule, e.g. Adam's moments
+    select: PyTree = ()  #: what the selection remembers
+    downlink: PyTree = ()  #: a ``Downlink`` where messages to clients are coded
+
+
+class Downlink(NamedTuple):
+    """What clients were last sent, and what the codec remembers."""
+
+    key: Array
+    params: PyTree
+    memory: PyTree
 
 
 class Sent(NamedTuple):
     """What every client receives."""
 
     variables: PyTree
-    round: Array
     context: PyTree = ()  #: of the server rule, e.g. SCAFFOLD's variate
+    coded: Array | tuple[()] = ()  #: [L, 3] bits of the coded parameters at each level, where they are coded
+    kept: PyTree = ()  #: memory of the downlink's codec; it stays at the server
+
+
+def refuse(method: str, slots: Slots, **fixed: bool) -> None:
+    """An error for a slot that is given though the method fixes it itself.
+
+    >>> refuse("fedavg", Slots(), select=True)
+    """
+    for name, own in fixed.items():
+        if own and getattr(slots, name) is not None:
+            raise ValueError(f"{method} fixes its {name} itself: {name}.name must be none ({name}.name)")
 
 
 def compose(
@@ -42,6 +94,7 @@ def compose(
     drift: drifts.Drift | None = None,
     merge: merges.Merge | None = None,
     server: servers.Server | None = None,
+    slots: Slots | None = None,
 ) -> Algorithm:
     """A federated method over ``family``; the defaults are FedAvg.
 
@@ -53,68 +106,91 @@ def compose(
       drift: a client-side correction and its memory (default: none).
       merge: how replies become a mean (default: example-weighted over the clients that hold an entry).
       server: what is done with the mean (default: add it).
+      slots: what is chosen apart from the method; it replaces ``select`` and ``capacity_of``, and says what travels.
 
     Returns:
-      An ``Algorithm``; its info has the loss and accuracy of the local training, how many items failed and which, and
-      level and examples seen of every item and per level, from which costs are counted.
+      An ``Algorithm`` whose ``Info`` has the loss and accuracy of the local training, how many items failed, and what
+      every item did.
+
+    Raises:
+      ValueError: slots that do not fit together.
     """
-    capacity_of = capacity_of or selects.own_level()
+    slots = slots or Slots()
+    select = slots.select or select
+    capacity_of = slots.capacity or capacity_of or selects.own_level()
     objective = objective or objectives.cross_entropy()
     drift = drift or drifts.none()
     merge = merge or merges.overlap_mean(family)
     server = server or servers.optimizer()
+    asks_received = objective.asks_received or drift.asks_received or merge.asks_received
+    trains = _trained_leaves(family, objective, drift)
 
     def init(key: Array) -> tuple[ServerState, PyTree]:
         variables = families.init(family, key)
-        memory = drift.init(variables["params"])
+        params = variables["params"]
+        memory = dict(drift.init(params))
         if local.keep_momentum:
-            memory = {**memory, "momentum": {"params": jax.tree.map(jnp.zeros_like, variables["params"])}}
-        return ServerState(variables, server.init(variables)), memory
+            memory["momentum"] = {"params": jax.tree.map(jnp.zeros_like, params)}
+        if slots.uplink:
+            memory |= slots.uplink.init(params)
+        _check_selection(select, slots.clients, memory)
+        down = Downlink(jax.random.fold_in(key, 1), params, slots.downlink.init(params)) if slots.downlink else ()
+        return ServerState(variables, server.init(variables), select.init(slots.clients), down), memory
 
-    def plan(key: Array, round: Array, state: ServerState, population: Population, survey: Any) -> Plan:
-        who, how = jax.random.split(key)
-        cohort = select(who, round, state, population, survey)
-        return Plan(
-            *cohort,
-            capacity_of(how, cohort.ids, population),
-            Sent(state.variables, round, server.context(state.slot)),
-            (),
-        )
+    def send(state: ServerState, round: Array) -> Sent:
+        context = server.context(state.slot)
+        if not slots.downlink:
+            return Sent(state.variables, context)
+        return _coded(family, slots.downlink, state, round, context)
 
-    def client(key: Array, sent: Sent, level: Level, ticket: PyTree, shard: Shard, memory: PyTree) -> Reply:
+    def client(context: ClientContext) -> Reply:
+        level, sent, memory = context.level, context.sent, dict(context.memory or {})
         view = families.view(family, sent.variables, level)
-        after, seen, kept, extra = train(
-            local, view, objective, drift, key=key, shard=shard, round=sent.round,
-            memory={name: view.cut(part) for name, part in dict(memory).items()}, context=view.cut(dict(sent.context)),
-        )  # fmt: skip
-        delta = jax.tree.map(jnp.subtract, after, view.variables)
-        total = merge.lift(delta, level, shard)._replace(extra=extra)
-        put = {name: view.put(part, kept[name]) for name, part in memory.items()} if memory else memory
-        return Reply(total, 0, put, seen)
+        own = context._replace(
+            sent=sent._replace(variables=view.variables, context=view.cut(sent.context)),
+            memory={name: view.cut(part) for name, part in memory.items()},
+        )
+        if asks_received:
+            own = own._replace(received=judge(sent, level, context.shard))
+        done = train(local, view, family.prepare, objective, drift, own, lambda path: trains(path, level))
+        delta = jax.tree.map(jnp.subtract, done.variables, view.variables)
+        delta, kept, coded = _encoded(slots.uplink, delta, own, done.memory)
+        total = merge.lift(delta, own)._replace(extra=done.extra)
+        put = {name: view.put(part, kept[name]) for name, part in memory.items()} if memory else context.memory
+        number = windows.index_of(level)
+        apart = {k: v for k, v in sent.variables.items() if coded is None or k != "params"}
+        plainly = jnp.asarray(bits.digits(_bits(family, {"model": apart, "extra": done.extra})))[number]
+        up = plainly if coded is None else plainly + coded
+        work = _work(local, done, own, family.levels, number)
+        return Reply(total, 0, put, Seen(done.tally, work, down_bits(family, sent)[number], up))
 
     def widen(total: merges.Total, level: int) -> merges.Total:
         return total._replace(
             delta=windows.widen(family, total.delta, level), extra=windows.widen(family, total.extra, level)
         )
 
-    def serve(state: ServerState, plan: Plan, total: PyTree, report: Tally, ok: Array) -> tuple[ServerState, PyTree]:
+    def serve(state: ServerState, plan: Plan, sent: Sent, total: PyTree, seen: Seen, ok: Array) -> Any:
         whole = tree.take(total, 0)
         mean, coverage = merge.settle(whole)
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any(), whole.extra)
-        info = round_info(plan, report, ok, family.levels) | server.info(slot, variables)
-        return ServerState(variables, slot), info
+        chosen = select.update(plan.notes, plan, seen, ok)
+        down = state.downlink
+        if slots.downlink:
+            down = down._replace(params=sent.variables["params"], memory=sent.kept)
+        info = round_info(plan, seen, ok, server.info(slot, variables))
+        return ServerState(variables, slot, chosen, down), info
 
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
         return families.view(family, state.variables, level).variables
 
-    def judge(sent: Sent, level: Level, shard: Shard) -> Tally:
+    def judge(sent: Sent, level: Level, shard: Shard, key: Array | None = None, examples: int = 0) -> Tally:
         view = families.view(family, sent.variables, level)
 
-        def logits(x: Array) -> Array:
-            exits, _ = view.apply(view.variables, x)
+        def logits(batch: Batch) -> Array:
+            exits, _ = view.apply(view.variables, batch.x)
             return objectives.last_exit(objective.local(exits, shard), view.active)
 
-        return tally(logits, objective.each, local.batch_size, shard)
+        return tally(logits, objective.each, local.batch_size, shard, key=key, examples=examples)
 
     def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
         exits, _ = families.apply_at(family, level)(variables, x)
@@ -123,32 +199,157 @@ def compose(
     def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
         return families.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
-    def others(state: ServerState, memory: PyTree) -> dict[str, ServerState]:
-        found = server.others(state.slot, state.variables)
-        if "last" in memory:
-            found["all"] = {**state.variables, **jax.tree.map(lambda rows: rows.mean(0), memory["last"])}
-        return {name: state._replace(variables=variables) for name, variables in found.items()}
+    def price() -> Price:
+        return _price(family, slots, drift, init, send)
 
+    plan = planner(select, capacity_of, send, judge, lambda sent: down_bits(family, sent), family.levels)
+    questions = questions_of(model, predict, server.models, drift.models)
     collects = statistics if families.collects_statistics(family) else None
     return Algorithm(
-        family.levels, 1, init, plan, client, widen, serve, model, predict, collects, judge, others=others
+        family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions, collects, judge,
+        same_selection=lambda server, other: server._replace(select=other.select), drawn=capacity_of.drawn,
+        price=price,
     )  # fmt: skip
 
 
-def round_info(plan: Plan, report: Tally, ok: Array, levels: int) -> dict[str, Array]:
-    """What a human wants of a round: training loss and accuracy, failures, and work per level, all on the device."""
-    seen = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), report)
-    examples = jnp.maximum(seen.examples, 1)
-    at_level = jax.nn.one_hot(plan.level, levels) * plan.valid[:, None]
-    failed = plan.valid & ~ok
-    return {
-        "train_loss": seen.loss / examples,
-        "train_accuracy": seen.correct / examples,
+def down_bits(family: Family, sent: Sent) -> Array:
+    """[L, 3] bits that a client of each level receives, see ``core.bits``."""
+    whole = _bits(family, {"variables": sent.variables, "context": sent.context})
+    if isinstance(sent.coded, tuple):
+        return jnp.asarray(bits.digits(whole))
+    plainly = _bits(family, {"variables": {"params": sent.variables["params"]}})
+    return jnp.asarray(bits.digits(whole - plainly)) + sent.coded
+
+
+def _price(family: Family, slots: Slots, drift: drifts.Drift, init: Any, send: Any) -> Price:
+    """Bits of an item at each level, from shapes; of a codec on a change of zero."""
+    key, now = jax.random.key(0), jnp.int32(0)
+    server, memory = jax.eval_shape(init, key)
+    sent = jax.eval_shape(send, server, now)
+    params = sent.variables["params"]
+
+    def extra(params: PyTree, sent: Sent, memory: PyTree) -> PyTree:
+        shard = Shard((), (), (), now, now, now)
+        return drift.update(params, ClientContext(key, now, 0, shard, (), sent, memory), jnp.int32(1))[1]
+
+    def coded(codec: Codec, level: int) -> int:
+        zeros = tree.zeros(params)
+        context = ClientContext(key, now, Within(0, jnp.int32(level)), (), (), (), ())
+        return int(bits.total(np.asarray(jax.jit(codec.encode)(key, zeros, context, codec.init(zeros))[2])))
+
+    plainly = _bits(family, {"params": {"params": params}})
+    whole = _bits(family, {"variables": sent.variables})
+    down = whole + _bits(family, {"context": sent.context})
+    up = whole + _bits(family, {"extra": jax.eval_shape(extra, params, sent, memory)})
+    levels = range(family.levels)
+    if slots.downlink:
+        down = down - plainly + np.asarray([coded(slots.downlink, level) for level in levels])
+    if slots.uplink:
+        up = up - plainly + np.asarray([coded(slots.uplink, level) for level in levels])
+    return Price(down, up)
+
+
+def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, PyTree]) -> None:
+    remembers = jax.tree.leaves(jax.eval_shape(lambda: select.init(max(clients, 1))))
+    if remembers and clients < 1:
+        raise ValueError("a selection that remembers needs the number of clients (Slots.clients)")
+    if select.repeats and memory:
+        raise ValueError(
+            f"a selection in which a client may come twice, with client memory {', '.join(memory)}, of which it has "
+            "one row: need a selection without repetition (select.name)"
+        )
+
+
+def _trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> Any:
+    """``(path, level) -> bool``, whether a level's client trains a leaf; traced where the level is."""
+    frozen = set(drift.frozen)
+
+    def trains(path: windows.Path, level: Level) -> bool | Array:
+        if not frozen.isdisjoint(path):
+            return False
+        table = families.trained(family, path, objective.all_exits) | (family.windows[path].extents == 0).any(1)
+        if table.all():
+            return True
+        return bool(table[level]) if isinstance(level, int) else jnp.asarray(table)[windows.index_of(level)]
+
+    return trains
+
+
+def _bits(family: Family, parts: Mapping[str, PyTree]) -> np.ndarray:
+    """[L] int64 bits of trees of collections as they are at every level."""
+    extents = windows.memory_extents(family, parts)
+    sizes = [8 * leaf.dtype.itemsize for leaf in windows.flat(parts).values()]
+    return np.asarray([sum(size * int(np.prod(e)) for size, e in zip(sizes, level)) for level in extents], np.int64)
+
+
+def _encoded(
+    uplink: Codec | None, delta: PyTree, context: ClientContext, memory: PyTree
+) -> tuple[PyTree, PyTree, Array | None]:
+    """(what the server gets, memory, bits of the coded parameters); statistics travel as they are."""
+    if uplink is None:
+        return delta, memory, None
+    key = jax.random.fold_in(context.key, (1 << 19) + 1)  # apart from epochs and steps
+    params, kept, coded = uplink.encode(key, delta["params"], context, memory)
+    return {**delta, "params": params}, {**memory, **kept}, coded
+
+
+def _coded(family: Family, downlink: Codec, state: ServerState, round: Array, context: PyTree) -> Sent:
+    """The model as clients rebuild it: what they were last sent, plus the coded change since."""
+    key = jax.random.fold_in(state.downlink.key, round)
+    params, sent = state.variables["params"], state.downlink.params
+    change = jax.tree.map(jnp.subtract, params, sent)
+
+    def at(level: Level) -> tuple[PyTree, PyTree, Array]:
+        empty = ClientContext(key, round, level, (), (), (), state.downlink.memory)
+        return downlink.encode(key, windows.narrow(family, {"params": change}, 0)["params"], empty, empty.memory)
+
+    received, kept, first = at(0)
+    rows = [first, *(at(Within(0, jnp.int32(level)))[2] for level in range(1, family.levels))]
+    variables = {**state.variables, "params": jax.tree.map(jnp.add, sent, received)}
+    return Sent(variables, context, jnp.stack(rows), kept)
+
+
+def _work(local: Local, done: Trained, context: ClientContext, levels: int, number: int | Array) -> Array:
+    """[2, L] examples forward and backward, those of the received model's judgement too."""
+    here = jax.nn.one_hot(number, levels, dtype=jnp.int32)
+    examples = examples_trained(local, context.shard.size)
+    work = jnp.stack([here * examples] * 2) if done.work is None else done.work
+    return work.at[0].add(here * context.shard.size) if isinstance(context.received, Tally) else work
+
+
+def questions_of(
+    model: Any, predict: Any, of_server: Mapping[str, Any], of_memory: Mapping[str, Any]
+) -> tuple[Question, ...]:
+    """The accuracy of the model, and of what server and clients remember of others."""
+
+    def read(variables: PyTree, tier: Level, batch: Batch, shard: Shard | None) -> dict[str, Array]:
+        exits = predict(variables, tier, batch.x, shard)
+        return {"": exits[-1]} | ({"ensemble": exits.mean(0)} if exits.shape[0] > 1 else {})
+
+    def at(server: ServerState, tier: Level, changed: PyTree) -> PyTree:
+        return model(server._replace(variables={**server.variables, **changed}), tier)
+
+    first = Question("", lambda server, memory, tier: model(server, tier), read)
+    more = [
+        Question(name, lambda server, memory, tier, of=of: at(server, tier, of(server.slot, server.variables)), read)
+        for name, of in of_server.items()
+    ]
+    more += [
+        Question(name, lambda server, memory, tier, of=of: at(server, tier, of(memory)), read, memory=True)
+        for name, of in of_memory.items()
+    ]
+    return (first, *more)
+
+
+def round_info(plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None) -> Info:
+    """What a human wants of a round: training loss and accuracy, failures, and what every item did."""
+    total = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), seen.tally)
+    examples = jnp.maximum(total.examples, 1)
+    found = {
+        "train_loss": total.loss / examples,
+        "train_accuracy": total.correct / examples,
         "clients": ok.sum(),
-        "failed": failed.sum(),
-        "failed_ids": jnp.where(failed, plan.ids, -1),
-        "level": plan.level,
-        "seen": jnp.where(plan.valid, report.examples, 0),
-        "items": at_level.sum(0),
-        "examples": (at_level * jnp.where(plan.valid, report.examples, 0)[:, None]).sum(0),
+        "failed": (plan.valid & ~ok).sum(),
     }
+    items = Account(plan.ids, plan.level, plan.valid, ok, seen)
+    return Info(items, plan.asked, {**found, **(numbers or {})}, {})

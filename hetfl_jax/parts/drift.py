@@ -1,52 +1,53 @@
 """Client-side terms against drift, with the private memory that some of them keep."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax.core.types import Array, PyTree
-
-
-class Around(NamedTuple):
-    """What a client knows while it trains, besides its model; trees of parameters at the client's level."""
-
-    received: PyTree  #: the parameters as they came
-    memory: PyTree  #: the client's own ``{name: {"params": tree}}``
-    context: PyTree  #: what the server sent besides the model, ``{}`` or ``{"params": tree}``
-    examples: Array  #: int32, how many the client holds
+from hetfl_jax.core.types import Array, ClientContext, PyTree
 
 
 class Drift(NamedTuple):
-    """A correction of local training."""
+    """A correction of local training. All trees of a context are at the client's level.
 
-    #: full parameters -> one client's memory, ``{name: {"params": tree}}``
+    ``context.sent.variables`` is the model as it came, ``context.sent.context`` what the server sent besides it,
+    ``context.memory`` the client's own.
+    """
+
+    #: full parameters -> one client's memory, ``{name: {"params": tree}}``; scalars and vectors are kept whole
     init: Callable[[PyTree], PyTree]
-    #: (gradient, params, around) -> gradient, before clipping
-    gradient: Callable[[PyTree, PyTree, Around], PyTree]
-    #: (params after, around, steps) -> (memory, what is summed over clients besides the model: {} or {"params": tree})
-    update: Callable[[PyTree, Around, Array], tuple[PyTree, PyTree]]
-    #: around -> what is added to the weight decay, after clipping
-    decay: Callable[[Around], Array | float] = lambda around: 0.0
+    #: (gradient, params, context) -> gradient, before clipping
+    gradient: Callable[[PyTree, PyTree, ClientContext], PyTree]
+    #: (params after, context, steps) -> (memory, what is summed over clients besides the model: {} or {"params": tree})
+    update: Callable[[PyTree, ClientContext, Array], tuple[PyTree, PyTree]]
+    #: context -> what is added to the weight decay, after clipping
+    decay: Callable[[ClientContext], Array | float] = lambda context: 0.0
+    frozen: tuple[str, ...] = ()  #: names of layers that come back as they came
+    #: further models that evaluation looks at, by name: (memory of all clients, leaves [N, ...]) -> collections
+    models: Mapping[str, Callable[[PyTree], PyTree]] = MappingProxyType({})
+    asks_received: bool = False  #: whether it reads ``context.received``
+
+
+def received(context: ClientContext) -> PyTree:
+    """The parameters as they came."""
+    return context.sent.variables["params"]
 
 
 def none() -> Drift:
     """No correction."""
     return Drift(
         lambda params: {},
-        lambda gradient, params, around: gradient,
-        lambda after, around, steps: (around.memory, {}),
+        lambda gradient, params, context: gradient,
+        lambda after, context, steps: (context.memory, {}),
     )
 
 
 def frozen(layers: Sequence[str]) -> Drift:
-    """Layers that are not trained: their gradient is zero (weight decay still reaches them)."""
-
-    def gradient(gradient: PyTree, params: PyTree, around: Around) -> PyTree:
-        return {name: jax.tree.map(jnp.zeros_like, g) if name in layers else g for name, g in gradient.items()}
-
-    return none()._replace(gradient=gradient)
+    """Layers that are not trained: they come back bit for bit, whatever the weight decay."""
+    return none()._replace(frozen=tuple(layers))
 
 
 def proximal(weight: float) -> Drift:
@@ -58,8 +59,8 @@ def proximal(weight: float) -> Drift:
     if weight < 0:
         raise ValueError(f"proximal weight {weight}, allowed >= 0 (method.args.proximal_weight)")
 
-    def gradient(gradient: PyTree, params: PyTree, around: Around) -> PyTree:
-        return jax.tree.map(lambda g, p, p0: g + weight * (p - p0), gradient, params, around.received)
+    def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
+        return jax.tree.map(lambda g, p, p0: g + weight * (p - p0), gradient, params, received(context))
 
     return none()._replace(gradient=gradient)
 
@@ -81,21 +82,21 @@ def feddyn(alpha: float, mean_examples: float = 0.0) -> Drift:
     if not alpha > 0:
         raise ValueError(f"FedDyn alpha {alpha}, allowed > 0; without FedDyn use fedavg (method.args.feddyn_alpha)")
 
-    def strength(around: Around) -> Array | float:
-        return alpha * mean_examples / around.examples if mean_examples else alpha
+    def strength(context: ClientContext) -> Array | float:
+        return alpha * mean_examples / context.shard.size if mean_examples else alpha
 
-    def gradient(gradient: PyTree, params: PyTree, around: Around) -> PyTree:
-        sums, weight = around.memory["sum"]["params"], strength(around)
-        return jax.tree.map(lambda g, s, p0: g + weight * (s - p0), gradient, sums, around.received)
+    def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
+        sums, weight = context.memory["sum"]["params"], strength(context)
+        return jax.tree.map(lambda g, s, p0: g + weight * (s - p0), gradient, sums, received(context))
 
-    def update(after: PyTree, around: Around, steps: Array) -> tuple[PyTree, PyTree]:
-        sums = jax.tree.map(lambda s, p, p0: s + (p - p0), around.memory["sum"]["params"], after, around.received)
-        return {**around.memory, "sum": {"params": sums}}, {}
+    def update(after: PyTree, context: ClientContext, steps: Array) -> tuple[PyTree, PyTree]:
+        sums = jax.tree.map(lambda s, p, p0: s + (p - p0), context.memory["sum"]["params"], after, received(context))
+        return {**context.memory, "sum": {"params": sums}}, {}
 
     return Drift(_zeros("sum"), gradient, update, strength)
 
 
-def scaffold(rate: float | Array, mean_examples: float = 0.0) -> Drift:
+def scaffold(rate: Callable[[Array], Array | float], mean_examples: float = 0.0) -> Drift:
     """SCAFFOLD (Karimireddy et al., ICML 2020, option II): control variates c_k of clients against c of the server.
 
     The gradient gets ``c / v_k - c_k``, inside the clipping; then ``c_k' = c_k - c + (received - w) / (steps rate)``,
@@ -103,22 +104,24 @@ def scaffold(rate: float | Array, mean_examples: float = 0.0) -> Drift:
     FedDyn's authors.
 
     Args:
-      rate: the learning rate before any decay over rounds.
+      rate: (round) -> the learning rate that local steps of this round had.
     """
 
-    def weight(around: Around) -> Array | float:
-        return around.examples / mean_examples if mean_examples else 1.0
+    def weight(context: ClientContext) -> Array | float:
+        return context.shard.size / mean_examples if mean_examples else 1.0
 
-    def gradient(gradient: PyTree, params: PyTree, around: Around) -> PyTree:
-        own, common, v = around.memory["variate"]["params"], around.context["params"], weight(around)
+    def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
+        own, common, v = context.memory["variate"]["params"], context.sent.context["params"], weight(context)
         return jax.tree.map(lambda g, ck, c: g + c / v - ck, gradient, own, common)
 
-    def update(after: PyTree, around: Around, steps: Array) -> tuple[PyTree, PyTree]:
-        per_step, v = 1 / (jnp.maximum(steps, 1) * rate), weight(around)
-        moved = jax.tree.map(lambda c, p, p0: (p0 - p) * per_step - c, around.context["params"], after, around.received)
-        new = jax.tree.map(jnp.add, around.memory["variate"]["params"], moved)
+    def update(after: PyTree, context: ClientContext, steps: Array) -> tuple[PyTree, PyTree]:
+        per_step, v = 1 / (jnp.maximum(steps, 1) * rate(context.round)), weight(context)
+        moved = jax.tree.map(
+            lambda c, p, p0: (p0 - p) * per_step - c, context.sent.context["params"], after, received(context)
+        )
+        new = jax.tree.map(jnp.add, context.memory["variate"]["params"], moved)
         sent = {"params": jax.tree.map(lambda d: v * d, moved)}
-        return {**around.memory, "variate": {"params": new}}, sent
+        return {**context.memory, "variate": {"params": new}}, sent
 
     return Drift(_zeros("variate"), gradient, update)
 
@@ -129,11 +132,12 @@ def remembering(drift: Drift) -> Drift:
     def init(params: PyTree) -> PyTree:
         return {**drift.init(params), "last": {"params": params}}
 
-    def update(after: PyTree, around: Around, steps: Array) -> tuple[PyTree, PyTree]:
-        memory, sent = drift.update(after, around, steps)
+    def update(after: PyTree, context: ClientContext, steps: Array) -> tuple[PyTree, PyTree]:
+        memory, sent = drift.update(after, context, steps)
         return {**memory, "last": {"params": after}}, sent
 
-    return drift._replace(init=init, update=update)
+    mean_of_last = lambda memory: jax.tree.map(lambda rows: rows.mean(0), memory["last"])  # noqa: E731
+    return drift._replace(init=init, update=update, models={**drift.models, "all": mean_of_last})
 
 
 def _zeros(name: str) -> Callable[[PyTree], PyTree]:

@@ -4,7 +4,6 @@ A merge is a monoid of (delta, count per level, rows per level and class). Count
 client: ``settle`` expands them to leaves.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.core.types import Array, Level, PyTree, Shard
-from hetfl_jax.models import windows
+from hetfl_jax.core.types import Array, ClientContext, PyTree
+from hetfl_jax.models import families, windows
 from hetfl_jax.models.windows import Family
 
 
@@ -27,20 +26,33 @@ class Total(NamedTuple):
     extra: PyTree = ()  #: plain sum of what a drift sends besides the model, of the same form as ``delta``
 
 
+class Weights(NamedTuple):
+    """How much a reply counts."""
+
+    #: (context, delta) -> (what multiplies the change, what is added to the denominator), float32 scalars
+    of: Callable[[ClientContext, PyTree], tuple[Array, Array]]
+    asks_received: bool = False  #: whether it reads ``context.received``
+
+
 class Merge(NamedTuple):
     """A rule for aggregation."""
 
-    lift: Callable[[PyTree, Level, Shard], Total]
+    lift: Callable[[PyTree, ClientContext], Total]
     settle: Callable[[Total], tuple[PyTree, PyTree]]  #: total -> (mean delta, coverage), both of full shape
+    asks_received: bool = False
 
 
-#: layers that belong to one exit, by name
-EXIT_LAYERS = re.compile(r"(head|bottleneck|attention)_?\d")
+def _same(weight: Array) -> tuple[Array, Array]:
+    return weight, weight
+
+
+BY_EXAMPLES = Weights(lambda context, delta: _same(context.shard.size.astype(jnp.float32)))
+BY_COUNT = Weights(lambda context, delta: _same(jnp.float32(1)))
 
 
 def overlap_mean(
     family: Family, *, by_examples: bool = True, class_rows: bool = False, own_exit: bool = True,
-    count_untrained: bool = False,
+    count_untrained: bool = False, weights: Weights | None = None,
 ) -> Merge:  # fmt: skip
     """Every entry is averaged over the clients whose level contains it.
 
@@ -51,17 +63,16 @@ def overlap_mean(
       by_examples: weigh clients by their number of examples (FedAvg) or count them (HeteroFL).
       class_rows: entries along a class axis count only for clients that hold the class (HeteroFL, section 1.6 of the
         official aggregation).
-      own_exit: clients train their deepest exit alone; layers of an exit count only for clients whose deepest it is.
-      count_untrained: they count for the others too, with a change of 0, whatever a weight decay did to them.
+      own_exit: clients train their deepest exit alone, and a leaf of an exit counts only for the clients that train it.
+      count_untrained: it counts for the clients that hold and do not train it too, with a change of 0.
+      weights: how much a reply counts, in place of ``by_examples``: ``mean = sum_k a_k m_k delta_k / sum_k b_k m_k``.
     """
-    exits = np.asarray(family.exits)
+    weights = weights or (BY_EXAMPLES if by_examples else BY_COUNT)
 
     def trains(path: tuple[str, ...]) -> np.ndarray:
-        """[L] whether clients of a level train a leaf that they hold."""
-        owners = (family.windows[path].extents > 0).all(1)
-        if not own_exit or not any(EXIT_LAYERS.match(name) for name in path):
-            return np.ones(exits.size, bool)
-        return exits == exits[owners].min()
+        """[L] whether a level's reply counts for a leaf that it holds."""
+        held = (family.windows[path].extents > 0).all(1)
+        return ~held | families.trained(family, path, all_exits=not own_exit)
 
     def along(path: tuple[str, ...], d: Array, rows: Array) -> Array:
         axis = family.windows[path].class_axis
@@ -70,9 +81,10 @@ def overlap_mean(
     def has_rows(path: tuple[str, ...]) -> bool:
         return class_rows and family.windows[path].class_axis >= 0
 
-    def lift(delta: PyTree, level: Level, shard: Shard) -> Total:
-        weight = shard.size.astype(jnp.float32) if by_examples else jnp.float32(1)
-        one = jax.nn.one_hot(windows.index_of(level), family.levels) * weight
+    def lift(delta: PyTree, context: ClientContext) -> Total:
+        level, shard = context.level, context.shard
+        weight, share = weights.of(context, delta)
+        one = jax.nn.one_hot(windows.index_of(level), family.levels) * share
 
         def weigh(path: tuple[str, ...], d: Array) -> Array:
             if not trains(path).all():
@@ -91,7 +103,7 @@ def overlap_mean(
         mean = jax.tree.map(lambda d, c: jnp.where(c > 0, d / jnp.where(c > 0, c, 1), 0), total.delta, coverage)
         return mean, coverage
 
-    return Merge(lift, settle)
+    return Merge(lift, settle, weights.asks_received)
 
 
 def padded(rows: Array, size: int) -> Array:

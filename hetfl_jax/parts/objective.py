@@ -1,28 +1,64 @@
 """What a client minimises, and how its own test data is judged."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from hetfl_jax.core.types import Array, Shard
+from hetfl_jax.core.types import Array, Batch, ClientContext, PyTree, Shard
+
+Active = Array | np.ndarray  #: [E] bool, which exits there are
+#: ``forward(x, level=None, stats=None) -> (exits [E, B, C], active [E], statistics)``, see ``families.forward_at``
+Forward = Callable[..., tuple[Array, Active, PyTree]]
+
+
+class Aux(NamedTuple):
+    """What a step says besides its loss."""
+
+    stats: PyTree  #: batch statistics after it, ``{}`` if the net tracks none
+    correct: Array  #: hits among the counted labels
+    examples: Array  #: counted labels
+    work: Array | None = None  #: [2, L] int32 examples forward and backward at each level, if the objective counts them
 
 
 class Objective(NamedTuple):
-    """A local loss."""
+    """A local loss, which runs the net as often and at whichever levels it likes."""
 
-    #: (exits [E, B, C], active [E], labels [B], valid [B], shard, round) -> scalar, a mean over valid examples
-    loss: Callable[[Array, Array, Array, Array, Shard, Array], Array]
+    #: (forward, batch, context) -> (scalar, a mean over valid examples; what else is to be known); the context's key
+    #: is the step's own
+    loss: Callable[[Forward, Batch, ClientContext], tuple[Array, Aux]]
     #: (exits, shard) -> exits as the client's own evaluation sees them
-    local: Callable[[Array, Shard], Array]
+    local: Callable[[Array, Shard], Array] = lambda exits, shard: exits
     #: (logits [B, C], labels [B]) -> [B], the loss by which a model is judged
     each: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
+    all_exits: bool = False  #: whether all exits are trained, or a client's deepest one alone
+    work_levels: int = 0  #: L where ``Aux.work`` is given; else all work is at the client's own level
+    asks_received: bool = False  #: whether it reads ``context.received``
 
 
-def last_exit(exits: Array, active: Array) -> Array:
+def of_exits(
+    value: Callable[[Array, Active, Array, Array, ClientContext], Array],
+    local: Callable[[Array, Shard], Array] = lambda exits, shard: exits,
+    **options: Any,
+) -> Objective:
+    """An objective that runs the net once: ``value(exits [E, B, C], active [E], labels [B], valid [B], context)``."""
+
+    def loss(forward: Forward, batch: Batch, context: ClientContext) -> tuple[Array, Aux]:
+        exits, active, stats = forward(batch.x)
+        exits, labels, counts = by_label(exits, batch.labels, batch.valid)
+        hits = counts & (last_exit(local(exits, context.shard), active).argmax(-1) == labels)
+        return value(exits, active, labels, counts, context), Aux(stats, hits.sum(), counts.sum())
+
+    return Objective(loss, local, **options)
+
+
+def last_exit(exits: Array, active: Active) -> Array:
     """Logits of the deepest active exit, [B, C]."""
+    if isinstance(active, np.ndarray):
+        return exits[max(int(active.sum()) - 1, 0)]
     return exits[jnp.maximum(active.sum() - 1, 0)]
 
 
@@ -54,10 +90,10 @@ def mean_cross_entropy(logits: Array, labels: Array, valid: Array) -> Array:
 def cross_entropy() -> Objective:
     """Mean cross-entropy of the deepest exit."""
 
-    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
+    def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
         return mean_cross_entropy(last_exit(exits, active), labels, valid)
 
-    return Objective(loss, lambda exits, shard: exits)
+    return of_exits(value)
 
 
 def squared_error() -> Objective:
@@ -66,11 +102,11 @@ def squared_error() -> Objective:
     def each(logits: Array, labels: Array) -> Array:
         return jnp.square(logits[:, 0] - labels)
 
-    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
+    def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
         errors = each(last_exit(exits, active), labels)
         return jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
-    return Objective(loss, lambda exits, shard: exits, each)
+    return of_exits(value, each=each)
 
 
 def all_exits(
@@ -100,7 +136,7 @@ def all_exits(
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}, allowed > 0 (method.args.temperature)")
 
-    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
+    def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
         count = active.sum()
         student = active if train_all else active & (jnp.arange(active.size) == count - 1)
         each = jax.vmap(lambda z: mean_cross_entropy(z, labels, valid))(exits)
@@ -114,9 +150,9 @@ def all_exits(
         cross = jnp.einsum("jbc,ibc,b->ij", q, log_p, rows, precision=jax.lax.Precision.HIGHEST)
         pair = student[:, None] & active[None, :] & ~jnp.eye(active.size, dtype=bool)
         divergence = jnp.where(pair, temperature**2 * (entropy[None, :] - cross), 0).sum()
-        return total + ramp(round, ramp_rounds, ramp_power) * divergence / jnp.maximum(count - 1, 1)
+        return total + ramp(context.round, ramp_rounds, ramp_power) * divergence / jnp.maximum(count - 1, 1)
 
-    return Objective(loss, lambda exits, shard: exits)
+    return of_exits(value, all_exits=train_all)
 
 
 def ramp(round: Array, rounds: int, power: float) -> Array:
@@ -140,7 +176,7 @@ def masked_cross_entropy() -> Objective:
     def held(exits: Array, shard: Shard) -> Array:
         return jnp.where(shard.classes, exits, 0.0)
 
-    def loss(exits: Array, active: Array, labels: Array, valid: Array, shard: Shard, round: Array) -> Array:
-        return mean_cross_entropy(last_exit(held(exits, shard), active), labels, valid)
+    def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
+        return mean_cross_entropy(last_exit(held(exits, context.shard), active), labels, valid)
 
-    return Objective(loss, held)
+    return of_exits(value, held)

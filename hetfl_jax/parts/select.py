@@ -1,25 +1,44 @@
 """Who takes part in a round, and at which capacity level."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.random import permute
-from hetfl_jax.core.types import Array, Population, PyTree
+from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
+
+class Capacity(NamedTuple):
+    """A rule for the level of an item."""
+
+    of: Callable[[Array, Array, Population], Array]  #: (key, ids, population) -> level [K]
+    drawn: tuple[float, ...] = ()  #: [L] how often each level is drawn; () where a client always has its own
 
 
-class Cohort(NamedTuple):
-    """The clients of a round."""
+class Ask(Protocol):
+    """A survey: what the model says of clients' own training data, before the round. Its cost is counted."""
 
-    ids: Array  #: [K] int32
-    valid: Array  #: [K] bool
+    def __call__(self, ids: Array, level: int | None = None, examples: int = 0) -> Tally:
+        """[K] sums over all of a client's examples, or over ``examples`` of them in a keyed order."""
+        ...
 
 
-Select = Callable[[Array, Array, PyTree, Population, Any], Cohort]  #: (key, round, server, population, survey)
-Capacity = Callable[[Array, Array, Population], Array]  #: (key, ids, population) -> level [K]
+class Select(NamedTuple):
+    """A rule for who takes part; its state is part of the server's."""
+
+    init: Callable[[int], PyTree]  #: (clients) -> state, ``()`` if it has none
+    #: (key, round, state, population, ask) -> (cohort, state)
+    choose: Callable[[Array, Array, PyTree, Population, Ask], tuple[Cohort, PyTree]]
+    #: (state after ``choose``, plan, what every item did, ok) -> state
+    update: Callable[[PyTree, Plan, Seen, Array], PyTree] = lambda state, plan, seen, ok: state
+    repeats: bool = False  #: whether a client may come several times in one round
+
+
+def stateless(choose: Callable[[Array, Population], Cohort]) -> Select:
+    """A selection from (key, population) alone."""
+    return Select(lambda clients: (), lambda key, round, state, population, ask: (choose(key, population), state))
 
 
 def uniform(cohort: int) -> Select:
@@ -33,13 +52,13 @@ def uniform(cohort: int) -> Select:
     if cohort < 1:
         raise ValueError(f"cohort of {cohort} clients, allowed >= 1 (method.args.cohort)")
 
-    def select(key: Array, round: Array, server: PyTree, population: Population, survey: Any) -> Cohort:
+    def choose(key: Array, population: Population) -> Cohort:
         clients = population.size.shape[0]
         if cohort > clients:
             raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
         return Cohort(permute(key, jnp.arange(cohort), clients), jnp.ones(cohort, bool))
 
-    return select
+    return stateless(choose)
 
 
 def bernoulli(probability: float, clients: int) -> Select:
@@ -61,18 +80,18 @@ def bernoulli(probability: float, clients: int) -> Select:
     none = binom.pmf(0, clients, probability)
     below = ((below - none) / (1 - none))[: min(places, clients)].astype(np.float32)
 
-    def select(key: Array, round: Array, server: PyTree, population: Population, survey: Any) -> Cohort:
+    def choose(key: Array, population: Population) -> Cohort:
         how_many, who = jax.random.split(key)
         count = 1 + jnp.searchsorted(jnp.asarray(below[:-1]), jax.random.uniform(how_many))
         place = jnp.arange(below.size)
         return Cohort(permute(who, place, clients), place < count)
 
-    return select
+    return stateless(choose)
 
 
 def own_level() -> Capacity:
     """Fixed capacity: the level that the population assigns to the client."""
-    return lambda key, ids, population: population.level[ids]
+    return Capacity(lambda key, ids, population: population.level[ids])
 
 
 def drawn_level(proportions: Sequence[float]) -> Capacity:
@@ -88,4 +107,4 @@ def drawn_level(proportions: Sequence[float]) -> Capacity:
 
         return jax.vmap(draw)(ids).astype(jnp.int32)
 
-    return capacity
+    return Capacity(capacity, tuple(float(p) for p in proportions))

@@ -1,6 +1,7 @@
 """What the server does with the mean change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ class Server(NamedTuple):
     update: Callable[..., tuple[PyTree, PyTree]]
     #: slot -> what clients receive besides the model, ``{}`` or ``{"params": tree}``
     context: Callable[[PyTree], PyTree] = lambda slot: {}
-    #: (slot, variables) -> further models to evaluate, by name
-    others: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda slot, variables: {}
+    #: further models that evaluation looks at, by name: (slot, variables) -> the collections that differ
+    models: Mapping[str, Callable[[PyTree, PyTree], PyTree]] = MappingProxyType({})
     #: (slot, variables) -> numbers to watch, by name
     info: Callable[[PyTree, PyTree], dict[str, Array]] = lambda slot, variables: {}
 
@@ -126,13 +127,13 @@ def feddyn(
         fine = any_ok & tree.finite((after, moved))
         return tree.select(fine, moved, slot), tree.select(fine, after, variables)
 
-    def others(slot: PyTree, variables: PyTree) -> dict[str, PyTree]:
-        return {"sel": {**variables, "params": jax.tree.map(jnp.subtract, variables["params"], slot)}}
+    def participants(slot: PyTree, variables: PyTree) -> PyTree:
+        return {"params": jax.tree.map(jnp.subtract, variables["params"], slot)}
 
     def info(slot: PyTree, variables: PyTree) -> dict[str, Array]:
         return {"correction": optax.tree.norm(slot) / optax.tree.norm(variables["params"])}
 
-    return Server(_zeros, update, others=others, info=info)
+    return Server(_zeros, update, models={"sel": participants}, info=info)
 
 
 def scaffold(clients: int, learning_rate: float = 1.0) -> Server:

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +37,37 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def check_folder(folder: Path, config: Mapping[str, Any], complete: Complete, *, resume: bool, overwrite: bool) -> None:
     """What ``claim`` checks, without touching anything: before data is loaded.
 
     Raises:
       ValueError: as ``claim``.
     """
     saved = folder / "config.json"
+    if resume and not saved.exists():
+        raise ValueError(f"{folder} holds no run to go on with: leave --resume away, or see run.folder and run.name")
     if saved.exists() and not resume and not overwrite:
         raise ValueError(
             f"{folder} already holds a run: --resume goes on, --overwrite starts over, or choose another run.name"
         )
     if saved.exists() and not overwrite:
-        _same_config(json.loads(saved.read_text()), plain(config), folder)
+        _same_config(plain(complete(json.loads(saved.read_text()))), plain(config), folder)
 
 
-def claim(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+def claim(folder: Path, config: Mapping[str, Any], complete: Complete, *, resume: bool, overwrite: bool) -> None:
     """Make the folder this run's own. Several processes check together, then the first one writes.
 
+    Args:
+      complete: brings a saved config of an older version to today's keys.
+
     Raises:
-      ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, or its config is another.
+      ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, its config is another, or there is
+        none to resume.
     """
-    check_folder(folder, config, resume=resume, overwrite=overwrite)
+    check_folder(folder, config, complete, resume=resume, overwrite=overwrite)
     saved = folder / "config.json"
     machine.wait_for_all("checked")
     if machine.is_first():

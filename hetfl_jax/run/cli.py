@@ -1,4 +1,4 @@
-"""The command line: ``hetfl train | eval | plot | export``."""
+"""The command line: ``hetfl train | config | list | eval | plot | export``."""
 
 import argparse
 import os
@@ -10,17 +10,18 @@ from typing import Any
 import jax
 
 from hetfl_jax.core import machine
+from hetfl_jax.run.config import as_text, config_names, load_config
+from hetfl_jax.run.keys import KEYS
 
-DEFAULT_CONFIG = "configs/heterofl_digits.py"
+DEFAULT_CONFIG = "heterofl_digits"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2."""
     parser = _parser()
-    given, rest = parser.parse_known_args(argv)
-    wants_config = given.command == "train"
-    if rest and not (wants_config and all(r.startswith("--config") for r in rest)):
-        parser.error(f"unknown argument {rest[0]!r}")
+    given, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
+    if rest and not (given.command in ("train", "config") and all(r.startswith("--config") for r in rest)):
+        parser.error(_unknown(next(r for r in rest if not r.startswith("--config")) if rest else "", given.command))
     machine.use_all_cores()
     machine.use_cache()
     try:
@@ -29,21 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hetfl: stopped; go on with --resume", file=sys.stderr)
         return 130
     except jax.errors.JaxRuntimeError as error:
-        text = " ".join(str(error).split())[:300]
-        if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
-            print(
-                "hetfl: the device's memory is full: --resume with a smaller train.clients_per_chunk (least: 1), or "
-                f"start over with a smaller run.eval_batch_size: {text}",
-                file=sys.stderr,
-            )
-            return 2
-        if jax.process_count() == 1:
-            raise
-        # The others wait for a process that is gone; leaving them in an orderly way would wait for it too.
-        print(
-            f"hetfl: a process of the run was lost, start all again with --resume: {text}", file=sys.stderr, flush=True
-        )
-        os._exit(3)
+        return _device_error(error)
     except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, OSError) as error:
         if os.environ.get("HETFL_TRACEBACK"):
             raise
@@ -51,6 +38,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hetfl: {' '.join(text.split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--config FILE`` and ``--config.KEY VALUE`` as ``--config=FILE``: both ways of writing are understood."""
+    out: list[str] = []
+    for argument in arguments:
+        if out and out[-1].startswith("--config") and "=" not in out[-1] and not argument.startswith("-"):
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    return out
+
+
+def _unknown(argument: str, command: str) -> str:
+    """What to say of an argument that there is not: a key of the config is written with its block."""
+    name = argument.lstrip("-").partition("=")[0].rpartition(".")[2]
+    places = [f"--config.{block}.{name}" for block, keys in KEYS.items() if name in keys]
+    hint = f": did you mean {' or '.join(places)}?" if places and command in ("train", "config") else ""
+    return f"unknown argument {argument!r}{hint}"
+
+
+def _device_error(error: Exception) -> int:
+    """A device that is full, or a process of the run that was lost, in one line; others are raised again."""
+    text = " ".join(str(error).split())[:300]
+    if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
+        print(
+            "hetfl: the device's memory is full: --resume with a smaller train.clients_per_chunk (least: 1), or "
+            f"start over with a smaller run.eval_batch_size: {text}",
+            file=sys.stderr,
+        )
+        return 2
+    if jax.process_count() == 1:
+        raise error
+    # The others wait for a process that is gone; leaving them in an orderly way would wait for it too.
+    print(f"hetfl: a process of the run was lost, start all again with --resume: {text}", file=sys.stderr, flush=True)
+    os._exit(3)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", _train, f"Train from --config=FILE[:args] (default {DEFAULT_CONFIG}).")
+    train = command("train", _train, f"Train from --config=NAME_OR_FILE[:args] (default {DEFAULT_CONFIG}).")
     train.epilog = "Any value of the config is set by --config.BLOCK.KEY=VALUE, e.g. --config.train.rounds=10."
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
@@ -73,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: the first one's address, or auto")
     train.add_argument("--processes", type=int, help="several hosts: how many")
     train.add_argument("--process", type=int, help="several hosts: the number of this one, from 0")
-    train.add_argument("--seeds", metavar="A..B", help="one run a seed, then mean and deviation")
+    train.add_argument("--seeds", metavar="A..B", help="one run a seed (0..4, or 0,2,5), then mean and deviation")
+    shown = command("config", _config, "Print a config, complete, with the meaning of every key.")
+    shown.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="name or file, with :args")
+    command("list", _list, "List configs, methods, nets, data sources, splits, codecs and selections.")
     for name, run, text in (
         ("eval", _eval, "Evaluate a checkpoint of a run."),
         ("plot", _plot, "Draw a run's plots again."),
@@ -84,58 +110,33 @@ def _parser() -> argparse.ArgumentParser:
         if name != "plot":
             sub.add_argument("--round", type=int, help="which checkpoint (default: the best)")
         if name == "export":
-            sub.add_argument("--level", required=True, help="level letter, e.g. c")
-            sub.add_argument("--cluster", type=int, help="which of several models, from 0 (IFCA, CFL)")
+            sub.add_argument("--level", required=True, help="level name, e.g. c")
+            sub.add_argument("--model", type=int, help="which of several models, from 0 (IFCA, CFL)")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
     return parser
 
 
-def load_config(arguments: Sequence[str]) -> Any:
-    """The config that ``--config=FILE[:args]`` and ``--config.KEY=VALUE`` describe.
+def config_of(arguments: Sequence[str], target: str = DEFAULT_CONFIG) -> Any:
+    """The config that ``--config=FILE[:args]`` and ``--config.KEY=VALUE`` describe, complete.
 
     Raises:
       ValueError: an unknown key or a value of the wrong type.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
-    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        arguments = [f"--config={DEFAULT_CONFIG}", *arguments]
-
-    def parse(given: Sequence[str]) -> Any:
-        values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["hetfl", *given])
-        values(["hetfl", *given])
-        return holder.value
-
-    try:
-        _check_keys(parse([a for a in arguments if a.startswith("--config=")]), arguments)
-        return parse(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # An error inside the config file comes wrapped in its traceback; its last line is the message.
-        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        text = lines[-1].partition("Error: ")[2] or lines[-1] if "Traceback" in str(error) else " ".join(lines)
-        raise ValueError(text) from error
-
-
-def _check_keys(config: Any, arguments: Sequence[str]) -> None:
-    """Every ``--config.KEY`` must name a value that the config has."""
-    for argument in arguments:
-        name = argument.removeprefix("--config").partition("=")[0].removeprefix(".")
-        place = config
-        for key in filter(None, name.split(".")):
-            if not hasattr(place, "keys") or key not in place:
-                allowed = ", ".join(place.keys()) if hasattr(place, "keys") else "nothing below it"
-                raise ValueError(f"unknown config key {name!r}: {key!r} is not one of {allowed}")
-            place = place[key]
+    files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    changes = [a for a in arguments if a.startswith("--config.")]
+    if odd := [a for a in arguments if a.removeprefix("--config=") == a and not a.startswith("--config.")]:
+        raise ValueError(f"{odd[0]} needs a value: --config=NAME_OR_FILE[:args], or --config.BLOCK.KEY=VALUE")
+    if len(files) > 1:
+        raise ValueError(f"--config given {len(files)} times: {', '.join(files)}; need one")
+    return load_config(files[0] if files else target, *changes)
 
 
 def _train(given: argparse.Namespace, rest: list[str]) -> None:
-    from hetfl_jax.results import report
+    from hetfl_jax.results import tables
     from hetfl_jax.results.folder import write_json
-    from hetfl_jax.run import train as run
+    from hetfl_jax.run import train
 
-    config = load_config(rest)
+    config = config_of(rest)
     machine.connect(given.coordinator, given.processes, given.process)
     options = {"resume": given.resume, "overwrite": given.overwrite, "trace": given.profile}
     if given.resume and given.overwrite:
@@ -146,21 +147,55 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
         print(describe(config))
         return
     if not given.seeds:
-        run.train(config, **options)
+        train.train(config, **options)
         return
-    _, rows = run.over_seeds(config, _seeds(given.seeds), **options)
+    _, rows = train.over_seeds(config, _seeds(given.seeds), **options)
     folder = Path(config.run.folder) / config.run.name
     if not machine.is_first():
         return
     write_json(folder / "seeds.json", rows)
-    print(report.render_seeds(rows) + f"written to {folder / 'seeds.json'}")
+    print(tables.render_seeds(rows) + f"written to {folder / 'seeds.json'}")
 
 
 def _seeds(text: str) -> list[int]:
-    first, _, last = text.partition("..")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
-        raise ValueError(f"--seeds {text!r}: allowed A..B with A <= B, e.g. 0..4")
-    return list(range(int(first), int(last or first) + 1))
+    """Seeds of ``A..B`` (both ends), ``A,B,C`` or ``A``.
+
+    >>> _seeds("0..2"), _seeds("0,2,5"), _seeds("3")
+    ([0, 1, 2], [0, 2, 5], [3])
+    """
+    first, dots, last = text.partition("..")
+    if dots and first.isdigit() and last.isdigit() and int(first) <= int(last):
+        return list(range(int(first), int(last) + 1))
+    parts = text.split(",")
+    if dots or not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+        raise ValueError(f"--seeds {text!r}: allowed A..B with A <= B, e.g. 0..4, or different numbers, e.g. 0,2,5")
+    return [int(part) for part in parts]
+
+
+def _config(given: argparse.Namespace, rest: list[str]) -> None:
+    print(as_text(config_of(rest, given.file)))
+
+
+def _list(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax import methods
+    from hetfl_jax.models import NETS
+    from hetfl_jax.parts.codec import CODECS
+    from hetfl_jax.parts.local import OPTIMIZERS
+    from hetfl_jax.run.federation import SPLITS
+    from hetfl_jax.run.slots import SELECTIONS
+
+    sources = ("digits", "synthetic", "npz:<path>", "text:<path>", "tfds:<name>")
+    for name, values in {
+        "configs": config_names(),
+        "methods": methods.names(),
+        "nets": NETS,
+        "sources": sources,
+        "splits": SPLITS,
+        "selections": SELECTIONS,
+        "codecs": CODECS,
+        "optimizers": OPTIMIZERS,
+    }.items():
+        print(f"{name:12s}{', '.join(values)}")
 
 
 def _eval(given: argparse.Namespace, rest: list[str]) -> None:
@@ -178,7 +213,7 @@ def _plot(given: argparse.Namespace, rest: list[str]) -> None:
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.run.export import export_level
 
-    print(export_level(given.folder, given.level, given.round, given.output, given.cluster))
+    print(export_level(given.folder, given.level, given.round, given.output, given.model))
 
 
 if __name__ == "__main__":

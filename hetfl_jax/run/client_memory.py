@@ -19,7 +19,7 @@ from hetfl_jax.engine.stores import (
     unpacked,
 )
 from hetfl_jax.models.windows import memory_extents
-from hetfl_jax.run.federation import Federation, draws_levels
+from hetfl_jax.run.federation import Federation
 
 
 def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
@@ -28,14 +28,15 @@ def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
     Raises:
       ValueError: an unknown store, one that does not fit, or one that the run cannot use.
     """
-    name = config.train.get("store", "device")
+    name = config.train.store
     if name not in STORES:
         raise ValueError(f"store {name!r} is not one of {', '.join(STORES)} (train.store)")
     one = jax.eval_shape(fed.algorithm.init, jax.random.key(0))[1]
-    fixed = not draws_levels(config)
-    level = np.asarray(fed.train.level)
+    fixed = not fed.algorithm.drawn and fed.algorithm.memory_rows == 1
+    level = np.repeat(np.asarray(fed.train.level), fed.algorithm.memory_rows)
     packing = Packing(level, memory_extents(fed.family, one)) if fixed else unpacked(one, level.size)
-    whole = config.method.args.get("keep_models") or fed.algorithm.between is not None  # these read rows themselves
+    asked = any(question.memory for question in fed.algorithm.questions)
+    whole = asked or fed.algorithm.between is not None  # these read rows themselves
     packed = fixed and not whole and fed.family.levels > 1
     needs = {"host": 4 * int(packing.sizes()[packing.level].sum())}
     needs["device"] = (needs["host"] if packed else tree.nbytes(one) * level.size) // executor.devices
@@ -56,7 +57,10 @@ def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
         return packed_device_store(packing, one) if packed else device_store()
     if jax.process_count() > 1:
         raise ValueError(f"store {name!r} with several processes: need 'device' (train.store)")
-    if config.method.args.get("keep_models"):
-        raise ValueError(f"keep_models with store {name!r}: the mean of all models needs 'device' (train.store)")
+    if asked:
+        names = ", ".join(question.name for question in fed.algorithm.questions if question.memory)
+        raise ValueError(
+            f"evaluation of {names}, of all clients' memory, with store {name!r}: need 'device' (train.store)"
+        )
     make = {"host": host_store, "file": file_store}[name]
     return make(Path(config.run.folder) / config.run.name / "memory", packing)

@@ -1,24 +1,47 @@
-"""Configs: a locked ConfigDict of five blocks, with every value standing in its file."""
+"""Configs: defaults once, files that state differences, and every key settable on every config."""
 
+import difflib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
-BLOCKS = ("data", "family", "method", "train", "run")
+import hetfl_jax
+from hetfl_jax import methods
+from hetfl_jax.run.keys import KEYS, defaults
+
+#: what a method is told by the federation, and no config says
+TOLD = ("proportions", "clients", "clients_per_level")
+FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict of anything
 
 
-def blocks(**given: Any) -> ml_collections.ConfigDict:
-    """A locked config of exactly the five blocks.
+def changed(**blocks: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The default config with some values of its blocks changed: what a config file returns.
 
     Raises:
-      ValueError: a block that is missing or unknown.
+      ValueError: a block or a key that there is not.
 
-    >>> blocks(data={}, family={}, method={}, train=dict(rounds=3), run={}).train.rounds
+    >>> changed(train=dict(rounds=3)).train.rounds
     3
     """
-    if set(given) != set(BLOCKS):
-        raise ValueError(f"config blocks {', '.join(given)}: need exactly {', '.join(BLOCKS)}")
-    return ml_collections.ConfigDict(given).lock()
+    config = defaults()
+    for block, values in blocks.items():
+        if block not in KEYS:
+            raise ValueError(f"config block {block!r} is not one of {', '.join(KEYS)}")
+        for key, value in values.items():
+            if key not in KEYS[block]:
+                raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
+            if key in FREE:
+                config[block][key] = ml_collections.ConfigDict(dict(value))
+            else:
+                config[block][key] = value
+    return config.lock()
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
@@ -42,14 +65,10 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
             values[key] = text.lower() != "false"
             continue
         try:
-            values[key] = kind(text) if has_value else _fail()
-        except ValueError:
+            values[key] = kind(text if has_value else None)
+        except (ValueError, TypeError):
             raise ValueError(f"config argument {part!r}: {key} takes a value of type {kind.__name__}") from None
     return ml_collections.ConfigDict(values)
-
-
-def _fail() -> Any:
-    raise ValueError
 
 
 def shrink(config: ml_collections.ConfigDict, **train: Any) -> ml_collections.ConfigDict:
@@ -61,3 +80,147 @@ def shrink(config: ml_collections.ConfigDict, **train: Any) -> ml_collections.Co
     config.train.update(dict(rounds=2, epochs=1, **train))
     config.run.update(dict(name=f"{config.run.name}_quick", eval_every=1, checkpoint_every=1))
     return config
+
+
+def say(text: str) -> None:
+    """Tell the user, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complete(config: Any, tell: Callable[[str], None] = say) -> ml_collections.ConfigDict:
+    """A config with every key there is, and with the arguments of its method: what it lacks takes its default.
+
+    Arguments of another method are dropped and told in one line. A config of an older version, or a plain dict, is
+    completed likewise.
+    """
+    whole, given = defaults(), config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    for block, values in given.items():
+        if block not in KEYS:
+            raise ValueError(f"config block {block!r} is not one of {', '.join(KEYS)}")
+        for key, value in values.items():
+            if key not in KEYS[block]:
+                raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
+            whole[block][key] = ml_collections.ConfigDict(value) if key in FREE else value
+    if isinstance(whole.method.name, str):
+        known = method_defaults(methods.find(whole.method.name))
+        args = whole.method.args.to_dict()
+        if dropped := [name for name in args if name not in known]:
+            tell(f"hetfl: {whole.method.name} has no argument {', '.join(dropped)}: dropped (method.args)")
+        args = {name: args.get(name, default) for name, default in known.items()}
+        whole.method.args = ml_collections.ConfigDict(args)
+    return whole.lock()
+
+
+def method_defaults(make: methods.Make) -> dict[str, Any]:
+    """Arguments of a method with their defaults, without those that the federation tells it."""
+    found: dict[str, Any] = {}
+    for name, parameter in methods.arguments(make).items():
+        if name not in TOLD:
+            required = parameter.default is inspect.Parameter.empty
+            value = KEYS["method"]["args"].default.get(name) if required else parameter.default
+            found[name] = dict(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: a path, or the name of one that comes with the package.
+
+    Raises:
+      FileNotFoundError: there is none, with the names that are near.
+    """
+    package = Path(hetfl_jax.__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    places = [Path(name), *(folder / f"{name.removesuffix('.py')}.py" for folder in folders)]
+    for place in places:
+        if place.is_file():
+            return place
+    near = difflib.get_close_matches(name.removesuffix(".py"), config_names(), 3, 0.4) or config_names()
+    raise FileNotFoundError(
+        f"no config file {name}, nor one of that name with the package: {', '.join(near)} (--config)"
+    )
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    package = Path(hetfl_jax.__file__).parent
+    found = {path.stem for folder in (package, package.parent) for path in (folder / "configs").glob("*.py")}
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[str], None] = say) -> Any:
+    """The config that a file and changes of single values describe, complete and locked.
+
+    Args:
+      target: a file or a name, with arguments of the config after a colon: ``heterofl_digits:mix=a1-e1``.
+      changes: ``block.key=value``, e.g. ``train.rounds=3``; the command line's ``--config.train.rounds=3`` is the same.
+
+    Raises:
+      ValueError: an unknown key, or a value of another type.
+
+    >>> load_config("heterofl_digits:mix=a1-e1", "train.rounds=3").train.rounds
+    3
+    """
+    name, _, arg = target.partition(":")
+    given = [change.removeprefix("--config.") for change in changes]
+    config = _from_file(find_config(name), arg)
+    for change in given:
+        if change.startswith("method.name="):
+            with config.unlocked():
+                config.method.name = change.partition("=")[2]
+    config = complete(config, tell)
+    for change in given:
+        _check_key(config, change.partition("=")[0])
+    return _overridden(config, given)
+
+
+def _from_file(path: Path, arg: str) -> Any:
+    spec = importlib.util.spec_from_file_location("hetfl_jax_config", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config (--config)")
+    return module.get_config(arg) if inspect.signature(module.get_config).parameters else module.get_config()
+
+
+def _overridden(config: Any, changes: Sequence[str]) -> Any:
+    """Values set by text, typed as they are in the config."""
+    for change in changes:
+        if "=" not in change:
+            raise ValueError(f"--config.{change} has no value: --config.{change}=VALUE")
+    values = flags.FlagValues()
+    arguments = ["hetfl", *(f"--config.{change}" for change in changes)]
+    try:
+        holder = config_flags.DEFINE_config_dict(
+            "config", config.unlock(), flag_values=values, sys_argv=arguments, lock_config=False,
+            accept_new_attributes=True,
+        )  # fmt: skip
+        values(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return holder.value.lock()
+
+
+def _check_key(config: Any, name: str) -> None:
+    """Every ``block.key`` must name a value that the config has; a dict of anything may get new ones."""
+    place, parents = config, ""
+    for key in name.split("."):
+        if parents.endswith(tuple(f"{free})" for free in FREE)) and key not in place:
+            return  # of a dict of anything
+        if not hasattr(place, "keys") or key not in place:
+            allowed = ", ".join(place.keys()) if hasattr(place, "keys") else "nothing below it"
+            raise ValueError(f"unknown config key {name!r}: {key!r} is not one of {allowed}{parents}")
+        place, parents = place[key], f" (below {key})"
+
+
+def as_text(config: Any) -> str:
+    """A resolved config with the meaning of every key."""
+    lines = []
+    for block, keys in KEYS.items():
+        lines.append(f"{block}:")
+        for key, about in keys.items():
+            value = config[block][key]
+            shown = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+            lines.append(f"  {key:22s}{shown!r:32s}  # {about.meaning}")
+    return "\n".join(lines)

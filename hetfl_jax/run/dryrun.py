@@ -8,88 +8,92 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
+from hetfl_jax.core.types import Price, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import rounds
-from hetfl_jax.results import report
-from hetfl_jax.run.federation import Federation, draws_levels, parse_buckets
-from hetfl_jax.run.train import TRAINING_PASSES, prepare
+from hetfl_jax.results import tables
+from hetfl_jax.run.federation import Federation, Own
+from hetfl_jax.run.lab import Lab, prepare
+from hetfl_jax.run.ledger import BACKWARD
+from hetfl_jax.run.mix import parse_buckets
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
 ASSUMED_EFFICIENCY = 0.4
 SMALLEST_STEP = 5e-4  #: seconds that a client step of the smallest net takes
 
 
-def describe(config: Any) -> str:
-    """The dry run of ``config`` as text; builds the data, compiles only one matrix product.
+def describe(config: Any, own: Own | None = None) -> str:
+    """The dry run of ``config`` as text; builds the data, compiles only one matrix product, and allocates no state.
 
     Raises:
-      ValueError: as ``run.train``.
+      ValueError: as ``train``.
     """
-    lab = prepare(config)
-    fed = lab.federation
-    state = jax.eval_shape(lab.start)
-    share = expected_shares(config, fed)
+    lab = prepare(config, own)
+    config, fed = lab.config, lab.federation
+    state = _shapes(lab)
+    price = fed.algorithm.price() if fed.algorithm.price else Price(8 * fed.costs.bytes, 8 * fed.costs.bytes)
+    share = expected_shares(fed)
     cohort = config.method.args.get("cohort", fed.partition.size.size)
     size = float(np.mean(fed.partition.size))
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
-    choice = fed.algorithm.models if min(fed.algorithm.models, fed.algorithm.broadcast) > 1 else 0
-    judged = choice * size  # examples that only go forward, before training
-    macs = float(share @ fed.costs.macs) * cohort * (examples * TRAINING_PASSES + judged)
-    one_way = float(share @ fed.costs.bytes) * cohort
-    devices = lab.executor.devices
-    moved = rounds.moved_bytes(lab.executor, fed.algorithm, lab.start(), lab.population, lab.key)
+    macs = float(share @ fed.costs.macs) * cohort * (examples * (1 + BACKWARD) + price.judged * size)
+    down, up = (float(share @ bits) * cohort / 8e6 for bits in (price.down, price.up))
+    moved = rounds.moved_bytes(lab.executor, fed.algorithm, state, lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
-    seconds = max(2 * macs / (matmul_rate() * ASSUMED_EFFICIENCY), cohort * steps * SMALLEST_STEP) / devices
+    rate = 2 * macs / (matmul_rate() * ASSUMED_EFFICIENCY)
+    seconds = max(rate, cohort * steps * SMALLEST_STEP) / lab.executor.devices
+    between = ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items())
+    rows = {
+        **_memory(lab, state),
+        "programs": _programs(lab),
+        "client work a round": f"{macs / 1e9:,.2f} GMACs expected" + (f", {price.note}" if price.note else ""),
+        "bytes a round": f"{down:,.2f} MB down, {up:,.2f} MB up expected",
+        "between devices": f"{between} a round" if moved else "nothing, one device",
+        "training": f"about {seconds * config.train.rounds:,.0f} s for {config.train.rounds} rounds, compile, "
+        "evaluate apart",
+        "estimate from": f"{ASSUMED_EFFICIENCY:.0%} of a matrix product's rate, at least {1e3 * SMALLEST_STEP:g} ms a "
+        "client step",
+    }
+    text = "\n".join(f"{name:22s}{value}" for name, value in rows.items())
+    about = tables.describe(partition.summary(fed.labels, fed.partition))
+    return f"{tables.headline(config, fed.partition.size.size)}\n{about}\n{text}"
+
+
+def _shapes(lab: Lab) -> State:
+    """Shapes of the state before the first round, with one row of client memory a client."""
+    algorithm, rows = lab.federation.algorithm, lab.federation.partition.size.size
+    server, one = jax.eval_shape(algorithm.init, lab.key)
+    rows *= algorithm.memory_rows
+    memory = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype), one)
+    return State(server, memory, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _memory(lab: Lab, state: State) -> dict[str, str]:
+    fed = lab.federation
     shared = tree.nbytes((fed.train.x, fed.train.y))
-    per_client = tree.nbytes((fed.train, fed.train_batches, fed.test)) - 3 * shared
+    index = tree.nbytes((fed.train, fed.train_batches, fed.test)) - 3 * shared
+    data = f"{(shared + index) / 1e6:,.1f} MB ({shared / 1e6:,.1f} pool, {index / 1e6:,.1f} index)"
+    server, memory = tree.nbytes(state.server), tree.nbytes(state.memory)
+    where = lab.config.train.store
+    on_device = memory // lab.executor.devices if where == "device" else 0
+    text = f"{(server + on_device) / 1e6:,.1f} MB"
+    if memory:
+        text += f"; client memory of at most {memory / 1e6:,.1f} MB in store {where!r}"
+    return {"data on each device": data, "state on each device": text}
+
+
+def _programs(lab: Lab) -> str:
+    fed, config = lab.federation, lab.config
     buckets = parse_buckets(config.train.buckets, fed.mix)
-    bodies = {"bucketed": len(buckets) or fed.family.levels}.get(config.train.executor, 1)
-    evaluations = 1 if config.run.eval_masked else fed.family.levels
-    rows = (
-        (
-            "data on each device",
-            f"{(shared + per_client) / 1e6:,.1f} MB ({shared / 1e6:,.1f} pool, {per_client / 1e6:,.1f} index)",
-        ),
-        ("state on each device", f"{tree.nbytes(state) / 1e6:,.1f} MB"),
-        ("programs", f"1 round with {bodies} client bodies, {evaluations} evaluation"),
-        ("client work a round", f"{macs / 1e9:,.2f} GMACs expected{_of_starts(config)}"),
-        (
-            "bytes a round",
-            f"{one_way * fed.algorithm.broadcast / 1e6:,.2f} MB down, "
-            f"{one_way * fed.algorithm.messages / 1e6:,.2f} MB up expected",
-        ),
-        (
-            "between devices",
-            ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items()) + " a round"
-            if moved
-            else "nothing, one device",
-        ),
-        (
-            "training",
-            f"about {seconds * config.train.rounds:,.0f} s for {config.train.rounds} rounds, compile, evaluate apart",
-        ),
-        (
-            "estimate from",
-            f"{ASSUMED_EFFICIENCY:.0%} of a matrix product's rate, at least {1e3 * SMALLEST_STEP:g} ms a client step",
-        ),
-    )
-    text = "\n".join(f"{name:22s}{value}" for name, value in rows)
-    about = report.describe(partition.summary(fed.labels, fed.partition))
-    return f"{report.headline(config, fed.partition.size.size)}\n{about}\n{text}"
+    bodies = (len(buckets) or fed.family.levels) if config.train.executor == "bucketed" else 1
+    evaluations = (1 if config.run.eval_masked else len(fed.tiers)) * len(fed.algorithm.questions)
+    return f"1 round with {bodies} client bodies, {evaluations} evaluation"
 
 
-def _of_starts(config: Any) -> str:
-    starts = config.method.args.get("restarts", 1)
-    together = config.method.args.get("restart_rounds", 0) + 1
-    if starts == 1 or config.method.args.get("min_share", 0) > 0:
-        return ""
-    return f", {starts} times that, and the bytes, in the first {together} rounds"
-
-
-def expected_shares(config: Any, fed: Federation) -> np.ndarray:
+def expected_shares(fed: Federation) -> np.ndarray:
     """[L] expected share of the items at each level."""
-    if draws_levels(config):
-        weights = np.asarray(fed.mix.proportions, float)
+    if fed.algorithm.drawn:
+        weights = np.asarray(fed.algorithm.drawn, float)
         return weights / weights.sum()
     return np.bincount(np.asarray(fed.train.level), minlength=fed.family.levels) / fed.train.level.shape[0]
 

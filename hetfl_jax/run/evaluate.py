@@ -1,7 +1,7 @@
-"""Evaluation through the executor: statistics pass, global accuracy, and the clients' local accuracy."""
+"""Evaluation through the executor: statistics pass, a method's questions, and the clients' own test data."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,62 +10,79 @@ import optax
 
 from hetfl_jax.core import tree
 from hetfl_jax.core.shards import examples
-from hetfl_jax.core.types import Algorithm, Array, Level, Population, PyTree, Shard, Within
-from hetfl_jax.engine.rounds import Executor, compiled, query
-from hetfl_jax.parts.local import Tally, tally
+from hetfl_jax.core.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Level,
+    Population,
+    PyTree,
+    Question,
+    Shard,
+    State,
+    Tally,
+    Within,
+)
+from hetfl_jax.engine.executors import Executor
+from hetfl_jax.engine.rounds import compiled, query
+from hetfl_jax.parts.local import tally
+
+#: (logits [B, C], labels [B], valid [B]) -> [B], a value for each example; its mean over examples is the score
+Metric = Callable[[Array, Array, Array], Array]
+Scores = dict[str, Array]
 
 
-class Scores(NamedTuple):
-    """One model's scores, device scalars; local ones are NaN where clients have no test data of their own."""
+class Asked:
+    """How a question's answers are read: their sums, and the names of the readings, known once it was traced."""
 
-    accuracy: Array
-    loss: Array
-    validation_accuracy: Array  #: NaN without a validation set
-    placed: Array  #: [test and validation batches] the model that each is judged by, where there are several
-    local_accuracy: Array  #: over all clients' test examples, each judged as its client sees it
-    client_accuracy: Array  #: [clients with test data]
-    ensemble_accuracy: Array  #: of the mean of the logits of all exits, NaN with one exit
-    perplexity: Array  #: mean over test batches of exp(their loss), NaN where examples are not sequences
+    def __init__(self, question: Question, metrics: Mapping[str, Metric]):
+        """Read ``question``, with further ``metrics`` of its first reading."""
+        self.question, self.metrics = question, metrics
+        self.names: list[str] = [""]
+
+    def logits(self, variables: PyTree, tier: Level, batch: Batch, shard: Shard) -> Array:
+        """[B, C], or [R, B, C] of several readings."""
+        found = self.question.read(variables, tier, batch, shard)
+        self.names = list(found)
+        return jnp.stack(list(found.values())) if len(found) > 1 else next(iter(found.values()))
+
+    def each(self, logits: Array, labels: Array) -> Array:
+        """[B] cross-entropies, or [M, B] with the further metrics below them."""
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if not self.metrics:
+            return loss
+        everyone = jnp.ones(labels.shape, bool)
+        return jnp.stack([loss, *(of(logits, labels, everyone).astype(loss.dtype) for of in self.metrics.values())])
 
 
 def judged(
-    algorithm: Algorithm, executor: Executor, server: PyTree, level: Level, data: Population, batch: int
+    algorithm: Algorithm, executor: Executor, server: PyTree, tier: Level, data: Population, batch: int
 ) -> Tally:
-    """Loss and hits of every model on every client's examples, leaves [N, models]; [N] where there is one model."""
-    if algorithm.models == 1:
-        models = algorithm.model(server, level)
-    else:
-        models = jax.vmap(lambda m: algorithm.model(server, level, m))(jnp.arange(algorithm.models))
-    return _judged(algorithm, executor, models, level, data, batch)
+    """Loss and hits on every client's examples, leaves [N]; [N, models] where there is a choice of models."""
+    asked = Asked(algorithm.questions[0], {})
+    if algorithm.choice is None:
+        return _judged(asked, executor, asked.question.variables(server, (), tier), tier, data, batch)
+    models = jax.vmap(lambda m: algorithm.model(server, tier, m))(jnp.arange(algorithm.choice.models))
+    return _judged(asked, executor, models, tier, data, batch, several=True)
 
 
 def _judged(
-    algorithm: Algorithm, executor: Executor, models: PyTree, level: Level, data: Population, batch: int
-) -> Tally:
-    sent, level_of = _at_level(models, level)
+    asked: Asked, executor: Executor, variables: PyTree, tier: Level, data: Population, batch: int,
+    several: bool = False,
+) -> Tally:  # fmt: skip
+    sent, tier_of = _at_tier(variables, tier)
 
-    def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, Tally]:
+    def one(key: Array, sent: PyTree, level: Level, shard: Shard) -> tuple[PyTree, Tally]:
         def of(variables: PyTree) -> Tally:
-            def logits(x: Array) -> Array:
-                exits = algorithm.predict(variables, level_of(sent), x, shard)
-                return readings(exits) if algorithm.models == 1 else exits[-1]
+            def logits(batch: Batch) -> Array:
+                found = asked.logits(variables, tier_of(sent), batch, shard)
+                return found[0] if several and len(asked.names) > 1 else found
 
-            return tally(logits, optax.softmax_cross_entropy_with_integer_labels, batch, shard)
+            return tally(logits, asked.each, batch, shard)
 
-        return (), of(sent[0]) if algorithm.models == 1 else jax.vmap(of)(sent[0])
+        return (), jax.vmap(of)(sent[0]) if several else of(sent[0])
 
     return query(executor, one, sent, data, jnp.arange(data.size.shape[0]), jax.random.key(0)).report
-
-
-def readings(exits: Array) -> Array:
-    """How exits [E, B, C] are read: the last one [B, C]; with several, [2, B, C], the last and the ensemble.
-
-    The ensemble is the mean of the logits.
-
-    >>> readings(jnp.arange(4.0).reshape(2, 1, 2))[:, 0].tolist()
-    [[2.0, 3.0], [1.0, 2.0]]
-    """
-    return exits[-1] if exits.shape[0] == 1 else jnp.stack([exits[-1], exits.mean(0)])
 
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
@@ -74,7 +91,7 @@ def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
 
 
 def with_statistics(
-    algorithm: Algorithm, executor: Executor, variables: PyTree, level: Level, data: Population, batch: int
+    algorithm: Algorithm, executor: Executor, variables: PyTree, tier: Level, data: Population, batch: int
 ) -> PyTree:
     """``variables`` with the batch statistics of one pass over ``data``, whose "clients" are single batches.
 
@@ -84,23 +101,23 @@ def with_statistics(
     if algorithm.statistics is None:
         return variables
     collect = algorithm.statistics
-    sent, level_of = _at_level(variables, level)
+    sent, tier_of = _at_tier(variables, tier)
 
-    def one(key: Array, sent: PyTree, shard: Shard) -> tuple[PyTree, PyTree]:
+    def one(key: Array, sent: PyTree, level: Level, shard: Shard) -> tuple[PyTree, PyTree]:
         rows, valid = _rows(shard, jnp.arange(batch))
-        return collect(sent[0], level_of(sent), examples(shard, rows)[0], valid), ()
+        return collect(sent[0], tier_of(sent), examples(shard, rows)[0], valid), ()
 
     count = data.size.shape[0]
     total = query(executor, one, sent, data, jnp.arange(count), jax.random.key(0)).total
     return {**variables, "batch_stats": jax.tree.map(lambda v: v[0] / count, total)}
 
 
-def _at_level(variables: PyTree, level: Level) -> tuple[PyTree, Callable[[PyTree], Level]]:
-    """What to send, and how to read the level from it: a static level stays a Python int, a traced one must travel."""
-    if not isinstance(level, Within):
-        return (variables,), lambda sent: level
-    base = level.base
-    return (variables, level.level), lambda sent: Within(base, sent[1])
+def _at_tier(variables: PyTree, tier: Level) -> tuple[PyTree, Callable[[PyTree], Level]]:
+    """What to send, and how to read the tier from it: a static one stays a Python int, a traced one must travel."""
+    if not isinstance(tier, Within):
+        return (variables,), lambda sent: tier
+    base = tier.base
+    return (variables, tier.level), lambda sent: Within(base, sent[1])
 
 
 def over_clients(accuracy: np.ndarray) -> dict[str, float]:
@@ -129,11 +146,15 @@ def evaluator(
     eval_batch: int,
     masked: bool = False,
     owners: Array | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Callable[..., Scores]:
-    """``evaluate(level, server, train, train_batches, test) -> Scores``, jitted.
+    """``evaluate(question, tier, server, memory, train, train_batches, test) -> scores by name``, jitted.
 
-    Where clients choose among several models, a batch is judged by the model that is best on it (its labels are used:
-    a client that only tests), and a client's own test share by the model that its training data puts it with.
+    ``question`` is the number of one of the algorithm's questions. Scores are scalars, but for ``client_accuracy``
+    [clients with test data] and, where clients choose among several models, ``placed`` [batches], which model a batch
+    was judged by. There a batch is judged by the model that is best on it (its labels are used: a client that only
+    tests), and a client's own test share by the model that its training data puts it with. What does not apply is
+    absent.
 
     Args:
       owners: [clients with test data of their own] their ids, where there are several models.
@@ -142,51 +163,103 @@ def evaluator(
         shares, judged as their clients see them.
       masked: one program at full shape for all levels, which compiles once but costs a full-size pass a level; else
         one program a level, at its true shape.
-    """
+      metrics: further scores by name, means over the test set.
 
+    Raises:
+      ValueError: several models with one set of statistics.
+    """
     shared = test_batches + validation_batches
-    if algorithm.models > 1 and algorithm.statistics is not None:
+    if algorithm.choice is not None and algorithm.statistics is not None:
         raise ValueError("static batch norm has one set of statistics: several models need another norm (family.norm)")
 
     @jax.named_scope("evaluation")
-    def evaluate(level: Level, server: PyTree, train: Population, batches: Population, test: Population) -> Scores:
-        if algorithm.models == 1:
-            variables = algorithm.model(server, level)
-            variables = with_statistics(algorithm, executor, variables, level, batches, statistics_batch)
-            seen, placed = _judged(algorithm, executor, variables, level, test, eval_batch), jnp.zeros(shared, int)
+    def evaluate(
+        number: int, tier: Level, server: PyTree, memory: PyTree, train: Population, batches: Population,
+        test: Population,
+    ) -> Scores:  # fmt: skip
+        asked = Asked(algorithm.questions[number], metrics or {})
+        if algorithm.choice is None:
+            variables = asked.question.variables(server, memory, tier)
+            variables = with_statistics(algorithm, executor, variables, tier, batches, statistics_batch)
+            seen, placed = _judged(asked, executor, variables, tier, test, eval_batch), None
         else:
-            seen, placed = _of_own_model(level, server, train, test)
-        ensemble = jnp.asarray(jnp.nan)
-        if seen.loss.ndim > 1:  # several exits: the last one is the model, all of them together the ensemble
-            together = seen.correct[:test_batches, 1].sum() / seen.examples[:test_batches, 1].sum()
-            seen, ensemble = tree.take(seen, (slice(None), 0)), together
-        everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
-        validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
-        own = jax.tree.map(lambda v: v[shared:], seen)
-        return Scores(
-            everyone.correct / everyone.examples,
-            everyone.loss / everyone.examples,
-            validation.correct / validation.examples,
-            placed[:shared],
-            own.correct.sum() / own.examples.sum(),
-            own.correct / own.examples,
-            ensemble,
-            jnp.exp(tree.take(seen.loss / seen.examples, slice(test_batches))).mean()
-            if train.y.ndim > 1
-            else jnp.asarray(jnp.nan),
-        )
+            seen, placed = _of_own_model(tier, server, train, test)
+        found = _scores(asked, seen, test_batches, shared, train.y.ndim > 1)
+        return found if placed is None else {**found, "placed": placed[:shared]}
 
-    def _of_own_model(level: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
-        every = judged(algorithm, executor, server, level, test, eval_batch)
-        assert algorithm.place is not None
-        placed = algorithm.place(server, (every.loss / every.examples)[:shared], None)
+    def _of_own_model(tier: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
+        assert algorithm.choice is not None
+        every = judged(algorithm, executor, server, tier, test, eval_batch)
+        placed = algorithm.choice.place(server, (every.loss / every.examples)[:shared], None)
         if owners is not None and owners.size:
-            fitted = judged(algorithm, executor, server, level, train, eval_batch)
-            home = algorithm.place(server, (fitted.loss / fitted.examples)[owners], owners)
+            fitted = judged(algorithm, executor, server, tier, train, eval_batch)
+            home = algorithm.choice.place(server, (fitted.loss / fitted.examples)[owners], owners)
             placed = jnp.concatenate([placed, home])
         return jax.tree.map(lambda v: jnp.take_along_axis(v, placed[:, None], 1)[:, 0], every), placed
 
     if not masked:
-        return compiled(evaluate, executor, static_argnums=0)
-    run = compiled(lambda level, *data: evaluate(Within(0, level), *data), executor)
-    return lambda level, *data: run(jnp.int32(level), *data)
+        return compiled(evaluate, executor, static_argnums=(0, 1))
+    run = compiled(lambda number, tier, *data: evaluate(number, Within(0, tier), *data), executor, static_argnums=0)
+    return lambda number, tier, *data: run(number, jnp.int32(tier), *data)
+
+
+def _scores(asked: Asked, seen: Tally, test_batches: int, shared: int, sequences: bool) -> Scores:
+    """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares."""
+    found: Scores = {}
+    if len(asked.names) > 1:  # several readings: the first one is the model, the others have a name
+        test = jax.tree.map(lambda v: v[:test_batches].sum(0), seen)
+        for place, name in enumerate(asked.names[1:], 1):
+            found[f"{name}_accuracy"] = test.correct[place] / test.examples[place]
+        seen = tree.take(seen, (slice(None), 0))
+    if asked.metrics:
+        sums = seen.loss[:test_batches].sum(0) / seen.examples[:test_batches].sum()
+        found |= {name: sums[place] for place, name in enumerate(asked.metrics, 1)}
+        seen = seen._replace(loss=seen.loss[..., 0])
+    if test_batches:
+        everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
+        found["accuracy"] = everyone.correct / everyone.examples
+        found["loss"] = everyone.loss / everyone.examples
+        if sequences:
+            found["perplexity"] = jnp.exp(tree.take(seen.loss / seen.examples, slice(test_batches))).mean()
+    if shared > test_batches:
+        validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
+        found["validation_accuracy"] = validation.correct / validation.examples
+    if seen.loss.shape[0] > shared:
+        own = jax.tree.map(lambda v: v[shared:], seen)
+        found["local_accuracy"] = own.correct.sum() / own.examples.sum()
+        found["client_accuracy"] = own.correct / own.examples
+    return found
+
+
+def evaluate(
+    algorithm: Algorithm, state: Any, data: Population, *, level: int = 0, statistics: Population | None = None,
+    batch_size: int = 100, executor: Executor | None = None, metrics: Mapping[str, Metric] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Scores of the model of ``state`` at a level on all of ``data``, whatever the batches it is cut into.
+
+    Args:
+      state: of the run, or its server.
+      data: a population; its clients do not matter here.
+      statistics: training data, where the net collects batch statistics only before evaluation (static batch norm).
+      metrics: further scores: (logits, labels, valid) -> a value for each example.
+
+    Raises:
+      ValueError: statistics that are wanted and not given, or a level that is not there.
+    """
+    from hetfl_jax.data.population import batches
+    from hetfl_jax.engine.executors import executor as make_executor
+
+    tiers = len(algorithm.tiers) or algorithm.levels
+    if not 0 <= level < tiers:
+        raise ValueError(f"level {level}, allowed 0..{tiers - 1} (evaluate)")
+    if algorithm.statistics is not None and statistics is None:
+        raise ValueError("this net collects batch statistics before evaluation: give statistics=, training data")
+    run = executor or make_executor("bucketed")
+    test, passes = batches(data, batch_size), batches(statistics if statistics is not None else data, batch_size)
+    score = evaluator(
+        algorithm, run, test_batches=test.size.shape[0], statistics_batch=batch_size, eval_batch=batch_size,
+        metrics=metrics,
+    )  # fmt: skip
+    server = state.server if isinstance(state, State) else state
+    found = score(0, level, *run.place((server, (), data, passes, test)))
+    return {name: float(value) for name, value in found.items() if value.ndim == 0}

@@ -2,30 +2,29 @@
 
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hetfl_jax.clusters import report as clusters
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Algorithm, PyTree, State
+from hetfl_jax.core.types import Info, PyTree, State
 from hetfl_jax.data import partition
-from hetfl_jax.engine import executors, profile, rounds
-from hetfl_jax.engine.stores import Store
-from hetfl_jax.parts.bank import alike
-from hetfl_jax.results import report
+from hetfl_jax.engine import profile, rounds
+from hetfl_jax.results import plots, tables
 from hetfl_jax.results.folder import Checkpoints, Metrics, check_folder, claim, write_json
 from hetfl_jax.results.progress import Progress
-from hetfl_jax.run.client_memory import store_for
-from hetfl_jax.run.evaluate import Scores, evaluator, judged, over_clients
-from hetfl_jax.run.federation import Federation, build, parse_buckets, parse_mix
+from hetfl_jax.run import ledger
+from hetfl_jax.run.config import complete, load_config
+from hetfl_jax.run.evaluate import Metric
+from hetfl_jax.run.federation import Own
+from hetfl_jax.run.lab import Lab, Line, draw_figures, evaluate_tiers, prepare
 
 NEVER = -1.0  #: an accuracy below all others
-TRAINING_PASSES = 3  #: forward, gradient of activations, gradient of weights: multiply-adds of a step over a forward
+#: (round, scores of every tier by name, state) -> anything; called after each evaluation
+Callback = Callable[[int, Line, State], Any]
 
 
 class Result(NamedTuple):
@@ -33,93 +32,39 @@ class Result(NamedTuple):
 
     params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
-    table: list[dict[str, Any]]  #: one row a level
+    table: list[dict[str, Any]]  #: one row a tier
     summary: dict[str, Any]  #: totals and best round
     folder: Path
     files: list[Path]
 
 
-class Totals(NamedTuple):
-    """Costs so far."""
-
-    down_bytes: int
-    up_bytes: int
-    client_macs: int
-    full_size_bytes: int  #: one way, had every client taken the full model
-
-
-class Lab(NamedTuple):
-    """A federation with everything that runs it."""
-
-    federation: Federation
-    executor: executors.Executor
-    step: rounds.Step
-    evaluate: Callable[[int, PyTree], Scores]
-    place: Callable[[PyTree], PyTree]
-    start: Callable[[], State]
-    population: PyTree
-    key: jax.Array
-    store: Store
-
-
-def prepare(config: Any) -> Lab:
-    """Build a config's federation and its compiled functions; nothing compiles yet.
-
-    Raises:
-      ValueError: a value that is out of range.
-    """
-    _check_run(config)
-    if config.run.eval_masked and parse_mix(config.family.mix).depths:
-        raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
-    machine.warn_of_idle_cores()
-    fed = build(config)
-    train = config.train
-    devices = train.devices or jax.device_count()
-    executor = executors.executor(
-        train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
-    )
-    store = store_for(config, fed, executor)
-    key = executor.place(jax.random.key(config.run.seed))
-    population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
-    score = evaluator(
-        fed.algorithm,
-        executor,
-        test_batches=fed.test_batches,
-        validation_batches=fed.validation_batches,
-        statistics_batch=config.run.statistics_batch_size,
-        eval_batch=config.run.eval_batch_size,
-        masked=config.run.eval_masked,
-        owners=executor.place(np.flatnonzero(fed.partition.test_size)) if fed.partition.test_size is not None else None,
-    )
-    return Lab(
-        fed,
-        executor,
-        rounds.make_round(fed.algorithm, executor, store),
-        lambda level, server: score(level, server, population, batches, test),
-        executor.place,
-        lambda: executor.place(rounds.start(fed.algorithm, store, fed.partition.size.size, key)),
-        population,
-        key,
-        store,
-    )
-
-
-def _check_run(config: Any) -> None:
-    for name in ("rounds",):
-        if config.train[name] < 1:
-            raise ValueError(f"{name} {config.train[name]}, allowed >= 1 (train.{name})")
-    for name in ("eval_every", "checkpoint_every", "keep", "eval_batch_size", "statistics_batch_size"):
-        if config.run[name] < 1:
-            raise ValueError(f"{name} {config.run[name]}, allowed >= 1 (run.{name})")
-
-
 def train(
-    config: Any, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, trace: bool = False
+    config: Any = "heterofl_digits",
+    *,
+    net: Any = None,
+    data: Any = None,
+    split: Any = None,
+    method: Any = None,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    trace: bool = False,
 ) -> Result:
     """Run the experiment that ``config`` describes.
 
     Args:
-      config: a ConfigDict with the blocks data, family, method, train, run; see ``configs/``.
+      config: a ConfigDict, a dict of blocks, or what ``load_config`` takes: a name or a file.
+      net: a linen module in place of ``family.net``, an nnx module through ``flax.nnx.bridge.to_linen``. Its fields
+        ``width`` or ``depth`` are set by the levels of ``family.mix``.
+      data: in place of ``data.source``: arrays (x_train, y_train, x_test, y_test), a dict of them, or a ``Population``
+        with the arrays of a test set: (population, (x_test, y_test)).
+      split: in place of ``data.split``: a ``Partition``, a function (labels, clients, seed) -> ``Partition``, or a
+        client id for each training example.
+      method: in place of ``method.name``: a ``make(family, local, *, ...)``, or an ``Algorithm``.
+      metrics: further scores by name: (logits [B, C], labels [B], valid [B]) -> [B]; their mean over the test set.
+      callbacks: each is called with (round, scores, state) after every evaluation.
       resume: go on from the last checkpoint of ``run.folder/run.name``, bit for bit, on the same device count.
       overwrite: delete what is there and start over.
       quiet: print nothing.
@@ -132,68 +77,155 @@ def train(
 
     Raises:
       ValueError: before anything compiles, for a value that is out of range, or a folder that holds another run.
+
+    >>> import tempfile
+    >>> small = load_config("heterofl_digits:mix=a1,quick", "family.net=mlp", f"run.folder={tempfile.mkdtemp()}")
+    >>> train(small, quiet=True).summary["rounds"]
+    2
     """
+    machine.use_cache_once()
+    config = load_config(config) if isinstance(config, str) else complete(config)
     folder = Path(config.run.folder) / config.run.name
-    check_folder(folder, config.to_dict(), resume=resume, overwrite=overwrite)
-    lab = prepare(config)
-    fed = lab.federation
-    first = machine.is_first()
-    quiet = quiet or not first
-    claim(folder, config.to_dict(), resume=resume, overwrite=overwrite)
+    check_folder(folder, config.to_dict(), _completed, resume=resume, overwrite=overwrite)
+    lab = prepare(config, Own(net, data, split, method), metrics)
+    quiet = quiet or not machine.is_first()
+    run = _begin(lab, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    state = _rounds(lab, run, callbacks, quiet=quiet, trace=trace)
+    best = run.checkpoints.best()
+    run.checkpoints.close()
+    run.metrics.close()
+    return _finish(lab, state, run.metrics.lines, best, folder, quiet)
+
+
+class Run(NamedTuple):
+    """What a run writes to, and where it stands."""
+
+    folder: Path
+    checkpoints: Checkpoints
+    metrics: Metrics
+    state: State
+    totals: ledger.Totals
+
+
+def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it was saved, with the keys that did not exist then."""
+    return complete(saved, tell=lambda text: None).to_dict()
+
+
+def _begin(lab: Lab, folder: Path, *, resume: bool, overwrite: bool, quiet: bool) -> Run:
+    """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
+    config, fed, first = lab.config, lab.federation, machine.is_first()
+    claim(folder, config.to_dict(), _completed, resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
+    bind(lab, folder, resume=resume)
     if first:
-        write_json(folder / "environment.json", report.environment(lab.executor.devices))
+        write_json(folder / "environment.json", tables.environment(lab.executor.devices))
         write_json(folder / "partition.json", about)
         np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
-    state, totals = lab.start(), Totals(0, 0, 0, 0)
-    report.say(f"{report.headline(config, fed.partition.size.size)}\n{report.describe(about)}", quiet)
-
+    state, totals = lab.start(), ledger.Totals()
+    for note in fed.notes:
+        tables.say(f"data: {note}", quiet)
+    head = tables.headline(config, fed.partition.size.size)
+    tables.say(f"{head}\n{tables.describe(about)}{_per_level(lab)}", quiet)
     checkpoints = Checkpoints(folder, config.run.keep)
     if resume and (found := checkpoints.restore(state)):
         state, extra = lab.place(found[0]), found[1]
         lab.store.restore(int(state.round))
-        totals = Totals(**extra["totals"])
-    done = int(state.round)
+        totals = ledger.saved(extra["totals"])
     if resume:
-        report.say(f"{folder}: goes on after round {done} of {config.train.rounds}", quiet)
-    metrics = Metrics(folder, done, write=first)
-    if done == 0 and alike(jax.device_get(state.server)):
-        warnings.warn("all models start equal: every client will prefer the first (method.args)", stacklevel=2)
-    if done == 0 and not metrics.lines:
-        metrics.append([{"round": 0, **evaluate_levels(lab, state)}])
-    block = partial(_lines, fed=fed, devices=lab.executor.devices)
-    clock = time.perf_counter()
-    pending: list[PyTree] = []
-    with Progress(config.train.rounds, done, quiet) as progress:
-        for round in range(done, config.train.rounds):
-            traced = trace and round == min(done + 1, config.train.rounds - 1)
-            step = _traced_step(lab, folder, quiet) if traced else lab.step
+        tables.say(f"{folder}: goes on after round {int(state.round)} of {config.train.rounds}", quiet)
+    return Run(folder, checkpoints, Metrics(folder, int(state.round), write=first), state, totals)
+
+
+def bind(lab: Lab, folder: Path, *, resume: bool) -> None:
+    """Tie a run's folder to its data and split, or check that they are still the same.
+
+    Raises:
+      ValueError: they are not.
+    """
+    from hetfl_jax.data.door import same_fingerprint
+
+    path, fed = folder / "data.json", lab.federation
+    if resume and path.exists():
+        import json
+
+        if changed := same_fingerprint(json.loads(path.read_text()), fed.fingerprint):
+            raise ValueError(f"{folder} was run on other data: {changed} (data.source)")
+    elif machine.is_first():
+        write_json(path, fed.fingerprint)
+        if fed.labels_table is not None:
+            write_json(folder / "labels.json", fed.labels_table)
+
+
+def _per_level(lab: Lab) -> str:
+    """How many clients each level has, where clients keep theirs."""
+    fed = lab.federation
+    if fed.algorithm.drawn or len(fed.mix.names) == 1:
+        return ""
+    count = np.bincount(np.asarray(fed.train.level), minlength=len(fed.mix.names))
+    return "; clients per level: " + ", ".join(f"{name} {n}" for name, n in zip(fed.mix.names, count))
+
+
+def _rounds(lab: Lab, run: Run, callbacks: Sequence[Callback], *, quiet: bool, trace: bool) -> State:
+    """All rounds that are still to do, with their evaluations, metrics and checkpoints."""
+    settings, total = lab.config.run, lab.config.train.rounds
+    state, totals, done = run.state, run.totals, int(run.state.round)
+    if done == 0 and (warning := lab.federation.algorithm.shown.warning(jax.device_get(state.server))):
+        warnings.warn(warning, stacklevel=3)
+    if done == 0 and not run.metrics.lines:
+        run.metrics.append([{"round": 0, **_evaluated(lab, state, 0, callbacks)}])
+    clock, pending = time.perf_counter(), list[Info]()
+    with Progress(total, done, quiet) as progress:
+        for round in range(done, total):
+            traced = trace and round == min(done + 1, total - 1)
+            step = _traced_step(lab, run.folder, quiet) if traced else lab.step
             state, info = step(state, lab.population, lab.key)
             pending.append(info)
             # At most two rounds are under way, so that the bar tells the truth and the device never waits.
             jax.block_until_ready(pending[-2:][0])
-            last = round + 1 == config.train.rounds
-            if not (last or _due(round + 1, config.run.eval_every) or _due(round + 1, config.run.checkpoint_every)):
+            last = round + 1 == total
+            evaluates = last or (round + 1) % settings.eval_every == 0
+            saves = last or (round + 1) % settings.checkpoint_every == 0
+            if not (evaluates or saves):
                 progress.advance(round + 1)
                 continue
-            lines, totals = block(jax.device_get(pending), round + 2 - len(pending), totals)
+            lines, totals = _lines(lab, jax.device_get(pending), round + 2 - len(pending), totals)
             pending = []
-            if last or _due(round + 1, config.run.eval_every):
-                lines[-1] |= evaluate_levels(lab, state)
+            if evaluates:
+                lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
             for line in lines:
                 line["seconds"] = round_seconds(clock, len(lines))
             clock = time.perf_counter()
-            metrics.append(lines)
-            report.warn_failures(lines)
-            if last or _due(round + 1, config.run.checkpoint_every):
-                chosen_by = choosing(lines[-1], fed.mix.letters[0])
-                lab.store.commit(round + 1, checkpoints.rounds())
-                checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
+            run.metrics.append(lines)
+            tables.warn_failures(lines)
+            if saves:
+                chosen_by = choosing(lines[-1], lab.federation.tiers[0].name)
+                lab.store.commit(round + 1, run.checkpoints.rounds())
+                run.checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
             progress.advance(round + 1, lines[-1])
-    best = checkpoints.best()
-    checkpoints.close()
-    metrics.close()
-    return _finish(config, lab, state, metrics.lines, best, folder, quiet)
+            _stop_if_lost(run.metrics.lines, run.folder)
+    return state
+
+
+def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
+    scores = evaluate_tiers(lab, state)
+    for callback in callbacks:
+        callback(round, scores, state)
+    return scores
+
+
+def _stop_if_lost(lines: Sequence[Line], folder: Path, patience: int = 3) -> None:
+    """A run whose every client fails is over.
+
+    Raises:
+      ValueError: no reply was finite in ``patience`` evaluated rounds in a row.
+    """
+    last = [line for line in lines if "accuracy" in line and line["round"]][-patience:]
+    if len(last) == patience and not any(line["clients"] for line in last):
+        raise ValueError(
+            f"no reply was finite in rounds {', '.join(str(line['round']) for line in last)} of {folder}: lower "
+            "train.learning_rate, or set train.clip_norm"
+        )
 
 
 def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
@@ -204,24 +236,21 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
 
         def run() -> tuple[State, PyTree]:
             after, info = lab.step(state, population, key)
-            evaluate_levels(lab, after)
+            evaluate_tiers(lab, after)
             return after, info
 
         out = profile.profiled(run, folder / "profile")
-        report.say(profile.render(profile.breakdown(folder / "profile", program), folder / "profile"), quiet)
+        tables.say(profile.render(profile.breakdown(folder / "profile", program), folder / "profile"), quiet)
         return out
 
     return step
 
 
-_SCORES = ("accuracy", "loss", "validation_accuracy", "local_accuracy", "ensemble_accuracy", "perplexity")
-
-
-def choosing(line: dict[str, Any], level: str) -> float:
+def choosing(line: Line, tier: str) -> float:
     """By what the best checkpoint is chosen; a round that was not evaluated is never it."""
     by = next((k for k in ("validation_accuracy", "ensemble_accuracy", "accuracy") if k in line), None)
-    score = line[by][level] if by else NEVER
-    return score if np.isfinite(score) else NEVER
+    score = line[by][tier] if by else None
+    return score if score is not None and np.isfinite(score) else NEVER
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -229,138 +258,51 @@ def round_seconds(clock: float, rounds: int) -> float:
     return round((time.perf_counter() - clock) / rounds, 6)
 
 
-def _due(round: int, every: int) -> bool:
-    return round % every == 0
+def _lines(lab: Lab, infos: Sequence[Info], first: int, totals: ledger.Totals) -> tuple[list[Line], ledger.Totals]:
+    """Metrics lines of a block of rounds, with the costs so far.
 
-
-def evaluate_levels(lab: Lab, state: State) -> dict[str, dict[str, float]]:
-    """Scores of every level, and the distribution of the global model's over clients, if they have test data.
-
-    Further models that the method wants to see evaluated (FedDyn's ``sel``) are scored by accuracy.
+    Raises:
+      ValueError: a selection chose clients that do not exist, or one twice whose memory has one row.
     """
-    letters, server = lab.federation.mix.letters, state.server
-    found = {letter: jax.device_get(lab.evaluate(level, server)) for level, letter in enumerate(letters)}
-    scores = {name: {letter: float(getattr(s, name)) for letter, s in found.items()} for name in _SCORES}
-    if lab.federation.algorithm.models > 1 and lab.federation.test_groups is not None:
-        groups = lab.federation.test_groups
-        scores["test_recovery"] = {letter: clusters.matched(s.placed, groups) for letter, s in found.items()}
-    clients = lab.federation.partition.size.size
-    kept = {name: rows for name, rows in dict(state.memory).items() if name == "last"}  # the others are not looked at
-    memory = jax.tree.map(lambda rows: rows[:clients], kept)
-    for name, other in lab.federation.algorithm.others(server, memory).items():
-        other = lab.place(other)
-        of_level = (float(lab.evaluate(level, other).accuracy) for level in range(len(letters)))
-        scores[f"{name}_accuracy"] = dict(zip(letters, of_level))
-    known = {name: values for name, values in scores.items() if not np.isnan(list(values.values())).all()}
-    spread = found[letters[0]].client_accuracy
-    return {**known, "client_accuracy": over_clients(spread)} if spread.size else known
-
-
-def _imbalance(info: Any, macs: np.ndarray, devices: int) -> float:
-    """Multiply-adds of the busiest device over the mean of all."""
-    work = np.bincount(info["device"], macs[info["level"]] * np.asarray(info["seen"], np.float64), devices)
-    return round(float(work.max() / max(work.mean(), 1.0)), 4)
-
-
-def _lines(
-    infos: list[Any], first: int, totals: Totals, fed: Federation, devices: int
-) -> tuple[list[dict[str, Any]], Totals]:
-    """Metrics lines of a block of rounds, with the costs so far."""
-    lines = []
+    fed, lines = lab.federation, list[Line]()
     for number, info in enumerate(infos, first):
-        items = np.asarray(info["items"]).round().astype(np.int64)
-        one_way = int(items @ fed.costs.bytes)
-        macs = int(np.asarray(info["examples"], np.float64) @ fed.costs.macs) * TRAINING_PASSES
-        macs += int(np.asarray(info["judged"], np.float64) @ fed.costs.macs) if "judged" in info else 0
-        failed = [int(client) for client in info["failed_ids"] if client >= 0]
-        totals = Totals(
-            totals.down_bytes + one_way * fed.algorithm.broadcast,
-            totals.up_bytes + one_way * fed.algorithm.messages,
-            totals.client_macs + macs,
-            totals.full_size_bytes + _of_one_start(info, items) * int(fed.costs.bytes[0]),
-        )
-        line: dict[str, Any] = {"round": number}
-        line |= {name: float(info[name]) for name in ("train_loss", "train_accuracy")}
-        line |= {"clients": int(info["clients"]), "failed": len(failed), **totals._asdict()}
-        if devices > 1:
-            line["imbalance"] = _imbalance(info, fed.costs.macs, devices)
-        line["items"] = dict(zip(fed.mix.letters, items.tolist()))
-        if failed:
-            line["failed_ids"] = failed
-        if "correction" in info:
-            line["correction"] = float(info["correction"])
-        if "cluster" in info:
-            line |= clusters.of_round(info, fed.algorithm.models, fed.groups)
-        lines.append(line)
+        if refused := int(info.refused):
+            raise ValueError(
+                f"round {number}: the selection named {refused} clients outside 0..{fed.partition.size.size - 1}, or "
+                "twice though they keep memory (select)"
+            )
+        totals = ledger.add(totals, ledger.spent(info, fed.costs))
+        line = ledger.line_of(info, number, totals, fed.costs, fed.mix.names, lab.executor.devices)
+        lines.append(line | fed.algorithm.shown.line(info, fed.groups))
     return lines, totals
 
 
-def _of_one_start(info: Any, items: np.ndarray) -> int:
-    """Items of the round, those of several starts side by side counted once."""
-    return int((np.asarray(info["cluster_ids"]) >= 0).sum()) if "cluster_ids" in info else int(items.sum())
-
-
-def _finish(
-    config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], best: int | None, folder: Path, quiet: bool
-) -> Result:
+def _finish(lab: Lab, state: State, lines: list[Line], best: int | None, folder: Path, quiet: bool) -> Result:
     """Final table, plots, and what is printed."""
     fed = lab.federation
-    table = report.table(fed.mix, fed.costs, lines, best)
-    summary = report.totals(lines, best)
+    sizes = dict(zip(fed.mix.names, zip(fed.mix.widths, fed.mix.depths or [None] * len(fed.mix.widths))))
+    table = tables.table(fed.tiers, sizes, lines, best)
+    summary = tables.totals(lines, best, fed.algorithm.shown.sentence(lines[-1]) if len(lines) > 1 else "")
     files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")]
+    text = tables.render(table, summary)
     if machine.is_first():
         write_json(folder / "table.json", {"levels": table, **summary})
-        text = report.render(table, summary)
         (folder / "table.txt").write_text(text)
-        files += report.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
-    if fed.algorithm.models > 1:
-        files += plot_clusters(config, lab, state, lines, folder)
-    if machine.is_first():
-        report.say(text + report.list_files(folder, files), quiet)
-    return Result(
-        jax.device_get(_models(fed.algorithm, state.server)["params"]),
-        report.as_arrays(lines),
-        table,
-        summary,
-        folder,
-        files,
-    )
+        files += plots.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
+    files += draw_figures(lab, state, lines, folder)
+    tables.say(text + tables.list_files(folder, files), quiet)
+    return Result(jax.device_get(_models(lab, state)["params"]), tables.as_arrays(lines), table, summary, folder, files)
 
 
-def models_in_use(algorithm: Algorithm, server: PyTree) -> int:
-    """How many models there are; CFL's bank has rows that are not in use yet."""
-    route: Any = getattr(server, "route", None)
-    return int(route.count) if hasattr(route, "parent") else algorithm.models
-
-
-def plot_clusters(config: Any, lab: Lab, state: State, lines: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Clusters over rounds, who would lose what in which, and CFL's tree."""
-    fed, server = lab.federation, state.server
-    batch = config.run.eval_batch_size
-    ask = rounds.compiled(
-        lambda server, data: judged(fed.algorithm, lab.executor, server, 0, data, batch), lab.executor
-    )
-    seen = jax.device_get(ask(server, lab.population))
-    if not machine.is_first():
-        return []
-    route = jax.device_get(server.route)
-    splits = hasattr(route, "parent")
-    count = models_in_use(fed.algorithm, server)
-    files = clusters.plot(folder, lines)
-    files += clusters.plot_losses(folder, (seen.loss / seen.examples)[:, :count], fed.groups)
-    if splits:
-        files += clusters.plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
-    return files
-
-
-def _models(algorithm: Algorithm, server: PyTree) -> PyTree:
+def _models(lab: Lab, state: State) -> PyTree:
     """The global model; with a leading axis where there are several."""
-    if algorithm.models == 1:
-        return algorithm.model(server, 0)
-    return jax.vmap(lambda member: algorithm.model(server, 0, member))(np.arange(algorithm.models))
+    algorithm = lab.federation.algorithm
+    if algorithm.choice is None:
+        return algorithm.model(state.server, 0)
+    return jax.vmap(lambda member: algorithm.model(state.server, 0, member))(np.arange(algorithm.choice.models))
 
 
-def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Result], list[dict[str, Any]]]:
+def over_seeds(config: Any, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[dict[str, Any]]]:
     """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best accuracy."""
     results = []
     for seed in seeds:
@@ -368,4 +310,4 @@ def over_seeds(config: Any, seeds: list[int], **options: Any) -> tuple[list[Resu
         with one.unlocked():
             one.run.seed, one.run.name = seed, f"{config.run.name}/seed{seed}"
         results.append(train(one, **options))
-    return results, report.seed_table([r.table for r in results])
+    return results, tables.seed_table([r.table for r in results])

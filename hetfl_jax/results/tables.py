@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hetfl_jax.core.types import Tier
+
 Line = dict[str, Any]
-_MOST_CLASSES = 200  #: that a heat map shows
-_COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
 
 
 def say(text: str, quiet: bool) -> None:
@@ -74,33 +74,40 @@ def _evaluated(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if "accuracy" in line]
 
 
-def table(mix: Any, costs: Any, lines: Sequence[Line], best: int | None) -> list[Line]:
-    """One row a level: accuracies at start, best and last round, size and cost."""
+#: scores that the table shows in columns of their own, in this order; further ``*_accuracy`` follow by name
+_HIDDEN = ("accuracy", "local_accuracy", "validation_accuracy", "client_accuracy")
+
+
+def table(
+    tiers: Sequence[Tier], sizes: Mapping[str, tuple[float, int | None]], lines: Sequence[Line], best: int | None
+) -> list[Line]:
+    """One row a tier: accuracies at start, best and last round, what else was scored, size and cost."""
     points = _evaluated(lines)
     first, last = points[0], points[-1]
     chosen = next((p for p in points if p["round"] == best), last)
+    scored = [k for k, v in last.items() if isinstance(v, dict) and k not in (*_HIDDEN, "loss", "items")]
     rows = []
-    for level, letter in enumerate(mix.letters):
+    for tier in tiers:
+        width, depth = sizes.get(tier.name, (None, None))
         row = {
-            "level": letter,
-            "width": mix.widths[level],
-            "depth": mix.depths[level] if mix.depths else None,
-            "start": first["accuracy"][letter],
-            "last": last["accuracy"][letter],
-            "best": chosen["accuracy"][letter],
-            "local": last.get("local_accuracy", {}).get(letter),
-            "ensemble": last.get("ensemble_accuracy", {}).get(letter),
-            "sel": last.get("sel_accuracy", {}).get(letter),
-            "perplexity": last.get("perplexity", {}).get(letter),
-            "parameters": int(costs.parameters[level]),
-            "macs": int(costs.macs[level]),
-            "bytes": int(costs.bytes[level]),
+            "level": tier.name,
+            "width": width,
+            "depth": depth,
+            "start": first["accuracy"][tier.name],
+            "last": last["accuracy"][tier.name],
+            "best": chosen["accuracy"][tier.name],
+            "local": last.get("local_accuracy", {}).get(tier.name),
+            **{name.removesuffix("_accuracy"): last[name].get(tier.name) for name in scored},
+            "shares": [n.removesuffix("_accuracy") for n in scored if n.endswith(("_accuracy", "_recovery"))],
+            "parameters": tier.parameters,
+            "macs": tier.macs,
+            "bytes": tier.bytes,
         }
         rows.append(row)
     return rows
 
 
-def totals(lines: Sequence[Line], best: int | None) -> Line:
+def totals(lines: Sequence[Line], best: int | None, sentence: str) -> Line:
     """Traffic and work of the whole run, against an all-full-size FedAvg with the same cohorts."""
     last = lines[-1]
     full = max(last["full_size_bytes"], 1)
@@ -115,13 +122,26 @@ def totals(lines: Sequence[Line], best: int | None) -> Line:
         "client_macs": last["client_macs"],
         "client_accuracy": _evaluated(lines)[-1].get("client_accuracy"),
         "failed": sum(line.get("failed", 0) for line in lines),
-        "clusters": last.get("clusters"),
-        "recovery": last.get("recovery"),
+        "sentence": sentence,
     }
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}%"
+
+
+def _size(row: Line) -> str:
+    if row["width"] is None:
+        return ""
+    return f" (x{row['width']:g})" if not row["depth"] or row["width"] != 1 else f" (depth {row['depth']})"
+
+
+def _score(name: str, value: float | None, row: Line) -> str:
+    """A share in percent; what is no accuracy, a perplexity or a user's metric, as a number."""
+    shares = ("start", "last", "best", "local")
+    if name in shares or name in row["shares"]:
+        return _percent(value)
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _megabytes(value: float) -> str:
@@ -142,20 +162,15 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     out = Table(
         title=f"after {summary['rounds']} rounds (best by {summary['best_by']} accuracy: round {summary['best_round']})"
     )
-    shown = [
-        "start",
-        "last",
-        *(key for key in ("ensemble", "sel", "perplexity") if rows[0].get(key) is not None),
-        "best",
-        "local",
-    ]
+    fixed = ("level", "width", "depth", "start", "last", "best", "local", "parameters", "macs", "bytes", "shares")
+    shown = ["start", "last", *(k for k, v in rows[0].items() if k not in fixed and v is not None), "best"]
+    shown += ["local"] if rows[0]["local"] is not None else []
     titles = {"start": "untrained", "best": "best round"}
     for name in ("model", *(titles.get(key, key) for key in shown), "parameters", "MACs", "one way"):
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):
-        size = f"x{row['width']:g}" if not row.get("depth") or row["width"] != 1 else f"depth {row['depth']}"
-        name = f"{row['level']} ({size})" + (" global" if i == 0 else "")
-        scores = (f"{row[key]:.2f}" if key == "perplexity" else _percent(row[key]) for key in shown)
+        name = row["level"] + _size(row) + (" global" if i == 0 else "")
+        scores = (_score(key, row[key], row) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
     Console(file=buffer, width=130).print(out)
@@ -166,16 +181,9 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         f"client work {summary['client_macs'] / 1e9:,.1f} GMACs"
     )
     spread = f"\n{over_clients(summary['client_accuracy'])}" if summary["client_accuracy"] else ""
-    spread += f"\n{_of_clusters(summary)}" if summary["clusters"] else ""
+    spread += f"\n{summary['sentence']}" if summary["sentence"] else ""
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
     return buffer.getvalue() + text + spread + failures + "\n"
-
-
-def _of_clusters(summary: Line) -> str:
-    counts, recovery = summary["clusters"], summary["recovery"]
-    known = "" if recovery is None else f"; {100 * recovery:.0f}% of them in the right one (best matching)"
-    each = ", ".join(map(str, counts[:12])) + (", ..." if len(counts) > 12 else "")
-    return f"{len(counts)} model(s), the best one counts for a test batch; clients of the last round: {each}{known}"
 
 
 def list_files(folder: Path, files: Sequence[Path]) -> str:
@@ -199,45 +207,6 @@ def _flat(line: Line, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             out[prefix + name] = value
     return out
-
-
-def plot(folder: Path, lines: Sequence[Line], counts: np.ndarray) -> list[Path]:
-    """Accuracy over rounds and over bytes sent, per level, and the partition as a heat map; returns the files."""
-    from matplotlib.figure import Figure
-
-    points = _evaluated(lines)
-    files = []
-
-    def curves(name: str, x: Sequence[float], label: str) -> None:
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.add_subplot()
-        for color, letter in zip(_COLORS, points[0]["accuracy"]):
-            axes.plot(
-                x, [100 * p["accuracy"][letter] for p in points], color=color, label=f"level {letter}", marker="."
-            )
-        first = next(iter(points[0]["accuracy"]))
-        if "local_accuracy" in points[-1]:
-            local = [100 * (p["local_accuracy"][first] or np.nan) for p in points]
-            axes.plot(x, local, color="0.55", linestyle="--", label=f"level {first}, local")
-        axes.set(xlabel=label, ylabel="test accuracy (%)", ylim=(0, 100))
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, loc="lower right")
-        files.append(folder / name)
-        figure.savefig(files[-1], dpi=150)
-
-    curves("accuracy.png", [p["round"] for p in points], "round")
-    sent = [(p.get("down_bytes", 0) + p.get("up_bytes", 0)) / 1e6 for p in points]
-    curves("bytes.png", sent, "MB sent, down and up")
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    common = np.sort(np.argsort(-counts.sum(0), kind="stable")[:_MOST_CLASSES])
-    image = axes.imshow(counts[:, common].T, aspect="auto", interpolation="nearest", cmap="viridis")
-    label = "class" if counts.shape[1] <= _MOST_CLASSES else f"class (the {_MOST_CLASSES} most common)"
-    axes.set(xlabel="client", ylabel=label, yticks=range(counts.shape[1]) if counts.shape[1] <= 20 else [])
-    figure.colorbar(image, ax=axes, label="examples")
-    files.append(folder / "partition.png")
-    figure.savefig(files[-1], dpi=150)
-    return files
 
 
 def seed_table(tables: Sequence[Sequence[Line]]) -> list[Line]:

@@ -1,0 +1,259 @@
+"""Who takes part, drawn by amount of data and by the model's loss: Power-of-Choice and its baselines.
+
+``n_k`` are the examples of client k. These selections cost O(N) a round, N the clients of the population. Each of their
+draws has a key of its own, so two selections that differ only in their score see the same candidates. A client without
+examples (``intermittent`` makes some) is never a valid item; the cohort then has fewer valid items.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hetfl_jax.core.random import permute
+from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
+from hetfl_jax.parts.select import Ask, Select, stateless
+
+CANDIDATES, FIRST, PICK, FILL, ABSENT = range(5)  #: what a key is for
+
+KINDS = ("pow", "cpow", "rpow", "adapow")
+
+
+def draw_without_replacement(key: Array, weight: Array, count: int) -> Array:
+    """[count] distinct clients drawn one after the other, each in proportion to its weight among those that are left.
+
+    The clients with the largest ``log(weight_k) + Gumbel_k`` in descending order are such a draw, in its order. The
+    noise of client k depends on the key and k only. Clients of weight 0 come last.
+
+    Args:
+      weight: [N] numbers >= 0.
+
+    >>> draw_without_replacement(jax.random.key(0), jnp.array([0, 5, 0, 1]), 2).sort().tolist()
+    [1, 3]
+    """
+    noise = jax.random.gumbel(key, weight.shape, jnp.float32, mode="high")
+    return jax.lax.top_k(jnp.log(weight.astype(jnp.float32)) + noise, count)[1]
+
+
+def draw_with_replacement(key: Array, weight: Array, count: int) -> Array:
+    """[count] clients, each drawn in proportion to its weight; a client may come several times.
+
+    Args:
+      weight: [N] integers >= 0 with a sum of 1 to 2^31 - 1.
+
+    >>> draw_with_replacement(jax.random.key(0), jnp.array([0, 7, 0]), 3).tolist()
+    [1, 1, 1]
+    """
+    end = jnp.cumsum(weight.astype(jnp.int32))
+    draw = jax.random.randint(key, (count,), 0, jnp.maximum(end[-1], 1))
+    return jnp.minimum(jnp.searchsorted(end, draw, side="right"), weight.shape[0] - 1).astype(jnp.int32)
+
+
+def largest(ids: Array, score: Array, count: int) -> Cohort:
+    """The ``count`` clients of largest score; of equal scores the earlier ones; NaN and -inf are not valid.
+
+    Args:
+      ids: [d] candidates in the order in which they were drawn.
+      score: [d] a score of each.
+
+    >>> best = largest(jnp.array([7, 3, 9, 4]), jnp.array([1.0, 2.0, jnp.nan, 2.0]), 4)
+    >>> best.ids.tolist(), best.valid.tolist()
+    ([3, 4, 7, 9], [True, True, True, False])
+    """
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score)
+    place = jnp.argsort(score, stable=True, descending=True)[:count]
+    return Cohort(ids[place], score[place] > -jnp.inf)
+
+
+def repetitions(ids: Array) -> Array:
+    """[K] how many earlier items belong to the same client.
+
+    >>> repetitions(jnp.array([4, 2, 4, 4])).tolist()
+    [0, 0, 1, 2]
+    """
+    order = jnp.argsort(ids, stable=True)
+    place = jnp.arange(ids.size, dtype=jnp.int32)
+    begins = jnp.concatenate([jnp.ones(1, bool), jnp.diff(ids[order]) != 0])
+    start = jax.lax.cummax(jnp.where(begins, place, 0))
+    return jnp.zeros_like(place).at[order].set(place - start)
+
+
+def mean_loss(tally: Tally) -> Array:
+    """Loss per example; NaN where there is no example."""
+    return jnp.where(tally.examples > 0, tally.loss / jnp.maximum(tally.examples, 1), jnp.nan)
+
+
+def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
+    """A table [N] of mean losses of the latest local training; clients that did not take part keep their entry.
+
+    ``table_k = sum of losses / number of examples`` over all that client k trained on in this round. With batches of
+    equal size this is the mean over its steps of the mini-batch loss, in training mode, while the weights change.
+    """
+
+    def per_client(values: Array) -> Array:
+        return jnp.zeros(table.shape, jnp.float32).at[plan.ids].add(jnp.where(ok, values, 0))
+
+    examples = per_client(seen.tally.examples)
+    return jnp.where(examples > 0, per_client(seen.tally.loss) / jnp.maximum(examples, 1), table)
+
+
+def need(fine: bool, message: str, key: str) -> None:
+    """A ``ValueError`` that names the argument, unless its value is fine."""
+    if not fine:
+        raise ValueError(f"{message} (select.args.{key})")
+
+
+def need_cohort(cohort: int, clients: int) -> None:
+    """A ``ValueError`` for a cohort larger than the population, when the round is built."""
+    need(cohort <= clients, f"cohort of {cohort} clients, allowed 1..{clients}", "cohort")
+
+
+def weighted(cohort: int) -> Select:
+    """``cohort`` distinct clients, drawn one after the other in proportion to their examples (q-FFL's sampling).
+
+    A client's chance to be in the cohort is not ``cohort * p_k``, since what is left after each draw changes.
+
+    Raises:
+      ValueError: a cohort below 1, or (when the round is built) above the population.
+
+    Source: fair_flearn, ``fedbase.py``, sampling 2.
+    """
+    need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
+
+    def choose(key: Array, population: Population) -> Cohort:
+        need_cohort(cohort, population.size.shape[0])
+        ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), population.size, cohort)
+        return Cohort(ids, population.size[ids] > 0)
+
+    return stateless(choose)
+
+
+def random_with_replacement(cohort: int) -> Select:
+    """``cohort`` draws with replacement, in proportion to examples; the first round draws all clients alike.
+
+    A client that is drawn twice trains twice, on mini-batches of its own, and counts twice. The first of its items has
+    the stream 0, its repetitions 1, 2, ...
+
+    Raises:
+      ValueError: a cohort below 1.
+
+    Source: baseline ``rand`` in the supplement of Power-of-Choice (Cho, Wang, Joshi, AISTATS 2022).
+    """
+    need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
+
+    def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
+        some = population.size > 0
+        first = draw_with_replacement(jax.random.fold_in(key, FIRST), some, cohort)
+        later = draw_with_replacement(jax.random.fold_in(key, CANDIDATES), population.size, cohort)
+        ids = jnp.where(round == 0, first, later)
+        return Cohort(ids, some[ids], repetitions(ids)), state
+
+    return Select(lambda clients: (), choose, repeats=True)
+
+
+def power_of_choice(
+    cohort: int, candidates: int, *, kind: str = "pow", examples: int = 0, level: int | None = None, every: int = 0,
+    shrink: float = math.inf,
+) -> Select:  # fmt: skip
+    """Of ``candidates`` distinct clients, drawn in proportion to their examples, the ``cohort`` of largest mean loss.
+
+    Ties go to the candidate that was drawn earlier. The first round takes ``cohort`` distinct clients uniformly.
+
+    | kind | score of a candidate |
+    | --- | --- |
+    | pow | mean loss of the current model on all its training examples |
+    | cpow | the same on ``examples`` of them |
+    | rpow | mean loss of its latest local training; +inf before it took part, so new clients come first |
+    | adapow | as pow, of the first ``max(cohort, floor(candidates / shrink^(round // every)))`` candidates only |
+
+    Except for rpow, all ``candidates`` clients are asked in every round, and pay for it: also in the first round, and
+    also those that adapow leaves out, because the shapes of a round are fixed. A mean over replies that weighs clients
+    by their examples would count the amount of data twice; the method's own one is plain.
+
+    Args:
+      examples: of cpow, b >= 1; a client with fewer uses all of them.
+      level: at which capacity level candidates are asked; default: their own.
+      every: of adapow, rounds between two changes of the number of candidates.
+      shrink: of adapow, by what the number is divided: 100 candidates with a cohort of 10, ``every=50`` and
+        ``shrink=2`` are 100, 50, 25, 12, 10, 10, ...; infinity (the default) goes to the cohort at once.
+
+    Raises:
+      ValueError: a value out of range, or one that the kind does not use.
+
+    Source: Cho, Wang, Joshi, "Towards Understanding Biased Client Selection in Federated Learning", AISTATS 2022, with
+    the authors' supplement.
+
+    >>> from hetfl_jax.core.types import Population, Tally
+    >>> clients = Population(None, None, None, None, jnp.array([4, 4, 4]), None, None)
+    >>> ask = lambda ids, level, examples: Tally(jnp.array([4.0, 12.0, 8.0])[ids], 0, jnp.full(3, 4.0))
+    >>> power_of_choice(2, 3).choose(jax.random.key(0), 1, (), clients, ask)[0].ids.tolist()
+    [1, 2]
+    """
+    need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
+    need(candidates >= cohort, f"{candidates} candidates, allowed >= {cohort}, the cohort", "candidates")
+    need(kind in KINDS, f"kind {kind!r}, allowed {', '.join(KINDS)}", "kind")
+    allowed = ">= 1 with kind cpow" if kind == "cpow" else f"0 with kind {kind}"
+    need(examples >= 1 if kind == "cpow" else examples == 0, f"{examples} examples, allowed {allowed}", "examples")
+    allowed = ">= 1 with kind adapow" if kind == "adapow" else f"0 with kind {kind}"
+    need(every >= 1 if kind == "adapow" else every == 0, f"every {every} rounds, allowed {allowed}", "every")
+    need(shrink > 1, f"shrink {shrink}, allowed > 1", "shrink")
+
+    def init(clients: int) -> PyTree:
+        return jnp.full(clients, jnp.inf, jnp.float32) if kind == "rpow" else ()
+
+    def score(ids: Array, round: Array, table: PyTree, ask: Ask) -> Array:
+        if kind == "rpow":
+            return table[ids]
+        value = mean_loss(ask(ids, level, examples))
+        if kind == "adapow":
+            number = jnp.maximum(cohort, jnp.floor(candidates / jnp.power(jnp.float32(shrink), round // every)))
+            value = jnp.where(jnp.arange(candidates) < number, value, -jnp.inf)
+        return value
+
+    def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
+        size, clients = population.size, population.size.shape[0]
+        need_cohort(cohort, clients)
+        need(candidates <= clients, f"{candidates} candidates, allowed {cohort}..{clients}", "candidates")
+        ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), size, candidates)
+        best = largest(ids, jnp.where(size[ids] > 0, score(ids, round, state, ask), -jnp.inf), cohort)
+        first = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
+        ids = jnp.where(round == 0, first, best.ids)
+        return Cohort(ids, jnp.where(round == 0, size[first] > 0, best.valid)), state
+
+    return Select(init, choose, remembered) if kind == "rpow" else Select(init, choose)
+
+
+def intermittent(select: Select, absent: float = 0.2) -> Select:
+    """A selection among the clients that are there: one half of the ids a round, without a random share of it.
+
+    In rounds 0, 2, 4, ... the clients 0 .. N//2 - 1 are there, in rounds 1, 3, 5, ... the others, each time without
+    ``floor(absent * half)`` of them. The selection sees clients that are not there as clients without examples. What a
+    selection takes all the same, such as ``uniform``, which asks for no sizes, is not valid: the cohort is smaller.
+
+    Raises:
+      ValueError: a share outside [0, 1), or (when the round is built) a single client.
+
+    Source: availability in the experiments of Power-of-Choice's supplement.
+    """
+    need(0 <= absent < 1, f"absent {absent}, allowed 0 <= a < 1", "absent")
+
+    def part(key: Array, clients: int) -> Array:
+        """[clients] bool, who of a half is there."""
+        return permute(key, jnp.arange(clients), clients) >= int(round_off(absent * clients))
+
+    def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
+        clients = population.size.shape[0]
+        need(clients >= 2, f"intermittent selection of {clients} clients, allowed >= 2", "absent")
+        who, even = jax.random.fold_in(key, ABSENT), jnp.asarray(round) % 2 == 0
+        halves = part(who, clients // 2) & even, part(who, clients - clients // 2) & ~even
+        here = jnp.concatenate(halves)
+        there = population._replace(size=jnp.where(here, population.size, 0))
+        cohort, state = select.choose(key, round, state, there, ask)
+        return cohort._replace(valid=cohort.valid & here[cohort.ids]), state
+
+    return select._replace(choose=choose)
+
+
+def round_off(number: float) -> float:
+    """A product of decimal fractions without its last digits, so that 0.7 * 10 is 7 and not a little less."""
+    return round(number, 9)

@@ -1,0 +1,122 @@
+"""Every key of a config: its default, what it means, and what is allowed. Config files state what differs."""
+
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import ml_collections
+
+
+class Key(NamedTuple):
+    """One key of a config."""
+
+    default: Any
+    meaning: str  #: unit, what is allowed, when to change it
+
+
+KEYS = {
+    "data": {
+        "source": Key("digits", "digits, synthetic, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
+        "options": Key({}, "further arguments of the source, e.g. alpha=0.5 of synthetic, length=64 of text"),
+        "writers": Key("", "<npz path>:<array> with a client id for every training example, for split=natural"),
+        "examples": Key(0, "training and test examples that are used, a random sample; 0 for all"),
+        "validation": Key(0.0, "share of the training examples held out to choose the best round, 0 <= f < 1"),
+        "clients": Key(100, "how many; split=natural takes one for each id instead"),
+        "first_clients": Key(0, "use only so many of them, 0 for all"),
+        "split": Key("iid", "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group"),
+        "classes_per_client": Key(2, "of split=shards"),
+        "concentration": Key(0.5, "of Dirichlet splits, > 0; small is uneven: at 0.1 most clients have 1 or 2 classes"),
+        "least": Key(0, "examples that dirichlet_per_class draws until every client has; 0: 10, or half a fair share"),
+        "test_fraction": Key(0.2, "of split=natural: share of each client's rows that are its own test data"),
+        "own_test": Key(0.0, "of other splits: the same"),
+        "mean": Key((0.0,), "of pixels in 0..1: one number, or one a channel"),
+        "std": Key((1.0,), "likewise, > 0"),
+        "augment": Key("none", "while training: none, flip, crop_flip, window:<n>; of text corrupt:<p>"),
+        "groups": Key("none", "clients see examples differently: none, rotation:<1, 2 or 4>, labels:<k>"),
+        "seed": Key(-1, "of the split; -1: run.seed. Set it to keep the split when run.seed changes"),
+    },
+    "family": {
+        "net": Key("conv", "see `hetfl list`; or <module>:<Class> of yours"),
+        "hidden": Key((), "sizes of the hidden layers at width 1; () for the net's own"),
+        "mix": Key("a1", "levels and how often each occurs: a1-b1 (widths 1, 1/2), w1x2-w0.75x1, 4x1-2x1 (depths)"),
+        "norm": Key("none", "none, bn (statistics collected before evaluation), bn_tracked, in, ln, gn"),
+        "scaler": Key(False, "divide by the width while training (HeteroFL)"),
+        "lowering": Key("auto", "how convolutions run: auto, canonical, rows, lax"),
+        "outputs": Key(0, "of the net, if more than the data has classes"),
+        "embedding": Key(0, "of the transformer; 0 for its own 256"),
+        "heads": Key(0, "of the transformer; 0 for its own 8"),
+        "length": Key(0, "tokens of a window; 0 for the transformer's own 64"),
+        "dropout": Key(-1.0, "of nets that have it, 0 <= p < 1; -1 for their own"),
+        "exits": Key(True, "whether levels of depth have an exit each (mlp, conv, transformer)"),
+    },
+    "method": {
+        "name": Key("fedavg", "see `hetfl list`; or a module of yours with a make"),
+        "args": Key({"cohort": 10}, "of the method's make; cohort: clients a round"),
+    },
+    "select": {
+        "name": Key("none", "who takes part, in place of the method's own rule; see `hetfl list`"),
+        "args": Key({}, "of the selection"),
+    },
+    "uplink": {
+        "name": Key("none", "codec of what clients send; see `hetfl list`"),
+        "args": Key({}, "of the codec"),
+        "error_feedback": Key(False, "keep what the codec left out, and send it later"),
+    },
+    "downlink": {
+        "name": Key("none", "codec of what the server sends: the change of the model since it was last sent"),
+        "args": Key({}, "of the codec"),
+        "error_feedback": Key(False, "keep what the codec left out, and send it later"),
+    },
+    "capacity": {
+        "name": Key("none", "level of a client: none (the method's own rule), fixed, or drawn anew every round"),
+    },
+    "train": {
+        "rounds": Key(100, "of the run, >= 1"),
+        "epochs": Key(1, "passes over a client's examples in a round"),
+        "steps": Key(0, "if > 0: so many local steps instead"),
+        "batch_size": Key(10, "examples of a local step"),
+        "optimizer": Key("sgd", "of clients, by its name in optax: sgd, adam, adamw, adagrad, ..."),
+        "optimizer_args": Key({}, "further arguments of it, e.g. b1=0.8"),
+        "learning_rate": Key(0.1, "of clients, > 0"),
+        "momentum": Key(0.0, "of sgd"),
+        "weight_decay": Key(0.0, "added to the gradient; decoupled from it in adamw"),
+        "decay_layers": Key((), "names of layers whose kernels alone decay; () for all parameters"),
+        "clip_norm": Key(0.0, "largest norm of a gradient, 0 for no limit"),
+        "schedule": Key("steps", "of the rate over rounds: steps (milestones, round_decay), constant, cosine"),
+        "milestones": Key((), "rounds, from 0, from which on the rate is multiplied by decay_factor"),
+        "decay_factor": Key(0.1, "at every milestone"),
+        "round_decay": Key(1.0, "factor of the rate from one round to the next"),
+        "warmup_rounds": Key(0, "rounds over which the rate grows to its value"),
+        "full_batch": Key(False, "a client's examples are one batch; batch_size is then the most one may hold"),
+        "keep_momentum": Key(False, "a client's momentum lives on between its rounds, in its memory"),
+        "executor": Key("bucketed", "bucketed (levels at their shapes), chunked, vmapped (masked), debugging (no jit)"),
+        "buckets": Key("each", "levels that share a program: each, one, or groups as a-b-cde"),
+        "clients_per_chunk": Key(0, "clients under one vmap; 0: 1 on a CPU, else as many as fit"),
+        "devices": Key(0, "over which clients are spread, 0 for all"),
+        "store": Key("device", "where client memory lives: device, host or file"),
+    },
+    "run": {
+        "name": Key("run", "the run's folder below run.folder"),
+        "folder": Key("runs", "of all runs"),
+        "seed": Key(0, "of everything but the split (data.seed)"),
+        "eval_every": Key(10, "rounds between evaluations"),
+        "eval_masked": Key(False, "one evaluation program for all levels, at full shape: compiles once, runs slower"),
+        "eval_batch_size": Key(100, "examples"),
+        "statistics_batch_size": Key(100, "examples of a batch in the statistics pass of norm=bn"),
+        "checkpoint_every": Key(10, "rounds between checkpoints"),
+        "keep": Key(2, "checkpoints that are kept, besides the best"),
+    },
+}
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """A config of all keys at their defaults, not locked.
+
+    >>> defaults().train.rounds
+    100
+    """
+    copied = {b: {n: _copy(key.default) for n, key in keys.items()} for b, keys in KEYS.items()}
+    return ml_collections.ConfigDict(copied)
+
+
+def _copy(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict | MappingProxyType) else value

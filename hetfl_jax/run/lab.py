@@ -1,0 +1,145 @@
+"""A lab: a federation with everything that runs it, and its evaluation."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import Population, PyTree, State
+from hetfl_jax.engine import executors, rounds
+from hetfl_jax.engine.stores import Store
+from hetfl_jax.run.client_memory import store_for
+from hetfl_jax.run.config import complete
+from hetfl_jax.run.evaluate import Metric, evaluator, judged, over_clients
+from hetfl_jax.run.federation import Federation, Own, build
+from hetfl_jax.run.mix import parse_buckets
+
+Line = dict[str, Any]
+
+
+class Lab(NamedTuple):
+    """A federation with everything that runs it."""
+
+    config: Any  #: complete
+    federation: Federation
+    executor: executors.Executor
+    step: rounds.Step
+    evaluate: Callable[..., dict[str, jax.Array]]  #: (question, tier, server, memory) -> scores by name
+    place: Callable[[PyTree], PyTree]
+    start: Callable[[], State]
+    population: Population
+    key: jax.Array
+    store: Store
+
+
+def prepare(config: Any, own: Own | None = None, metrics: Mapping[str, Metric] | None = None) -> Lab:
+    """Build a config's federation and its compiled functions; nothing compiles yet.
+
+    Raises:
+      ValueError: a value that is out of range.
+    """
+    config = complete(config)
+    _check_run(config)
+    machine.warn_of_idle_cores()
+    fed = build(config, own)
+    if config.run.eval_masked and fed.mix.depths:
+        raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
+    train = config.train
+    devices = train.devices or jax.device_count()
+    executor = executors.executor(
+        train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
+    )
+    store = store_for(config, fed, executor)
+    key = executor.place(jax.random.key(config.run.seed))
+    population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
+    own_data = fed.partition.test_size
+    score = evaluator(
+        fed.algorithm,
+        executor,
+        test_batches=fed.test_batches,
+        validation_batches=fed.validation_batches,
+        statistics_batch=config.run.statistics_batch_size,
+        eval_batch=config.run.eval_batch_size,
+        masked=config.run.eval_masked,
+        owners=None if own_data is None else executor.place(np.flatnonzero(own_data)),
+        metrics=metrics,
+    )
+    return Lab(
+        config,
+        fed,
+        executor,
+        rounds.make_round(fed.algorithm, executor, store),
+        lambda question, tier, server, memory: score(question, tier, server, memory, population, batches, test),
+        executor.place,
+        lambda: executor.place(rounds.start(fed.algorithm, store, fed.partition.size.size, key)),
+        population,
+        key,
+        store,
+    )
+
+
+def _check_run(config: Any) -> None:
+    if config.train.rounds < 1:
+        raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
+    for name in ("eval_every", "checkpoint_every", "keep", "eval_batch_size", "statistics_batch_size"):
+        if config.run[name] < 1:
+            raise ValueError(f"{name} {config.run[name]}, allowed >= 1 (run.{name})")
+
+
+def evaluate_tiers(lab: Lab, state: State) -> Line:
+    """Scores of every tier by name, and the distribution of the first one's over clients, if they have test data.
+
+    The first question gives all scores; the others, which have a name, their accuracy.
+    """
+    fed, server = lab.federation, state.server
+    names = [tier.name for tier in fed.tiers]
+    clients = fed.partition.size.size * fed.algorithm.memory_rows
+    line: Line = {}
+    for number, question in enumerate(fed.algorithm.questions):
+        memory = jax.tree.map(lambda rows: rows[:clients], state.memory) if question.memory else ()
+        memory = lab.place(memory)
+        found = [jax.device_get(lab.evaluate(number, tier, server, memory)) for tier in range(len(names))]
+        if number:
+            line[f"{question.name}_accuracy"] = dict(zip(names, (float(f["accuracy"]) for f in found)))
+            continue
+        for score in found[0]:
+            if score not in ("client_accuracy", "placed"):
+                line[score] = dict(zip(names, (_number(f[score]) for f in found)))
+        if "placed" in found[0] and fed.test_groups is not None:
+            scores = [fed.algorithm.shown.placed(f["placed"], fed.test_groups) for f in found]
+            line |= {score: dict(zip(names, (s[score] for s in scores))) for score in scores[0]}
+        if "client_accuracy" in found[0]:
+            line["client_accuracy"] = over_clients(found[0]["client_accuracy"])
+    return line
+
+
+def _number(value: Any) -> float | None:
+    """A score; one that is not finite is none."""
+    return float(value) if math.isfinite(value) else None
+
+
+def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Any) -> list[Any]:
+    """The figures that the method brings; every process takes part, the first one draws."""
+    fed = lab.federation
+    algorithm, draw = fed.algorithm, fed.algorithm.shown.figures
+    if draw is None:
+        return []
+    losses = None
+    if algorithm.choice is not None:
+        batch = lab.config.run.eval_batch_size
+        ask = rounds.compiled(
+            lambda server, data: judged(algorithm, lab.executor, server, 0, data, batch), lab.executor
+        )
+        seen = jax.device_get(ask(state.server, lab.population))
+        losses = (seen.loss / seen.examples)[:, : models_in_use(lab, state)]
+    server = jax.device_get(state.server)
+    return draw(folder, lines, server, losses, fed.groups) if machine.is_first() else []
+
+
+def models_in_use(lab: Lab, state: State) -> int:
+    """How many models there are."""
+    choice = lab.federation.algorithm.choice
+    return 1 if choice is None else choice.in_use(state.server)

@@ -1,0 +1,110 @@
+"""Capacity levels written as text: which there are, how often each occurs, and which share a bucket."""
+
+import re
+from typing import Any, NamedTuple
+
+RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
+
+
+class Mix(NamedTuple):
+    """Capacity levels and how often each occurs, the global (largest) one first."""
+
+    names: tuple[str, ...]  #: of each level, e.g. ``b``, ``3``, ``b3`` or ``w0.75``
+    widths: tuple[float, ...]  #: relative to the global level
+    proportions: tuple[int, ...]
+    global_rate: float
+    depths: tuple[int, ...] = ()  #: of each level, where levels have one
+
+
+_PART = re.compile(r"(?:([a-z])?(?:(\d+)x)?(\d+))|(?:w(\d+(?:\.\d+)?)x(\d+))")
+
+
+def parse_mix(text: str) -> Mix:
+    """A mix such as ``a1-b1-e2``: levels with integer proportions, the global (largest) level first.
+
+    A level is a width letter (a to e: 1, 1/2, ... 1/16), a depth (``4x1-3x1``: depth 4 and 3, once each), both
+    (``a4x1-b2x3``), or any width (``w1x2-w0.75x1``: width 1 twice, 0.75 once).
+
+    Raises:
+      ValueError: an unknown letter, a missing or zero proportion, a level above the global one, a repeated level.
+
+    >>> parse_mix("b1-e3").widths, parse_mix("a4x1-b2x1").depths, parse_mix("w1x2-w0.75x1").proportions
+    ((1.0, 0.125), (4, 2), (2, 1))
+    """
+    found = [_level(part, text) for part in (text.split("-") if text else [])]
+    names = tuple(name for name, *_ in found)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"mix {text!r}: need at least one level, each level once (family.mix)")
+    if len({(rate is None, depth == 0) for _, rate, depth, _ in found}) > 1:
+        raise ValueError(f"mix {text!r}: levels differ in width, in depth or in both, all alike (family.mix)")
+    first, deepest = found[0][1] or 1.0, found[0][2]
+    if above := [name for name, rate, depth, _ in found if (rate or 1.0) > first or depth > deepest]:
+        raise ValueError(
+            f"level {above[0]!r} in mix {text!r} is above the global level {names[0]!r}, the first (family.mix)"
+        )
+    widths = tuple((rate or 1.0) / first for _, rate, *_ in found)
+    depths = tuple(depth for _, _, depth, _ in found) if deepest else ()
+    return Mix(names, widths, tuple(count for *_, count in found), first, depths)
+
+
+def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
+    """Name, width if it has one, depth (0: none) and proportion of one level."""
+    if part[:1].isalpha() and part[0] != "w" and part[0] not in RATES:
+        raise ValueError(f"level {part[:1]!r} in mix {text!r} is not one of {', '.join(RATES)} (family.mix)")
+    match = _PART.fullmatch(part)
+    wide = match is not None and match[4] is not None
+    count = int((match[5] if wide else match[3]) or 0) if match else 0
+    if not match or count < 1 or match[2] == "0" or not (match[1] or match[2] or wide):
+        raise ValueError(
+            f"part {part!r} in mix {text!r}: need a level and a proportion >= 1, as in a1-b1, 4x1 or w0.75x1 "
+            "(family.mix)"
+        )
+    if not wide:
+        return f"{match[1] or ''}{match[2] or ''}", RATES.get(match[1]), int(match[2] or 0), count
+    width = float(match[4])
+    if not 0 < width <= 1:
+        raise ValueError(f"width {width:g} in mix {text!r}, allowed 0 < width <= 1 (family.mix)")
+    return f"w{width:g}", width, 0, count
+
+
+def level_fields(mix: Mix, level: int) -> dict[str, Any]:
+    """What a level changes in the net of the global one.
+
+    >>> level_fields(parse_mix("4x1-2x1"), 1)
+    {'depth': 2}
+    """
+    width = {"width": mix.widths[level]} if not mix.depths or len(set(mix.widths)) > 1 else {}
+    return width | ({"depth": mix.depths[level]} if mix.depths else {})
+
+
+def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:
+    """Which levels share a bucket: ``each``, ``one``, or groups of level names such as ``a-b-cde``.
+
+    Raises:
+      ValueError: groups that do not name every level of the mix once, or whose first level does not hold the others.
+
+    >>> parse_buckets("a-be", parse_mix("a1-b1-e1")), parse_buckets("one", parse_mix("a1-b1"))
+    (((0,), (1, 2)), ((0, 1),))
+    """
+    if text == "each":
+        return ()
+    if text == "one":
+        numbers: tuple[tuple[int, ...], ...] = (tuple(range(len(mix.names))),)
+    else:
+        name = r"(?:w\d+(?:\.\d+)?|[a-z]\d*|\d)"
+        groups = [re.findall(name, group) for group in text.split("-")]
+        named = re.fullmatch(f"{name}+(-{name}+)*", text) and sorted(each for group in groups for each in group)
+        if named != sorted(mix.names):
+            raise ValueError(
+                f"buckets {text!r}: allowed each, one, or groups of {', '.join(mix.names)}, each once (train.buckets)"
+            )
+        numbers = tuple(tuple(mix.names.index(name) for name in group) for group in groups)
+    sizes = list(zip(mix.widths, mix.depths or [0] * len(mix.widths)))
+    for bucket in numbers:
+        largest = sizes[min(bucket)]
+        if smaller := [i for i in bucket if sizes[i][0] > largest[0] or sizes[i][1] > largest[1]]:
+            raise ValueError(
+                f"buckets {text!r}: {mix.names[smaller[0]]} is not inside {mix.names[min(bucket)]}, the first of its "
+                "bucket in the mix (train.buckets)"
+            )
+    return numbers
