@@ -1,15 +1,19 @@
-# Two commands: `make run` sees HeteroFL train, `make test` runs everything that CI runs.
+# `make run` sees HeteroFL train, `make test` runs everything that CI runs, `make quick` what one runs all day.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: run test lint format clean
+.PHONY: run test quick lint format clean
 
 run: $(STAMP)
-	$(BIN)/hetfl train --config=configs/heterofl_digits.py --overwrite
+	$(BIN)/hetfl train --config=heterofl_digits --overwrite
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	$(PYTEST) --durations=20
+
+quick: $(STAMP) lint
+	$(PYTEST) --exitfirst -m "not slow and not vectors"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, set before jax starts; a compilation cache that all workers of a run share."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -18,14 +19,20 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # also for fixtures of a module, which are made earlier
-#: What is compiled as users run it: long trainings, and convolutions under the executor of accelerators.
-AS_USERS = ("learned", "follows_the_official_run", "max_pool", "heterofl_conv")
 
 
 @pytest.fixture(autouse=True)
 def quick_compile(request):
-    """Most tests compile without optimisation, since compiling is what they cost."""
-    as_users = any(word in request.node.name for word in AS_USERS)
+    """Most tests compile without optimisation, since compiling is what they cost; ``as_users`` marks the others."""
+    as_users = request.node.get_closest_marker("as_users") is not None
     jax.config.update("jax_disable_most_optimizations", not as_users)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_worker():
+    """A module's programs go with it: a worker stays small, and the next module loads what it shares from the cache."""
+    yield
+    jax.clear_caches()
+    gc.collect()

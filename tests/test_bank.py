@@ -13,8 +13,8 @@ from hetfl_jax.engine import rounds
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, depthfl, fedavg, ifca
 from hetfl_jax.parts.bank import alike
+from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_contract import EXECUTORS, play
-from tests.toys import exits_family, mlp_family, sgd, toy_population, worst
 
 CFL = dict(clients=12, eps1=1.0, eps2=1.0, max_clusters=4)
 
@@ -66,7 +66,7 @@ def test_two_clusters_of_depthfl_with_feddyn():
     told = {"over_args": {"clients_per_level": (3, 3)}, "clients_per_level": (6, 6)}
     rule = ifca.make(family, sgd(), cohort=12, clusters=2, over="depthfl", restarts=3, min_share=0.4, **told)
     state, infos, compilations = play(rule, executor(*EXECUTORS["sharded8"]), pop, rounds=8)
-    assert matched(infos[-1]["cluster"][np.argsort(infos[-1]["cluster_ids"])][-12:], groups) == 1
+    assert matched(infos[-1].arrays["member"][np.argsort(infos[-1].arrays["member_ids"])][-12:], groups) == 1
     assert infos[-1].numbers["train_loss"] < infos[0].numbers["train_loss"]
     assert set(compilations) == {1}
     assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(state.memory))
@@ -90,7 +90,7 @@ def test_permuting_the_starts_permutes_the_result():
     for new, old in enumerate(order):
         assert worst(member(second, new), member(first, old)) < 1e-6
     for info, other in zip(infos, others):
-        np.testing.assert_array_equal(np.array(order)[other["cluster"]], info["cluster"])
+        np.testing.assert_array_equal(np.array(order)[other.arrays["member"]], info.arrays["member"])
 
 
 def test_equal_starts_are_one_model_and_are_noticed():
@@ -98,7 +98,7 @@ def test_equal_starts_are_one_model_and_are_noticed():
     pop, _ = two_worlds(names=((0, 1, 2),))
     algorithm = swapped(ifca.make(mlp_family(), sgd(), cohort=5, clusters=2, weighted=True), [0, 0])
     state, infos, _ = play(algorithm, executor("bucketed"), pop)
-    assert all((info["cluster"] == 0).all() for info in infos)
+    assert all((info.arrays["member"] == 0).all() for info in infos)
     wanted = play(fedavg.make(mlp_family(), sgd(), cohort=5), executor("bucketed"), pop)[0]
     assert worst(member(state, 0), wanted.server.variables) < 1e-6
     assert alike(algorithm.init(jax.random.key(0))[0])
@@ -120,7 +120,7 @@ def test_a_model_that_nobody_takes_stays_bit_for_bit(averaging):
     algorithm = given._replace(init=init)
     before = started(algorithm)
     state, infos, _ = play(algorithm, executor("bucketed"), toy_population())
-    assert not any((info["cluster"] == 1).any() for info in infos)
+    assert not any((info.arrays["member"] == 1).any() for info in infos)
     rows = zip(jax.tree.leaves(before.members), jax.tree.leaves(state.server.members), strict=True)
     for old, new in rows:
         np.testing.assert_array_equal(old[1], new[1])
@@ -136,7 +136,7 @@ def test_gradient_averaging_divides_by_all_participants():
         state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=1)
         change = jax.tree.map(jnp.subtract, state.server.members.variables, started(algorithm).members.variables)
         found[averaging] = change
-        share = np.bincount(infos[0]["cluster"], minlength=2) / 8
+        share = np.bincount(infos[0].arrays["member"], minlength=2) / 8
     scaled = jax.tree.map(lambda v: v * share.reshape(-1, *[1] * (v.ndim - 1)), found["models"])
     assert 0 < share[0] < 1
     assert worst(found["gradients"], scaled) < 1e-6
@@ -172,7 +172,7 @@ def test_a_start_is_rejected_before_training_if_a_model_gets_too_few():
     start = started(algorithm)
     state, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=2)
     assert infos[0].numbers["clients"] == 8, "the starts that were rejected are not trained"
-    share = np.bincount(infos[0]["cluster"][infos[0]["cluster"] >= 0], minlength=2) / 8
+    share = np.bincount(infos[0].arrays["member"][infos[0].arrays["member"] >= 0], minlength=2) / 8
     leader = int(state.server.route.leader)
     assert share.min() >= 0.25 or leader == 0
     for row in set(range(8)) - {2 * leader, 2 * leader + 1}:
@@ -190,7 +190,7 @@ def test_a_model_that_nobody_takes_has_no_momentum_of_former_rounds():
     for _ in range(6):
         before = jax.device_get(state.server.members)
         state, info = step(state, pop, key)
-        chosen = set(info["cluster"].tolist())
+        chosen = set(info.arrays["member"].tolist())
         for row in chosen_before - chosen:
             left_alone += 1
             for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.server.members), strict=True):
@@ -228,7 +228,7 @@ def test_a_model_that_is_lost_costs_no_client_its_reply():
 
     _, infos, _ = play(algorithm._replace(init=init), executor("bucketed"), toy_population())
     assert [info.numbers["failed"] for info in infos] == [0, 0, 0]
-    assert all((info["cluster"] == 2).all() for info in infos)
+    assert all((info.arrays["member"] == 2).all() for info in infos)
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -237,7 +237,7 @@ def test_a_shared_representation_is_one_for_all_clusters(freeze):
     algorithm = ifca.make(mlp_family(), sgd(), cohort=8, clusters=2, shared=("dense_0",), freeze_shared=freeze)
     start = started(algorithm)
     state, infos, _ = play(algorithm, executor("bucketed"), pop)
-    assert len(set(infos[0]["cluster"].tolist())) == 2
+    assert len(set(infos[0].arrays["member"].tolist())) == 2
     first, second = (member(state, number)["params"] for number in range(2))
     assert worst(first["dense_0"], second["dense_0"]) == 0
     assert worst(first["head"], second["head"]) > 1e-3
@@ -291,7 +291,11 @@ def test_views_turn_images_and_rename_classes():
         (ifca, dict(clusters=6), "6 clusters, allowed 1..5"),
         (ifca, dict(clusters=2, restarts=0), "0 restarts, 3 rounds, allowed >= 1 and >= 0"),
         (ifca, dict(clusters=2, restarts=2, restart_rounds=-1), "2 restarts, -1 rounds"),
-        (ifca, dict(clusters=2, restarts=2, over="scaffold", clients=12), "2 restarts of clients with memory"),
+        (
+            ifca,
+            dict(clusters=2, restarts=2, over="depthfl", clients_per_level=(6, 6)),
+            "2 restarts of clients with memory",
+        ),
         (ifca, dict(clusters=2, over="heterofl", proportions=(1, 1), weighted=True), "weighted with over='heterofl'"),
         (ifca, dict(clusters=2, over="feddyn.x"), "method 'feddyn.x' inside IFCA"),
         (ifca, dict(clusters=2, shared=("head",), server_optimizer={"name": "adam"}), "a server that keeps .*count"),
@@ -299,7 +303,7 @@ def test_views_turn_images_and_rename_classes():
         (ifca, dict(clusters=2, min_share=0.6), "min_share 0.6"),
         (ifca, dict(clusters=2, shared=("nope",)), "layer 'nope' is not one of dense_0, head"),
         (ifca, dict(clusters=2, over="nope"), "method 'nope' inside IFCA"),
-        (ifca, dict(clusters=2, over="feddyn"), "argument 'feddyn_alpha' of feddyn is missing"),
+        (ifca, dict(clusters=2, over="feddyn"), r"clients_per_level \(\): need 2 numbers"),
         (cfl, CFL | dict(eps1=0.0), r"eps1 0.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(eps1=2.0), r"eps1 2.0 and eps2 1.0: need 0 < eps1 <= eps2"),
         (cfl, CFL | dict(gamma_max=1.0), "gamma_max 1.0"),
@@ -320,11 +324,11 @@ def test_models_are_first_trained_by_forced_groups():
     given = dict(cohort=12, clusters=2, clients=12)
     rule = ifca.make(mlp_family(), sgd(), forced_rounds=2, **given)
     _, infos, _ = play(rule, executor("bucketed"), pop)
-    taken = [dict(zip(info["cluster_ids"].tolist(), info["cluster"].tolist())) for info in infos]
+    taken = [dict(zip(info.arrays["member_ids"].tolist(), info.arrays["member"].tolist())) for info in infos]
     assert taken[0] == taken[1]
     assert sorted(taken[0].values()) == [0] * 6 + [1] * 6
     assert matched(np.array([taken[0][client] for client in range(12)]), groups) < 1
     free = play(ifca.make(mlp_family(), sgd(), **given), executor("bucketed"), pop)[1]
-    assert (free[0]["cluster"] != infos[0]["cluster"]).any()
+    assert (free[0].arrays["member"] != infos[0].arrays["member"]).any()
     with pytest.raises(ValueError, match="forced_rounds 2 with 3 restarts"):
         ifca.make(mlp_family(), sgd(), forced_rounds=2, restarts=3, **given)

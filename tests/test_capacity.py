@@ -12,7 +12,7 @@ from hetfl_jax.core.types import Within
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.models.costs import costs
 from hetfl_jax.models.families import family
-from tests.toys import worst
+from tests.helpers import worst
 
 FIVE = [{"width": 0.5**i} for i in range(5)]
 

@@ -10,9 +10,9 @@ from hetfl_jax.clusters.report import matched
 from hetfl_jax.engine import rounds
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, fedavg
+from tests.helpers import mlp_family, sgd, toy_population, worst
 from tests.test_bank import CFL, member, two_worlds
 from tests.test_contract import EXECUTORS, play
-from tests.toys import mlp_family, sgd, toy_population, worst
 
 
 def test_cfl_that_never_splits_is_fedavg():
@@ -20,7 +20,7 @@ def test_cfl_that_never_splits_is_fedavg():
     plain = play(fedavg.make(mlp_family(), sgd(), cohort=5), executor("bucketed"), toy_population())[0]
     state, infos, _ = play(rule, executor("bucketed"), toy_population())
     assert worst(member(state, 0), plain.server.variables) < 1e-6
-    assert infos[-1]["clusters"] == 1
+    assert infos[-1].arrays["count"] == 1
 
 
 SPLITTING = dict(clients=12, eps1=0.8, eps2=0.9, max_clusters=3, first_round=2)
@@ -79,7 +79,7 @@ def test_the_gap_test_keeps_a_cluster_whole():
     pop, _ = two_worlds()
     rule = SPLITTING | dict(gamma_max=0.999)
     state, infos, _ = play(cfl.make(mlp_family(), sgd(learning_rate=0.2), cohort=12, **rule), executor("bucketed"), pop)
-    assert infos[-1]["fires"][0]
+    assert infos[-1].arrays["fires"][0]
     assert int(state.server.route.count) == 1
 
 

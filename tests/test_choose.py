@@ -23,7 +23,7 @@ class Asked:
     def __init__(self, loss=LOSS, sizes=SIZES):
         self.loss, self.sizes, self.calls = loss, jnp.array(sizes), []
 
-    def __call__(self, ids, level=None, examples=0):
+    def __call__(self, ids, level=None, examples=0, valid=None):
         self.calls.append((ids, level, examples))
         number = self.sizes[ids] if not examples else jnp.minimum(self.sizes[ids], examples)
         return Tally(self.loss[ids] * number, jnp.zeros(ids.shape), number.astype(jnp.float32))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from hetfl_jax.run import train as run
-from hetfl_jax.run.cli import load_config
-from hetfl_jax.run.config import blocks
-from tests.toys import DATA, need
+from hetfl_jax.run.cli import config_of
+from hetfl_jax.run.config import changed
+from hetfl_jax.run.lab import prepare
+from tests.helpers import DATA, need
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -40,19 +41,21 @@ def test_quick(name, tmp_path, monkeypatch):
         np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
         source = f"source=npz:{tmp_path}/cifar10.npz,"
     with_args = name if ":" in name else f"{name}:"
-    config = load_config([f"--config={ROOT}/configs/{with_args},{source}quick", f"--config.run.folder={tmp_path}"])
+    config = config_of([f"--config={ROOT}/configs/{with_args},{source}quick", f"--config.run.folder={tmp_path}"])
     if name in TRACED:
-        lab = run.prepare(config)
+        lab = prepare(config)
         state = jax.eval_shape(lab.start)
         after, info = jax.eval_shape(lab.step, state, lab.population, lab.key)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-        assert info.numbers["train_loss"].shape == jax.eval_shape(partial(lab.evaluate, 0), state.server).accuracy.shape == ()
+        scores = jax.eval_shape(partial(lab.evaluate, 0, 0), state.server, ())
+        assert info.numbers["train_loss"].shape == scores["accuracy"].shape == ()
         return
     result = run.train(config, quiet=True)
     assert result.summary["rounds"] == 2
     assert all(0 <= row["last"] <= 1 for row in result.table)
 
 
+@pytest.mark.as_users
 def test_mnist_is_learned(tmp_path, monkeypatch):
     """FedAvg and HeteroFL with an MLP on all of real MNIST: far above chance in eight rounds."""
     need("mnist.npz")
@@ -60,14 +63,16 @@ def test_mnist_is_learned(tmp_path, monkeypatch):
     changes = ["--config.train.rounds=8", "--config.train.epochs=1", "--config.run.eval_every=8"]
     changes.append(f"--config.run.folder={tmp_path}")
     base = f"--config={ROOT}/configs/fedavg_mnist.py:net=mlp"
-    plain = run.train(load_config([base, *changes]), quiet=True)
+    plain = run.train(config_of([base, *changes]), quiet=True)
     assert plain.table[0]["last"] > 0.9
     net = ["--config.family.net=mlp", "--config.family.hidden=(64,)", "--config.family.norm=none"]
     base = f"--config={ROOT}/configs/heterofl_mnist.py:mix=a1-b1"
-    levels = run.train(load_config([base, *changes, *net, "--config.train.learning_rate=0.05"]), quiet=True).table
+    levels = run.train(config_of([base, *changes, *net, "--config.train.learning_rate=0.05"]), quiet=True).table
     assert all(row["last"] > 0.85 > 0.3 > row["start"] for row in levels)
 
 
-def test_blocks_must_be_the_five():
-    with pytest.raises(ValueError, match="need exactly data, family, method, train, run"):
-        blocks(data={}, model={})
+def test_a_config_file_changes_keys_that_there_are():
+    with pytest.raises(ValueError, match="block 'model' is not one of data, family, method"):
+        changed(data={}, model={})
+    with pytest.raises(ValueError, match="key 'train.epoch' is not one of rounds, epochs"):
+        changed(train=dict(epoch=3))

@@ -17,10 +17,10 @@ from hetfl_jax.engine.chunks import clients_at_once
 from hetfl_jax.engine.executors import Executor, executor
 from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.stores import device_store
-from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
+from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, qffl, scaffold
 from hetfl_jax.parts import drift, select
 from hetfl_jax.parts.compose import compose
-from tests.toys import conv_family, exits_family, mlp_family, sgd, toy_population, worst
+from tests.helpers import conv_family, exits_family, mlp_family, sgd, toy_population, worst
 
 
 def visits(family, settings, *, cohort):
@@ -65,8 +65,11 @@ ROWS = [
     Row("depthfl", depthfl.make, {"clients_per_level": (6, 6)}, lambda: exits_family()),
     Row("inclusivefl", inclusivefl.make, {}, lambda: exits_family(({"depth": 3}, {"depth": 2}), hidden=(8, 8, 8))),
     Row("ifca", ifca.make, {"clusters": 2, "restarts": 2, "restart_rounds": 1}),
+    Row("qffl", qffl.make, {"q": 1.0}),
     Row("cfl", cfl.make, {"clients": 12, "eps1": 1e-9, "eps2": 1e-9, "max_clusters": 2}),
 ]
+
+BY_NAME = {row.name: row for row in ROWS}
 
 EXECUTORS = {
     "vmapped": ("vmapped", 0, 1),
@@ -129,9 +132,10 @@ UNDER = {
     "inclusivefl": ("sharded8",),
     "ifca": ("vmapped",),
     "cfl": ("vmapped",),
+    "qffl": ("vmapped", "sharded8"),
 }
 CELLS = [
-    pytest.param(row, how, id=f"{row.name}-{how}")
+    pytest.param(row, how, id=f"{row.name}-{how}", marks=[pytest.mark.as_users] * (row.name == "heterofl_conv"))
     for row in ROWS
     for how in UNDER[row.name]
     if how != "bucketed_each"  # the reference
@@ -150,7 +154,7 @@ def test_same_answer_under_every_executor(row, how, references):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("row", [ROWS[3], ROWS[5]], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [BY_NAME["heterofl_dynamic"], BY_NAME["private_memory"]], ids=lambda row: row.name)
 def test_same_answer_in_chunks_of_the_size_that_fits(row, references, monkeypatch):
     """The default of accelerators: a device with room for two clients of the larger level at a time."""
     algorithm, wanted, _ = references(row)
@@ -189,7 +193,7 @@ def cohort_of(algorithm, population, round=0):
 
 
 @pytest.mark.parametrize("how", ["vmapped", "sharded8"])
-@pytest.mark.parametrize("row", [ROWS[3], ROWS[5]], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [BY_NAME["heterofl_dynamic"], BY_NAME["private_memory"]], ids=lambda row: row.name)
 def test_a_client_that_is_not_finite_is_left_out_counted_and_named(row, how):
     algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
     population = toy_population()
@@ -205,7 +209,9 @@ def test_a_client_that_is_not_finite_is_left_out_counted_and_named(row, how):
         assert (leaf[bad] == 0).all()
 
 
-@pytest.mark.parametrize("row", [ROWS[1], ROWS[3], ROWS[5]], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [BY_NAME["fedavg_adam"], BY_NAME["heterofl_dynamic"], BY_NAME["private_memory"]], ids=lambda row: row.name
+)
 def test_a_round_in_which_every_client_fails_changes_nothing(row):
     algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
     population = toy_population()

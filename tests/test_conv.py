@@ -108,6 +108,7 @@ def test_errors_name_the_value_and_what_is_allowed():
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+@pytest.mark.as_users
 def test_max_pool_sends_the_gradient_to_the_first_largest_entry(size):
     """Against reduce_window and its gradient, ties and rows that fill no window included."""
     x = jnp.round(jax.random.normal(jax.random.key(0), (3, *size, 4)) * 2)

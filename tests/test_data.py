@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from hetfl_jax.data import partition, preprocess, sources
+from hetfl_jax.data import door, partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
 from hetfl_jax.data.views import renamings
-from tests.toys import DATA, need
+from tests.helpers import DATA, need
 
 
 def clients(part: Partition):
@@ -175,7 +175,7 @@ def test_npz_source_and_what_it_says_when_something_is_missing(tmp_path, monkeyp
     np.savez(tmp_path / "who.npz", writer=np.array([3, 3, 8, 8]))
     monkeypatch.setenv("HETFL_DATA", str(tmp_path))
     source = sources.load("npz:set.npz", writers="who.npz:writer")
-    assert source.x_train.shape == (4, 5, 5, 1)
+    assert door.admit(source).source.x_train.shape == (4, 5, 5, 1)
     assert source.writer.tolist() == [3, 3, 8, 8]
     with pytest.raises(ValueError, match="half.npz has no array x_test, y_test, y_train"):
         sources.load("npz:half.npz")

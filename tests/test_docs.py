@@ -21,8 +21,8 @@ def test_readme_block(number, capsys):
 def test_the_readme_method_trains(capsys):
     """The method of "Add a method" goes through a round."""
     from hetfl_jax.engine.executors import executor
+    from tests.helpers import mlp_family, sgd, toy_population
     from tests.test_contract import play
-    from tests.toys import mlp_family, sgd, toy_population
 
     names = {}
     exec(next(block for block in BLOCKS if "small_first" in block), names)

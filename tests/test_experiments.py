@@ -15,8 +15,8 @@ from hetfl_jax.core import machine
 from hetfl_jax.engine.runners import executed_steps
 from hetfl_jax.models import windows
 from hetfl_jax.run import federation
-from hetfl_jax.run.cli import load_config
-from tests.toys import DATA, need
+from hetfl_jax.run.cli import config_of
+from tests.helpers import DATA, need
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):
     need("mnist.npz")
     monkeypatch.setenv("HETFL_DATA", str(DATA))
     given = [f"--config={ROOT}/configs/ifca_rotated_mnist.py:quick", "--config.train.epochs=100"]
-    fed = federation.build(load_config(given))
+    fed = federation.build(config_of(given))
     found = alone.accuracies(fed, 0)
     assert found.shape == (8,)
     assert found.min() > 0.5, "a tenth by chance"

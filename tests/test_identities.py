@@ -10,11 +10,13 @@ from hetfl_jax.core.types import Shard
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, scaffold
 from hetfl_jax.models import families, windows
+from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.local import local
 from hetfl_jax.run import federation
+from hetfl_jax.run.config import changed
+from tests.helpers import LEVELS, context, exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_contract import play
-from tests.toys import LEVELS, exits_family, mlp_family, sgd, toy_population, worst
 
 
 def equal_clients(classes=3):
@@ -56,7 +58,7 @@ def test_the_first_round_of_feddyn_is_that_of_fedprox():
     state, _, _ = play(dynamic, executor("bucketed"), equal_clients(), rounds=1)
     prox = fedprox.make(fam, settings, cohort=4, proximal_weight=0.5)
     wanted, _, _ = play(prox, executor("bucketed"), equal_clients(), rounds=1)
-    assert worst(dynamic.others(state.server, {})["sel"].variables, wanted.server.variables) < 1e-6
+    assert worst(dynamic.questions[1].variables(state.server, {}, 0), wanted.server.variables) < 1e-6
     moved = worst(state.server.variables, wanted.server.variables)
     assert moved > 1e-4, "the model that is sent has the correction on top"
 
@@ -84,7 +86,7 @@ def test_unchanged_copies_return_the_global_model_bit_for_bit():
     variables = families.init(fam, jax.random.key(0))
     rule = merge.overlap_mean(fam, by_examples=False, class_rows=True)
     shard = Shard(None, None, None, 0, jnp.int32(5), jnp.array([True, True, False]))
-    total = rule.lift(jax.tree.map(jnp.zeros_like, variables), 0, shard)
+    total = rule.lift(jax.tree.map(jnp.zeros_like, variables), context(0, shard))
     mean, coverage = rule.settle(total)
     for name in set(server.OPTIMIZERS) - {"yogi"}:  # Yogi's moments do not start at zero
         step = server.optimizer(name, 0.5)
@@ -102,10 +104,10 @@ def test_entries_that_nobody_held_keep_value_and_moments(name):
     noise = jax.tree.map(lambda v: jax.random.normal(jax.random.key(1), v.shape), variables)
     everyone = Shard(None, None, None, 0, jnp.int32(5), jnp.ones(3, bool))
     slot, start = step.update(
-        step.init(variables), variables, *rule.settle(rule.lift(noise, 0, everyone)), jnp.bool_(True)
+        step.init(variables), variables, *rule.settle(rule.lift(noise, context(0, everyone))), jnp.bool_(True)
     )
     few = everyone._replace(classes=jnp.array([True, True, False]))
-    small = rule.lift(windows.narrow(fam, noise, 1), 1, few)
+    small = rule.lift(windows.narrow(fam, noise, 1), context(1, few))
     mean, coverage = rule.settle(small._replace(delta=windows.widen(fam, small.delta, 1)))
     new_slot, moved = step.update(slot, start, mean, coverage, jnp.bool_(True))
     head = moved["params"]["head"]["kernel"] != start["params"]["head"]["kernel"]
@@ -156,7 +158,7 @@ def test_participants_are_independent_given_that_somebody_takes_part():
     """Binomial counts without zero, and every client equally often."""
     clients, probability, draws = 12, 0.1, 4000
     choose = select.bernoulli(probability, clients)
-    cohorts = jax.vmap(lambda key: choose(key, 0, None, None, None))(jax.random.split(jax.random.key(0), draws))
+    cohorts = jax.vmap(lambda key: choose.choose(key, 0, (), None, None)[0])(jax.random.split(jax.random.key(0), draws))
     count = np.asarray(cohorts.valid.sum(1))
     wanted = clients * probability / (1 - (1 - probability) ** clients)
     assert count.min() == 1
@@ -206,7 +208,7 @@ def test_an_exit_counts_only_for_the_clients_that_trained_it():
         total = None
         for level, moved in ((0, 3.0), (1, 1.0)):
             delta = jax.tree.map(lambda s: jnp.full(s.shape, moved), fam.shapes[level])  # noqa: B023
-            one = rule.lift(delta, level, shard)
+            one = rule.lift(delta, context(level, shard))
             one = one._replace(delta=windows.widen(fam, one.delta, level))
             total = one if total is None else jax.tree.map(jnp.add, total, one)
         mean = rule.settle(total)[0]["params"]
@@ -229,7 +231,7 @@ def test_decay_of_one_layer_leaves_the_others_alone():
 
 def test_a_layer_to_decay_must_be_there():
     with pytest.raises(ValueError, match=r"layer 'dense_9' is not one of dense_0, .*train.decay_layers"):
-        federation.local_training({"decay_layers": ("dense_9",)}, mlp_family())
+        federation.local_training(changed(train=dict(decay_layers=("dense_9",))).train, mlp_family())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,9 @@ class Odd(nn.Module):
 
 def test_scaffold_sends_twice_and_a_bank_of_it_too():
     fam = mlp_family()
-    one = scaffold.make(fam, sgd(), cohort=4, clients=12)
-    assert (one.broadcast, one.messages) == (2, 2)
-    two = ifca.make(fam, sgd(), cohort=4, clusters=2, over="scaffold", clients=12)
-    assert (two.broadcast, two.messages) == (4, 2)
+    model = 8 * costs(fam).bytes
+    settings = sgd(momentum=0.0)
+    one = scaffold.make(fam, settings, cohort=4, clients=12).price()
+    np.testing.assert_array_equal([one.down, one.up], [2 * model, 2 * model])
+    two = ifca.make(fam, settings, cohort=4, clusters=2, over="scaffold", clients=12).price()
+    np.testing.assert_array_equal([two.down, two.up], [4 * model, 2 * model])

@@ -1,6 +1,7 @@
 """The import ladder by rooms, and methods that know of no device."""
 
 import ast
+import re
 from pathlib import Path
 
 import hetfl_jax
@@ -49,6 +50,33 @@ def test_methods_and_parts_say_nothing_of_devices_or_client_axes():
             names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
             names |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
             assert not names & (set(DEVICE_WORDS) - set(allowed)), path
+
+
+#: what belongs to a method, and is nobody else's to know
+WORDS = re.compile(
+    r"\b(judged|clusters?|correction|sel|restarts?|parent|scaffold|feddyn|transformer|assignment|momentum)\b"
+)
+
+
+def strings(path):
+    """String constants of a file without its docstrings."""
+    tree = ast.parse(path.read_text())
+    held = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, held) and ast.get_docstring(n) is not None}
+    return [
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs
+    ]
+
+
+def test_generic_files_know_no_method():
+    """``run/keys.py`` alone names what a config may hold."""
+    paths = [path for room in ("run", "results", "engine", "core") for path in (ROOT / room).glob("*.py")]
+    for path in (*paths, ROOT / "parts" / "compose.py"):
+        if path.name != "keys.py":
+            assert not [text for text in strings(path) if WORDS.search(text)], path
+    assert WORDS.search("momentum of")
 
 
 def test_files_and_functions_stay_small():

@@ -14,7 +14,7 @@ import pytest
 from hetfl_jax.core import machine
 from hetfl_jax.results.folder import read_metrics
 from hetfl_jax.run import train as run
-from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.cli import config_of
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
@@ -62,7 +62,7 @@ def scores(folder):
 def test_two_processes_of_which_one_is_lost_end_as_one_process(tmp_path):
     single, lost = (tmp_path / name for name in ("single", "lost"))
     changes = [f"--config.run.folder={single}", "--config.train.devices=4"]
-    run.train(load_config([*COMMAND[3:], *changes]), quiet=True)
+    run.train(config_of([*COMMAND[3:], *changes]), quiet=True)
 
     started = launch(lost)
     metrics = lost / NAME / "metrics.jsonl"

@@ -18,9 +18,11 @@ from hetfl_jax.core.types import State
 from hetfl_jax.models import build
 from hetfl_jax.parts import drift
 from hetfl_jax.results.folder import Checkpoints, read_metrics
+from hetfl_jax.run import lab
 from hetfl_jax.run import train as run
-from hetfl_jax.run.cli import load_config, main
+from hetfl_jax.run.cli import config_of, main
 from hetfl_jax.run.export import evaluate_run, export_level, load_exported, plot_run
+from hetfl_jax.run.lab import prepare
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
@@ -29,7 +31,7 @@ SMALL = (DIGITS, "--config.family.net=mlp", "--config.family.hidden=(16,)", "--c
 
 
 def config(folder, *changes):
-    return load_config([*SMALL, f"--config.run.folder={folder}", *changes])
+    return config_of([*SMALL, f"--config.run.folder={folder}", *changes])
 
 
 def same_but_time(first, second):
@@ -86,7 +88,8 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
 
     def go(folder, kill_after=None):
         command = (sys.executable, "-m", "hetfl_jax", "train", *SMALL, *changes, f"--config.run.folder={folder}")
-        process = subprocess.Popen([*command, "--resume"], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+        goes_on = ["--resume"] if (folder / "heterofl_digits_quick").exists() else []
+        process = subprocess.Popen([*command, *goes_on], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
         if kill_after is None:
             assert process.wait(timeout=300) == 0
             return
@@ -157,7 +160,7 @@ def test_a_finished_run_evaluates_plots_and_exports(finished):
     fields, variables = load_exported(export_level(finished.folder, "b", 5))
     mean, std = fields.pop("mean"), fields.pop("std")
     net = build(**fields)
-    fed = run.prepare(config(finished.folder.parent)).federation
+    fed = prepare(config(finished.folder.parent)).federation
     tests = slice(len(fed.labels), len(fed.labels) + int(fed.test.size[: fed.test_batches].sum()))
     x = (fed.test.x[tests].astype(np.float32) / 255 - np.array(mean)) / np.array(std)
     hits = (net.apply(variables, x).argmax(-1) == fed.test.y[tests]).mean()
@@ -202,6 +205,8 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
     [
         (["--config.train.foo=1"], "'foo' is not one of batch_size"),
         (["--config.train.rounds=x"], "invalid literal for int"),
+        (["--config.train.rounds"], "--config.train.rounds needs a value"),
+        (["--resume"], "holds no run to go on with"),
         (["--config.train.rounds=0"], "rounds 0, allowed >= 1 (train.rounds)"),
         (
             [f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-z1"],
@@ -234,8 +239,8 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line_before_anything_compiles(arguments, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run.rounds, "start", lambda *a: pytest.fail("the run began"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab.rounds, "start", lambda *a: pytest.fail("the run began"))
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
@@ -243,11 +248,11 @@ def test_mistakes_are_one_line_before_anything_compiles(arguments, message, caps
     assert message in error[0]
 
 
-def test_a_full_device_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
+def test_a_full_device_is_one_line_that_says_what_to_lower(capsys, monkeypatch, tmp_path):
     def full(config, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying to allocate 21.3GiB.")
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "train", full)
     assert main(["train"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -275,9 +280,9 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     sent = [float(v) for v in re.search(r"down ([\d.]+) MB, up ([\d.]+) MB", table).groups()]
     np.testing.assert_allclose([2 * down, 2 * up], sent, atol=0.011)
     np.testing.assert_allclose(down, 4 * up, atol=0.025)
-    with pytest.raises(ValueError, match=r"cluster None: .* holds 4 model\(s\) at round \d, name one of 0..3"):
+    with pytest.raises(ValueError, match=r"model None: .* holds 4 model\(s\) at round \d, name one of 0..3"):
         export_level(folder, "a")
-    weights = [load_exported(export_level(folder, "a", cluster=c))[1]["params"]["head"]["kernel"] for c in (0, 3)]
+    weights = [load_exported(export_level(folder, "a", model=c))[1]["params"]["head"]["kernel"] for c in (0, 3)]
     assert np.abs(weights[0] - weights[1]).max() > 0
 
 

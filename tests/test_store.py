@@ -1,7 +1,5 @@
 """Client memory on the device, in host memory and in files: the same rows, and none lost by a kill."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +10,16 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.segments import Segments
 from hetfl_jax.engine.stores import Packing, device_store, file_store, host_store, packed_device_store
-from hetfl_jax.methods import depthfl
+from hetfl_jax.methods import depthfl, fedavg, heterofl
 from hetfl_jax.models import windows
 from hetfl_jax.models.costs import costs
 from hetfl_jax.results.folder import Checkpoints
-from hetfl_jax.run import federation
 from hetfl_jax.run import train as run
-from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.cli import config_of
+from hetfl_jax.run.lab import prepare
+from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_configs import ROOT
 from tests.test_contract import play
-from tests.toys import exits_family, sgd, toy_population, worst
 
 STORES = {"file": file_store, "host": host_store}
 
@@ -144,7 +142,7 @@ def test_a_full_disk_leaves_what_was_committed(tmp_path, monkeypatch):
 
 
 def tiny(tmp_path, name, **changes):
-    config = load_config([f"--config={ROOT}/configs/depthfl_cifar10.py:source=digits,quick"])
+    config = config_of([f"--config={ROOT}/configs/depthfl_cifar10.py:source=digits,quick"])
     config.data.mean, config.data.std, config.data.augment = (0.3,), (0.4,), "none"
     config.family.update(net="mlp", hidden=(6, 6), norm="none", mix="2x1-1x1")
     config.train.rounds = 4
@@ -186,7 +184,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch):
 def test_stores_that_do_not_fit_are_named(change, message, tmp_path, monkeypatch):
     monkeypatch.setattr("hetfl_jax.machine.host_memory", lambda: 10)
     with pytest.raises(ValueError, match=message):
-        run.prepare(tiny(tmp_path, "none", **change))
+        prepare(tiny(tmp_path, "none", **change))
 
 
 def test_memory_that_is_not_float32_stays_on_the_device(tmp_path):
@@ -198,9 +196,9 @@ def test_memory_that_is_not_float32_stays_on_the_device(tmp_path):
 
 def test_levels_drawn_by_default_are_not_packed():
     """HeteroFL draws them anew each round unless it is told otherwise, so every row is of full size."""
-    config = load_config([f"--config={ROOT}/configs/heterofl_digits.py:quick"])
+    config = config_of([f"--config={ROOT}/configs/heterofl_digits.py:quick"])
     assert config.method.args.assignment == "dynamic"
-    for args, drawn in (({"assignment": "fixed"}, False), ({"assignment": "dynamic"}, True), ({}, True)):
-        one = SimpleNamespace(method=SimpleNamespace(name="heterofl", args=args))
-        assert federation.draws_levels(one) == drawn
-    assert not federation.draws_levels(SimpleNamespace(method=SimpleNamespace(name="fedavg", args={})))
+    fam, told = mlp_family(), {"cohort": 4, "proportions": (2, 1)}
+    assert heterofl.make(fam, sgd(), **told).drawn == heterofl.make(fam, sgd(), assignment="dynamic", **told).drawn
+    assert heterofl.make(fam, sgd(), **told).drawn == (2, 1)
+    assert heterofl.make(fam, sgd(), assignment="fixed", **told).drawn == fedavg.make(fam, sgd(), cohort=4).drawn == ()

@@ -15,9 +15,10 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg
 from hetfl_jax.models import build, families
 from hetfl_jax.run import federation
-from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.evaluate import evaluator
-from tests.toys import sgd
+from hetfl_jax.run.mix import parse_mix
+from tests.helpers import sgd
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,8 +75,8 @@ def test_parameters_per_level_are_the_published_ones():
 
 def test_the_largest_level_of_a_mix_may_be_narrow():
     """The global model of a mix that begins with b is half as wide in all its fields."""
-    config = load_config([f"--config={ROOT}/configs/heterofl_wikitext2.py:mix=b1"])
-    fields = federation.net_fields(config, federation.parse_mix("b1"), 33_279)
+    config = config_of([f"--config={ROOT}/configs/heterofl_wikitext2.py:mix=b1"])
+    fields = federation.net_fields(config, parse_mix("b1"), 33_279)
     fam = families.family(build(fields.pop("net"), **fields), [{"width": 1.0}], jnp.zeros((1, 64), jnp.int32))
     assert sum(leaf.size for leaf in jax.tree.leaves(fam.shapes[0]["params"])) == 9_107_967
 
@@ -121,14 +122,16 @@ def test_every_position_is_judged():
     run = executor("bucketed")
     judge = evaluator(algorithm, run, test_batches=3, statistics_batch=2, eval_batch=2)
     server = algorithm.init(jax.random.key(0))[0]
-    scores = jax.device_get(judge(0, server, train, batches(train, 2), test))
+    scores = jax.device_get(judge(0, 0, server, (), train, batches(train, 2), test))
     logits, _ = families.apply_at(fam, 0)(server.variables, jnp.asarray(x[8:]))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits[-1], jnp.maximum(x[8:], 0))
     there = x[8:] >= 0
-    assert scores.loss == pytest.approx(float(np.asarray(loss)[there].mean()), abs=1e-5)
-    assert scores.accuracy == pytest.approx(float((np.asarray(logits[-1].argmax(-1)) == x[8:])[there].mean()), abs=1e-6)
+    assert scores["loss"] == pytest.approx(float(np.asarray(loss)[there].mean()), abs=1e-5)
+    assert scores["accuracy"] == pytest.approx(
+        float((np.asarray(logits[-1].argmax(-1)) == x[8:])[there].mean()), abs=1e-6
+    )
     by_batch = [np.exp(np.asarray(loss)[i : i + 2][there[i : i + 2]].mean()) for i in (0, 2, 4)]
-    assert scores.perplexity == pytest.approx(np.mean(by_batch), rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(np.mean(by_batch), rel=1e-5)
 
 
 def test_a_field_that_a_net_has_not_is_named():

@@ -19,15 +19,16 @@ import optax
 
 from hetfl_jax.core import machine
 from hetfl_jax.core.shards import shards
-from hetfl_jax.core.types import Array, Shard
-from hetfl_jax.data.population import Population, population
+from hetfl_jax.core.types import Array, ClientContext, Level, Population, Shard, Tally
+from hetfl_jax.data.population import population
 from hetfl_jax.engine import rounds
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.models import families
 from hetfl_jax.parts import drift, objective
-from hetfl_jax.parts.local import Tally, tally, train
+from hetfl_jax.parts.compose import Sent
+from hetfl_jax.parts.local import tally, train
 from hetfl_jax.results.folder import write_json
-from hetfl_jax.run.cli import load_config
+from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.federation import Federation, build
 
 STEPS = 100
@@ -38,12 +39,12 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
     fam, run = fed.family, executor("bucketed", devices=jax.device_count())
     test = _by_kind(fed)
 
-    def one(key: Array, test: Population, shard: Shard) -> tuple[tuple[()], Tally]:
+    def one(key: Array, test: Population, level: Level, shard: Shard) -> tuple[tuple[()], Tally]:
         view = families.view(fam, families.init(fam, key), 0)
-        start = {"key": key, "shard": shard, "memory": {}, "round": jnp.int32(0)}
-        own, *_ = train(fed.local, view, objective.cross_entropy(), drift.none(), **start)
+        start = ClientContext(key, jnp.int32(0), 0, shard, (), Sent(view.variables), {})
+        own, *_ = train(fed.local, view, fam.prepare, objective.cross_entropy(), drift.none(), start)
         seen = shards(test, shard.view)._replace(x=test.x, y=test.y, index=test.index, views=test.views)
-        logits = lambda x: view.apply(own, x)[0][-1]  # noqa: E731
+        logits = lambda batch: view.apply(own, batch.x)[0][-1]  # noqa: E731
         return (), tally(logits, optax.softmax_cross_entropy_with_integer_labels, 1_000, seen)
 
     ids, key = jnp.arange(fed.train.size.shape[0]), jax.random.key(seed)
@@ -69,7 +70,7 @@ def main() -> None:
     rest = [a for a in sys.argv[1:] if not a.startswith("--config=")]
     machine.use_all_cores()
     machine.use_cache()
-    config = load_config([*given, f"--config.train.epochs={STEPS}", *rest])
+    config = config_of([*given, f"--config.train.epochs={STEPS}", *rest])
     began = time.perf_counter()
     found = accuracies(build(config), config.run.seed)
     row: dict[str, Any] = {

@@ -35,7 +35,7 @@ from hetfl_jax.models import MLP, families
 from hetfl_jax.models.costs import costs
 from hetfl_jax.parts.local import local
 from hetfl_jax.results.folder import write_json
-from hetfl_jax.run.evaluate import judged
+from hetfl_jax.run.evaluate import tallies
 
 Row = dict[str, Any]
 RATE, STEPS = 0.1, 10
@@ -69,7 +69,7 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
     key = jax.random.key(0)
     state, train, test, key = run.place((State(start, (), jnp.int32(0)), train, test, key))
     step = make_round(algorithm, run, device_store())
-    ask = compiled(lambda server, data: judged(algorithm, run, server, 0, data, n), run)
+    ask = compiled(lambda server, data: tallies(algorithm, run, server, 0, data, n), run)
     product, product_flops = common.matmul()
     product().block_until_ready()
     forward = 2 * 4 * int(costs(fam).macs[0]) * (clients * n + 4 * tests)  # every model on all that is placed
@@ -86,7 +86,7 @@ def follow(path: Path, rounds: int, seed: int = 0) -> list[Row]:
         product().block_until_ready()
         roof = product_flops / (time.perf_counter() - began)
         row |= {"matmul GFLOP/s": roof / 1e9, "of the roof": work / row["seconds"] / roof}
-        ids, cluster = np.asarray(info["cluster_ids"]), np.asarray(info["cluster"])
+        ids, cluster = np.asarray(info.arrays["member_ids"]), np.asarray(info.arrays["member"])
         row["train recovery before"] = matched(cluster, group[ids])
         out.append(row)
     return out

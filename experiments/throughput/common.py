@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetfl_jax.core import machine
+from hetfl_jax.core.types import ClientContext
 from hetfl_jax.data import preprocess
 from hetfl_jax.data.population import population
 from hetfl_jax.engine.rounds import make_round, start
@@ -26,9 +27,9 @@ from hetfl_jax.methods import fedavg, heterofl
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.models.costs import costs
 from hetfl_jax.parts.local import local
-from hetfl_jax.results import report
+from hetfl_jax.results import tables
 from hetfl_jax.results.folder import write_json
-from hetfl_jax.run.federation import parse_mix
+from hetfl_jax.run.mix import parse_mix
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -136,6 +137,12 @@ def settings(**changes: Any) -> Any:
     return local(**{"learning_rate": 0.01, "batch_size": 20, "epochs": 1} | changes)
 
 
+def context_of(shard: Any, sent: Any = (), client: Any = 0) -> ClientContext:
+    """What a client knows that trains at full size, without memory."""
+    key = jax.random.fold_in(jax.random.key(1), client)
+    return ClientContext(key, jnp.int32(0), 0, shard, (), sent, {})
+
+
 def training_flops(fam: windows.Family, level: int) -> int:
     """Floating-point operations of one example's step: multiply-adds x 2, no gradient of the first layer's input."""
     cost = costs(fam)
@@ -165,7 +172,7 @@ def keep(name: str, title: str, rows: Sequence[Row], about: Mapping[str, Any], d
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     module = Path(sys.argv[0]).stem
     command = " ".join(["python -m", f"experiments.throughput.{module}", *sys.argv[1:]])
-    environment = report.environment(jax.device_count()) | {"cores": len(affinity), "command": command, **about}
+    environment = tables.environment(jax.device_count()) | {"cores": len(affinity), "command": command, **about}
     environment["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     write_json(RESULTS / f"{name}.json", {"title": title, **environment, "rows": list(rows)})
     table = Table(title=f"{title} ({environment['device']}, {len(affinity)} core(s), jax {environment['jax']})")

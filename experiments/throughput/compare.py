@@ -23,7 +23,7 @@ from hetfl_jax.models import families
 from hetfl_jax.models.costs import costs
 from hetfl_jax.models.layers import conv_layer, dense_layer
 from hetfl_jax.parts.merge import overlap_mean
-from hetfl_jax.run.federation import parse_buckets, parse_mix
+from hetfl_jax.run.mix import parse_buckets, parse_mix
 
 FIVE = "a1-b1-c1-d1-e1"
 COHORT, CLIENTS, EXAMPLES, BATCH = 100, 1_000, 60, 20
@@ -55,12 +55,12 @@ def cnn_loop(repeats: int) -> common.Row:
 def _against_loop(algorithm: Any, bench: common.Bench, repeats: int) -> tuple[float, dict[str, float]]:
     pop = common.data(common.SHAPES["cnn"], CLIENTS, EXAMPLES)
     server = jax.tree.map(jnp.copy, bench.state().server)  # the round reuses its state's buffers
-    sent = algorithm.plan(jax.random.key(0), jnp.int32(0), server, pop, None).sent
+    sent = algorithm.send(server, jnp.int32(0))
 
     @jax.jit
     def update(client: jax.Array, sent: Any, pop: Any) -> Any:
         shard = Shard(pop.x, pop.y, pop.index, pop.offset[client], pop.size[client], pop.classes[client])
-        return algorithm.client(jax.random.fold_in(jax.random.key(1), client), sent, 0, (), shard, {}).total
+        return algorithm.client(common.context_of(shard, sent, client)).total
 
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
@@ -165,10 +165,10 @@ def aggregation_share(repeats: int) -> common.Row:
     def merge(variables: Any) -> Any:
         def one(i: Any, total: Any) -> Any:
             delta = jax.tree.map(lambda v: v * i, variables)  # another reply each time, made while it is weighed
-            reply = tree.select(tree.finite(delta), rule.lift(delta, 0, shard), zero)
+            reply = tree.select(tree.finite(delta), rule.lift(delta, common.context_of(shard)), zero)
             return jax.tree.map(jnp.add, total, reply)
 
-        zero = jax.tree.map(jnp.zeros_like, rule.lift(variables, 0, shard))
+        zero = jax.tree.map(jnp.zeros_like, rule.lift(variables, common.context_of(shard)))
         return rule.settle(jax.lax.fori_loop(0, COHORT, one, zero))
 
     s = common.medians({"round": bench.round, "merge": lambda: merge(variables)}, repeats)

@@ -7,6 +7,7 @@ taskset -c 0 python -m experiments.throughput.round --preset all
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.throughput import common
 from hetfl_jax.engine.executors import executor
@@ -43,12 +44,14 @@ def measure(preset: Preset, repeats: int, clients_per_chunk: int, lowering: str)
 
     def one_round() -> object:
         info = bench.round()
-        work.append(info["examples"])
+        work.append(info.items)
         return info
 
     seconds = common.medians({"round": one_round, "matmul": product}, repeats)
     flops = [common.training_flops(fam, level) for level in range(fam.levels)]
-    done = float(sum(jax.device_get(w) @ flops for w in work) / len(work))  # levels are drawn, so rounds differ
+    # Levels are drawn, so rounds differ.
+    forward = [np.asarray(w.seen.work)[np.asarray(w.valid), 0].sum(0) for w in jax.device_get(work)]
+    done = float(sum(examples @ np.asarray(flops) for examples in forward) / len(work))
     roof = product_flops / seconds["matmul"] / 1e9
     rate = done / seconds["round"] / 1e9
     return {

@@ -27,6 +27,7 @@ from hetfl_jax.engine.runners import executed_steps
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg
 from hetfl_jax.models.costs import costs
+from hetfl_jax.run import ledger
 
 FIVE = "a1-b1-c1-d1-e1"
 CHUNKS = (1, 8, 16)
@@ -146,8 +147,7 @@ def measure_devices(kind: str, count: int, cores: int, repeats: int) -> common.R
         return infos[-1]
 
     s = common.medians({"round": one_round}, repeats * (5 if net == "mlp" else 1))
-    macs = costs(fam).macs
-    work = [np.bincount(i["device"], macs[i["level"]] * np.asarray(i["seen"]), count) for i in jax.device_get(infos)]
+    spread = [ledger.imbalance(info, costs(fam), count) for info in jax.device_get(infos)]
     moved = rounds.moved_bytes(run, algorithm, bench.state(), *run.place((pop, jax.random.key(0))))
     text = rounds.program(
         rounds.make_round(algorithm, run, device_store()), bench.state(), *run.place((pop, jax.random.key(0)))
@@ -157,7 +157,7 @@ def measure_devices(kind: str, count: int, cores: int, repeats: int) -> common.R
         "devices": count,
         "cores": cores,
         "round s": s["round"],
-        "imbalance": float(np.mean([w.max() / w.mean() for w in work])),
+        "imbalance": float(np.mean(spread)),
         "all-reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
         "all-reduce MB": moved.get("totals", 0) / 1e6,
         "peak MB": common.peak_bytes() / 1e6,

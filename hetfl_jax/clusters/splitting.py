@@ -161,7 +161,7 @@ class Cutting:
 
     def __init__(self, state: BankState, plan: Plan, sent: PyTree, ok: np.ndarray, updates: PyTree, keep: bool):
         """Start from the state before the round, what clients were sent, and the updates of its items."""
-        self.sent, self.ok, self.updates, self.keep = plan, ok, updates, keep
+        self.sent, self.ok, self.updates, self.keep = sent, ok, updates, keep
         self.members, self.route = state.members, state.route
         self.table = np.array(state.route.table)
         self.ids = np.asarray(plan.ids)

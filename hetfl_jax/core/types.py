@@ -121,7 +121,7 @@ class ClientContext(NamedTuple):
     key: Array
     round: Array  #: int32 scalar, from 0
     level: Level  #: an int (dense at its true shape) or a ``Within`` (masked inside a larger shape)
-    shard: Shard
+    shard: Shard | Any  #: ``()`` at the server
     ticket: PyTree
     sent: PyTree
     memory: PyTree
@@ -231,7 +231,7 @@ class Price(NamedTuple):
 
     down: Any  #: [L] int64 bits received
     up: Any  #: [L] int64 bits sent
-    judged: int = 0  #: models that go forward through all of a client's examples before training
+    compared: int = 0  #: models that go forward through all of a client's examples before training
     note: str = ""  #: what else holds, for people
 
 
@@ -241,9 +241,9 @@ class Algorithm(NamedTuple):
     ``init(key) -> (server, memory)`` with ``memory`` of ONE row of client memory, ``()`` if stateless; a client has
     ``memory_rows`` of them.
 
-    ``plan(key, round, server, population, survey) -> Plan``. ``survey(fn, sent, ids, levels)`` asks clients something
-    through the executor and stacks the answers of ``fn(key, sent, level, shard)``: at the levels [K] through the
-    buckets, or, without ``levels``, with level 0.
+    ``plan(key, round, server, population, survey) -> Plan``. ``survey(fn, sent, ids, levels, valid)`` asks clients
+    something through the executor and stacks the answers of ``fn(key, sent, level, shard)``: at the levels [K] through
+    the buckets, or, without ``levels``, with level 0.
 
     ``send(server, round) -> sent``, the same for all items.
 

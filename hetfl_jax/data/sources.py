@@ -118,8 +118,8 @@ def _npz(path: str) -> Source:
                 f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(file.files)} (data.source)"
             )
         writer = file.get("writer_train")
-        arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
-    return Source(*arrays, writer)
+        x_train, y_train, x_test, y_test = (file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    return Source(x_train, y_train, x_test, y_test, writer)
 
 
 def given(data: Any) -> Source:
@@ -138,9 +138,11 @@ def given(data: Any) -> Source:
         if missing := [name for name in names if name not in data]:
             raise ValueError(f"data has no {missing[0]}; it has {', '.join(map(str, data))} (data)")
         writer = data.get("writer", data.get("writer_train"))
-        return Source(*(data[name] for name in names), writer)
+        x_train, y_train, x_test, y_test = (data[name] for name in names)
+        return Source(x_train, y_train, x_test, y_test, writer)
     if isinstance(data, tuple | list) and len(data) == 4:
-        return Source(*data)
+        x_train, y_train, x_test, y_test = data
+        return Source(x_train, y_train, x_test, y_test)
     raise ValueError(
         f"data is a {type(data).__name__}: allowed (x_train, y_train, x_test, y_test), a dict of them, or (Population, "
         "(x_test, y_test)) (data)"

@@ -197,10 +197,10 @@ def _with_host_work(between: Between, executor: Executor, usual: Step, step: Cal
 
 def survey(
     executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array,
-    levels: Array | None = None, count: int = 1,
+    levels: Array | None = None, count: int = 1, valid: Array | None = None,
 ) -> PyTree:  # fmt: skip
     """What clients ``ids`` answer: ``fn(key, sent, level, shard)`` stacked; see ``query``."""
-    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key, levels, count).report
+    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key, levels, count, valid).report
 
 
 def _planned(
@@ -208,9 +208,11 @@ def _planned(
 ) -> tuple[Plan, Items, Array]:
     """A round's plan, its items without their memory, and how many the plan may not hold, which are left out."""
 
-    def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array, levels: Array | None = None) -> PyTree:
+    def ask(
+        fn: Callable[..., PyTree], sent: PyTree, ids: Array, levels: Array | None = None, valid: Array | None = None
+    ) -> PyTree:
         asked = purpose_key(key, SURVEY, state.round)
-        return survey(executor, fn, sent, population, ids, asked, levels, algorithm.levels)
+        return survey(executor, fn, sent, population, ids, asked, levels, algorithm.levels, valid)
 
     with jax.named_scope("plan"):
         plan = algorithm.plan(purpose_key(key, PLAN, state.round), state.round, state.server, population, ask)
@@ -297,6 +299,7 @@ def query(
     key: Array,
     levels: Array | None = None,
     count: int = 1,
+    valid: Array | None = None,
 ) -> Outcome:
     """Ask clients ``ids`` something through the executor: ``fn(key, sent, level, shard) -> (summed, stacked)``.
 
@@ -305,6 +308,7 @@ def query(
     Args:
       levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
         summed; without it the level is 0.
+      valid: [K] who is asked at all; the others answer 0.
     """
 
     def client(context: ClientContext) -> Reply:
@@ -318,7 +322,8 @@ def query(
     asked = Algorithm(
         count, 1, absent, absent, absent, client, lambda total, level: total, absent, absent, absent
     )  # fmt: skip
-    there, at = jnp.ones(ids.shape, bool), jnp.zeros_like(ids) if levels is None else levels
+    there = jnp.ones(ids.shape, bool) if valid is None else valid
+    at = jnp.zeros_like(ids) if levels is None else levels
     items = Items(ids, _client_keys(key, ids), there, at, jnp.zeros_like(ids), (), shards(population, ids), ())
     return _execute(executor, asked, sent, _pool(population), items, device_store(), ())[0]
 

@@ -53,7 +53,7 @@ def make(
     first_round: int = 20,
     weighted: bool = False,
     keep_updates: bool = True,
-    server_optimizer: Mapping[str, Any] | None = None,
+    server_optimizer: Mapping[str, Any] = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """CFL over a population of ``clients``.
@@ -78,7 +78,7 @@ def make(
         local=local,
         select=select.uniform(cohort),
         merge=merge.overlap_mean(family, by_examples=weighted),
-        server=server.optimizer(**(server_optimizer or {})),
+        server=server.optimizer(**server_optimizer),
         slots=slots,
     )
 

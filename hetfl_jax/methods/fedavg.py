@@ -25,7 +25,7 @@ def make(
     local: Local,
     *,
     cohort: int,
-    server_optimizer: Mapping[str, Any] | None = None,
+    server_optimizer: Mapping[str, Any] = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``."""
@@ -33,6 +33,6 @@ def make(
         family,
         local=local,
         select=select.uniform(cohort),
-        server=server.optimizer(**(server_optimizer or {})),
+        server=server.optimizer(**server_optimizer),
         slots=slots,
     )

@@ -24,7 +24,7 @@ def make(
     *,
     cohort: int,
     proximal_weight: float = 0.01,
-    server_optimizer: Mapping[str, Any] | None = None,
+    server_optimizer: Mapping[str, Any] = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """FedProx with ``proximal_weight`` (mu); 0 is FedAvg."""
@@ -33,6 +33,6 @@ def make(
         local=local,
         select=select.uniform(cohort),
         drift=drift.proximal(proximal_weight),
-        server=server.optimizer(**(server_optimizer or {})),
+        server=server.optimizer(**server_optimizer),
         slots=slots,
     )

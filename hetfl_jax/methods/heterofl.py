@@ -32,7 +32,7 @@ def make(
     proportions: Sequence[float],
     assignment: str = "dynamic",
     mask: bool = True,
-    server_optimizer: Mapping[str, Any] | None = None,
+    server_optimizer: Mapping[str, Any] = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """HeteroFL over the levels of ``family``.
@@ -55,6 +55,6 @@ def make(
         capacity_of=select.drawn_level(proportions) if assignment == "dynamic" else select.own_level(),
         objective=objective.masked_cross_entropy() if mask else objective.cross_entropy(),
         merge=merge.overlap_mean(family, by_examples=False, class_rows=True),
-        server=server.optimizer(**(server_optimizer or {})),
+        server=server.optimizer(**server_optimizer),
         slots=slots,
     )

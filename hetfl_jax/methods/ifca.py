@@ -38,7 +38,6 @@ from hetfl_jax.parts.local import Local, Tally
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
 AVERAGING = ("models", "gradients")
-PLAIN = {"name": "sgd", "learning_rate": 1.0}  #: the server of plain averaging
 LOSSES = {"cross_entropy": objective.cross_entropy, "squared_error": objective.squared_error}
 
 
@@ -69,7 +68,7 @@ def make(
     freeze_shared: bool = False,
     warm_start: str = "",
     redraw: Sequence[str] = ("head",),
-    server_optimizer: Mapping[str, Any] | None = None,
+    server_optimizer: Mapping[str, Any] = server.PLAIN,
     proportions: Sequence[float] = (),
     clients_per_level: Sequence[int] = (),
     clients: int = 0,
@@ -109,7 +108,7 @@ def make(
             "loss": loss != "cross_entropy",
             "weighted": weighted,
             "freeze_shared": freeze_shared,
-            "server_optimizer": {**PLAIN, **(server_optimizer or {})} != PLAIN,
+            "server_optimizer": {**server.PLAIN, **server_optimizer} != server.PLAIN,
         }
         if ignored := [name for name, given in own.items() if given]:
             raise ValueError(f"{ignored[0]} with over={over!r}, which has its own (method.args.{ignored[0]})")
@@ -123,7 +122,7 @@ def make(
             objective=LOSSES[loss](),
             drift=drift.frozen(shared) if freeze_shared else None,
             merge=merge.overlap_mean(family, by_examples=weighted),
-            server=server.optimizer(**(server_optimizer or {})),
+            server=server.optimizer(**server_optimizer),
             slots=slots,
         )
     if warm_start:
@@ -133,12 +132,16 @@ def make(
         _check_shared(base, family, shared)
     route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
     made = bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
-    if restarts == 1 or min_share > 0:
-        return made._replace(shown=report.shown(clusters))
+    made = made._replace(shown=report.shown(clusters))
+    return made if restarts == 1 or min_share > 0 else _noted(made, restarts, restart_rounds)
+
+
+def _noted(made: Algorithm, restarts: int, restart_rounds: int) -> Algorithm:
+    """The method with a note on what the first rounds cost."""
     note = f"{restarts} times that, and the bytes, in the first {restart_rounds + 1} rounds"
     price = made.price
     assert price is not None
-    return made._replace(shown=report.shown(clusters), price=lambda: price()._replace(note=note))
+    return made._replace(price=lambda: price()._replace(note=note))
 
 
 def _inside(

@@ -16,6 +16,8 @@ a layer are absent. Layers must be told by their numbers, ``dense_2``, and be eq
 | server | written by hand: mean, momentum, sharing |
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,11 +87,8 @@ def make(
     chosen = slots.select or select.uniform(cohort)
     base = compose(family, local=local, select=chosen, merge=rule, slots=slots)
 
-    def momentum(change: PyTree) -> PyTree:
-        return sharing.momentum(change, depths) if beta else {}
-
     whole = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), family.shapes[0]["params"])
-    empty = jax.eval_shape(momentum, whole)  # layers of unlike shape are found here
+    empty = jax.eval_shape(partial(_momentum, depths=depths, beta=beta), whole)  # layers of unlike shape are found here
 
     def init(key: Array) -> tuple[Types, PyTree]:
         server, memory = base.init(key)
@@ -114,19 +113,8 @@ def make(
 
     def server(state: Types, plan: Plan, sent: Sent, total: merge.Total, seen: Seen, ok: Array) -> tuple[Types, Info]:
         mean, _ = merge.settle_each(rule, total)
-        examples = total.count.sum(1)
-        change, params = mean["params"], state.variables["params"]
-        larger = [t if above is None else above for t, above in enumerate(sharing.next_larger(depths))]
-        fresh = (examples > 0)[np.asarray(larger)] & (np.asarray(larger) != np.arange(count))
-        new = momentum(change)
-        taught = jax.tree.map(lambda n, o: jnp.where(_rows(fresh, n), n, o), new, state.momentum)
-        known = state.known | fresh
-        used, there = (taught, known) if timing == "same" else (state.momentum, state.known)
-        mixed = sharing.mix(change, used, beta, depths, there & (examples > 0))
-        moved = jax.tree.map(lambda p, d: jnp.where(_rows(examples > 0, p), p + d, p), params, mixed)
-        shared = sharing.share(moved, examples, depths)
-        remembered = chosen.update(plan.notes, plan, seen, ok)
-        return Types({"params": shared}, taught, known, remembered), round_info(plan, seen, ok)
+        after = _served(state, mean["params"], total.count.sum(1), depths, beta, timing)
+        return after._replace(select=chosen.update(plan.notes, plan, seen, ok)), round_info(plan, seen, ok)
 
     def model(state: Types, level: Level, member: int = 0) -> PyTree:
         return families.view(family, tree.take(state.variables, windows.index_of(level)), level).variables
@@ -138,6 +126,26 @@ def make(
         members=count, predict=predict, init=init, plan=plan, send=send, client=client, server=server, model=model,
         judge=None, questions=questions_of(model, predict, {}, {}),
     )  # fmt: skip
+
+
+def _momentum(change: PyTree, depths: Sequence[int], beta: float) -> PyTree:
+    return sharing.momentum(change, depths) if beta else {}
+
+
+def _served(
+    state: Types, change: PyTree, examples: Array, depths: Sequence[int], beta: float, timing: str
+) -> Types:  # fmt: skip
+    """All models after a round: their own change and what they learn from a larger one, then what they share."""
+    count, params = len(depths), state.variables["params"]
+    larger = [t if above is None else above for t, above in enumerate(sharing.next_larger(depths))]
+    fresh = (examples > 0)[np.asarray(larger)] & (np.asarray(larger) != np.arange(count))
+    new = _momentum(change, depths, beta)
+    taught = jax.tree.map(lambda n, o: jnp.where(_rows(fresh, n), n, o), new, state.momentum)
+    known = state.known | fresh
+    used, there = (taught, known) if timing == "same" else (state.momentum, state.known)
+    mixed = sharing.mix(change, used, beta, depths, there & (examples > 0))
+    moved = jax.tree.map(lambda p, d: jnp.where(_rows(examples > 0, p), p + d, p), params, mixed)
+    return Types({"params": sharing.share(moved, examples, depths)}, taught, known)
 
 
 def _check(family: Family) -> None:

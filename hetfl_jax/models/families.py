@@ -131,10 +131,11 @@ def trained(fam: Family, path: Path, all_exits: bool) -> np.ndarray:
     >>> trained(fam, ("params", "head_0", "bias"), False).tolist()
     [False, True]
     """
-    held = (fam.windows[path].extents > 0).all(1)
+    held = np.asarray((fam.windows[path].extents > 0).all(1))
     if path not in fam.reach:
         return held
-    return fam.reach[path].any(1) if all_exits else fam.reach[path][np.arange(fam.levels), fam.exits - 1]
+    reach = fam.reach[path]
+    return np.asarray(reach.any(1) if all_exits else reach[np.arange(fam.levels), fam.exits - 1])
 
 
 def active_exits(fam: Family, level: Level) -> Array | np.ndarray:
@@ -182,10 +183,12 @@ def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | 
         if stats is not None:
             variables = {**variables, "batch_stats": stats}
         where: Level = outer
-        if level is not None:
-            dense = isinstance(level, int) and isinstance(outer, int)
-            where = int(level) if dense else Within(base_of(outer), jnp.asarray(level, jnp.int32))
-            variables = narrow(fam, variables, where) if dense else masked_by(fam, where, variables)
+        if isinstance(level, int) and isinstance(outer, int):
+            where = level
+            variables = narrow(fam, variables, level)
+        elif level is not None:
+            where = Within(base_of(outer), jnp.asarray(level, jnp.int32))
+            variables = masked_by(fam, where, variables)
         exits, stats = _call(fam, where)(variables, x, **options)
         return exits, active_exits(fam, where), stats
 

@@ -1,7 +1,7 @@
 """HeteroFL's Transformer: an encoder for masked language modelling whose heads become narrower, never fewer."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -111,6 +111,7 @@ class Transformer(BaseNet):
     scaler: bool = True
     depth: int = 0
     exits: bool = True
+    reads_tokens: ClassVar[bool] = True  #: windows of token ids in place of images or features
 
     def __post_init__(self) -> None:
         if self.norm != "ln":
@@ -127,8 +128,8 @@ class Transformer(BaseNet):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, capacity: Capacity | None = None) -> Array:
-        """[B, S] int32 -> [1, B, S, C], or [depth, B, S, C]."""
+    def __call__(self, x: Array, *, train: bool = False, capacity: Capacity | None = None) -> tuple[Array, ...]:
+        """[B, S] int32 -> once [B, S, C], or ``depth`` times."""
         if x.ndim != 2 or x.shape[1] > self.length or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
                 f"examples of shape {x.shape[1:]}, {x.dtype}: the Transformer takes windows of at most {self.length} "

@@ -132,15 +132,6 @@ def bank(
         own = own._replace(work=forward, down=own.down * route.broadcast)
         return reply._replace(member=member, report=Report(own, member, judged))
 
-    def of_group(total: PyTree) -> PyTree:
-        """The sum over each group of members, in every row of it."""
-
-        def leaf(t: Array) -> Array:
-            grouped = t.reshape(route.groups, per_group, *t.shape[1:]).sum(1, keepdims=True)
-            return jnp.broadcast_to(grouped, (route.groups, per_group, *t.shape[1:])).reshape(t.shape)
-
-        return jax.tree.map(leaf, total)
-
     def server(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Report, ok: Array) -> Any:
         rows = jnp.arange(size)[:, None]
         own = plan._replace(notes=plan.notes.own)
@@ -154,7 +145,7 @@ def bank(
 
             return jax.vmap(one)(state.members, sent, totals, chosen)
 
-        together = of_group(total)
+        together = _of_group(total, route.groups)
         if divide_by_all:
             total = total._replace(count=together.count, rows=together.rows)
         members = serve(total, report.member == rows)
@@ -179,7 +170,7 @@ def bank(
     def price() -> Price:
         assert base.price is not None
         one = base.price()
-        return one._replace(down=one.down * route.broadcast, judged=route.models if route.broadcast > 1 else 0)
+        return one._replace(down=one.down * route.broadcast, compared=route.models if route.broadcast > 1 else 0)
 
     choice = Choice(
         route.models,
@@ -191,6 +182,16 @@ def bank(
         members=size, init=init, plan=plan, send=send, client=client, server=server, model=model, judge=None,
         questions=(asked,), choice=choice, price=price,
     )  # fmt: skip
+
+
+def _of_group(total: PyTree, groups: int) -> PyTree:
+    """The sum over each group of members, in every row of it."""
+
+    def leaf(t: Array) -> Array:
+        grouped = t.reshape(groups, -1, *t.shape[1:])
+        return jnp.broadcast_to(grouped.sum(1, keepdims=True), grouped.shape).reshape(t.shape)
+
+    return jax.tree.map(leaf, total)
 
 
 def _by_name(names: Sequence[str], of_names: PyTree, others: PyTree) -> PyTree:

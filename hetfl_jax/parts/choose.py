@@ -185,7 +185,7 @@ def power_of_choice(
 
     >>> from hetfl_jax.core.types import Population, Tally
     >>> clients = Population(None, None, None, None, jnp.array([4, 4, 4]), None, None)
-    >>> ask = lambda ids, level, examples: Tally(jnp.array([4.0, 12.0, 8.0])[ids], 0, jnp.full(3, 4.0))
+    >>> ask = lambda ids, level, examples, valid: Tally(jnp.array([4.0, 12.0, 8.0])[ids], 0, jnp.full(3, 4.0))
     >>> power_of_choice(2, 3).choose(jax.random.key(0), 1, (), clients, ask)[0].ids.tolist()
     [1, 2]
     """
@@ -201,21 +201,21 @@ def power_of_choice(
     def init(clients: int) -> PyTree:
         return jnp.full(clients, jnp.inf, jnp.float32) if kind == "rpow" else ()
 
-    def score(ids: Array, round: Array, table: PyTree, ask: Ask) -> Array:
+    def score(ids: Array, there: Array, round: Array, table: PyTree, ask: Ask) -> Array:
         if kind == "rpow":
-            return table[ids]
-        value = mean_loss(ask(ids, level, examples))
+            return jnp.where(there, table[ids], -jnp.inf)
+        asked = there & (round > 0)  # the first cohort is drawn without a score
         if kind == "adapow":
             number = jnp.maximum(cohort, jnp.floor(candidates / jnp.power(jnp.float32(shrink), round // every)))
-            value = jnp.where(jnp.arange(candidates) < number, value, -jnp.inf)
-        return value
+            asked &= jnp.arange(candidates) < number
+        return jnp.where(asked, mean_loss(ask(ids, level, examples, asked)), -jnp.inf)
 
     def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
         size, clients = population.size, population.size.shape[0]
         need_cohort(cohort, clients)
         need(candidates <= clients, f"{candidates} candidates, allowed {cohort}..{clients}", "candidates")
         ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), size, candidates)
-        best = largest(ids, jnp.where(size[ids] > 0, score(ids, round, state, ask), -jnp.inf), cohort)
+        best = largest(ids, score(ids, size[ids] > 0, round, state, ask), cohort)
         first = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
         ids = jnp.where(round == 0, first, best.ids)
         return Cohort(ids, jnp.where(round == 0, size[first] > 0, best.valid)), state

@@ -4,7 +4,8 @@
 of one leaf that the client's level has, ``x`` these entries. What is sent leaf by leaf is sent apart for each of them.
 
 Bits are those of an actual message at the client's own level; a float has 32. Sums over a leaf are taken at its full
-shape, filled up with zeros, as random draws are: so a masked client sends what a dense one sends, bit for bit.
+shape, filled up with zeros, as random draws are: so a masked client sends what a dense one sends, bit for bit (of
+``low_rank`` up to the rounding of sums, which a compiler may order otherwise).
 """
 
 import inspect
@@ -215,7 +216,8 @@ def random_k(family: Family, fraction: float, unbiased: bool = True) -> Codec:
     """
 
     def score(part: sparse.Part) -> Array:
-        return (part.draw(jax.random.bits) >> 1).astype(jnp.int32)
+        # 30 random bits as a normal positive float, in the same order: floats are ranked much faster.
+        return jax.lax.bitcast_convert_type((part.draw(jax.random.bits) >> 2) + (1 << 23), jnp.float32)
 
     return _sparsifier(family, fraction, score, unbiased)
 
@@ -335,8 +337,7 @@ def error_feedback(codec: Codec, ef21: bool = False) -> Codec:
 CODECS: dict[str, Callable[..., Codec]] = {
     of.__name__: of for of in (none, qsgd, uniform, signs, top_k, random_k, drive, low_rank)
 }
-#: arguments that make a codec a contraction, for error feedback
-_CONTRACTION: dict[str, dict[str, Any]]
+_CONTRACTION: dict[str, dict[str, Any]]  # arguments that make a codec a contraction, for error feedback
 _CONTRACTION = {"qsgd": {"scaling": "shrunk"}, "random_k": {"unbiased": False}, "drive": {"unbiased": False}}
 _remembering = error_feedback
 
@@ -376,8 +377,7 @@ def make(name: str, family: Family, error_feedback: bool | str = False, **args: 
     if error_feedback not in (False, True, "ef21"):
         raise ValueError(f"error feedback {error_feedback}, allowed false, true, ef21 (uplink.error_feedback)")
     if error_feedback:
-        args = _CONTRACTION.get(name, {}) | args
-        return _remembering(CODECS[name](family, **args), error_feedback == "ef21")
+        return _remembering(CODECS[name](family, **_CONTRACTION.get(name, {}) | args), error_feedback == "ef21")
     codec = CODECS[name](family, **args)
     if name in ("top_k", "random_k", "signs"):
         text = f"{name} without error feedback loses a part of every change (uplink.error_feedback)"

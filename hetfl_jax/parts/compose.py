@@ -1,6 +1,7 @@
 """``compose``: a method from parts. A slot exists only where two methods fill it differently."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,8 @@ from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
-from hetfl_jax.parts.codec import Codec
-from hetfl_jax.parts.local import Local, Trained, examples_trained, tally, train
+from hetfl_jax.parts.codec import Codec, message_bits
+from hetfl_jax.parts.local import Local, Trained, examples_trained, memory_of, tally, train
 from hetfl_jax.parts.survey import planner
 
 
@@ -123,14 +124,13 @@ def compose(
     merge = merge or merges.overlap_mean(family)
     server = server or servers.optimizer()
     asks_received = objective.asks_received or drift.asks_received or merge.asks_received
-    trains = _trained_leaves(family, objective, drift)
+    trains = trained_leaves(family, objective, drift)
+    model, judge, predict, statistics = _reading(family, local, objective)
 
     def init(key: Array) -> tuple[ServerState, PyTree]:
         variables = families.init(family, key)
         params = variables["params"]
-        memory = dict(drift.init(params))
-        if local.keep_momentum:
-            memory["momentum"] = {"params": jax.tree.map(jnp.zeros_like, params)}
+        memory = {**drift.init(params), **memory_of(local, params)}
         if slots.uplink:
             memory |= slots.uplink.init(params)
         _check_selection(select, slots.clients, memory)
@@ -180,6 +180,21 @@ def compose(
         info = round_info(plan, seen, ok, server.info(slot, variables))
         return ServerState(variables, slot, chosen, down), info
 
+    def price() -> Price:
+        return _price(family, slots, drift, init, send)
+
+    plan = planner(select, capacity_of, send, judge, lambda sent: down_bits(family, sent), family.levels)
+    questions = questions_of(model, predict, server.models, drift.models)
+    return Algorithm(
+        family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions, statistics, judge,
+        same_selection=lambda server, other: server._replace(select=other.select), drawn=capacity_of.drawn,
+        price=price,
+    )  # fmt: skip
+
+
+def _reading(family: Family, local: Local, objective: objectives.Objective) -> tuple[Any, Any, Any, Any]:
+    """``model``, ``judge``, ``predict`` and ``statistics`` of an algorithm; ``None`` where nothing is collected."""
+
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
         return families.view(family, state.variables, level).variables
 
@@ -199,17 +214,7 @@ def compose(
     def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
         return families.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
-    def price() -> Price:
-        return _price(family, slots, drift, init, send)
-
-    plan = planner(select, capacity_of, send, judge, lambda sent: down_bits(family, sent), family.levels)
-    questions = questions_of(model, predict, server.models, drift.models)
-    collects = statistics if families.collects_statistics(family) else None
-    return Algorithm(
-        family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions, collects, judge,
-        same_selection=lambda server, other: server._replace(select=other.select), drawn=capacity_of.drawn,
-        price=price,
-    )  # fmt: skip
+    return model, judge, predict, statistics if families.collects_statistics(family) else None
 
 
 def down_bits(family: Family, sent: Sent) -> Array:
@@ -232,20 +237,14 @@ def _price(family: Family, slots: Slots, drift: drifts.Drift, init: Any, send: A
         shard = Shard((), (), (), now, now, now)
         return drift.update(params, ClientContext(key, now, 0, shard, (), sent, memory), jnp.int32(1))[1]
 
-    def coded(codec: Codec, level: int) -> int:
-        zeros = tree.zeros(params)
-        context = ClientContext(key, now, Within(0, jnp.int32(level)), (), (), (), ())
-        return int(bits.total(np.asarray(jax.jit(codec.encode)(key, zeros, context, codec.init(zeros))[2])))
-
     plainly = _bits(family, {"params": {"params": params}})
     whole = _bits(family, {"variables": sent.variables})
     down = whole + _bits(family, {"context": sent.context})
     up = whole + _bits(family, {"extra": jax.eval_shape(extra, params, sent, memory)})
-    levels = range(family.levels)
     if slots.downlink:
-        down = down - plainly + np.asarray([coded(slots.downlink, level) for level in levels])
+        down = down - plainly + np.asarray(message_bits(family, slots.downlink))
     if slots.uplink:
-        up = up - plainly + np.asarray([coded(slots.uplink, level) for level in levels])
+        up = up - plainly + np.asarray(message_bits(family, slots.uplink))
     return Price(down, up)
 
 
@@ -260,7 +259,7 @@ def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, 
         )
 
 
-def _trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> Any:
+def trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> Any:
     """``(path, level) -> bool``, whether a level's client trains a leaf; traced where the level is."""
     frozen = set(drift.frozen)
 
@@ -323,22 +322,23 @@ def questions_of(
     """The accuracy of the model, and of what server and clients remember of others."""
 
     def read(variables: PyTree, tier: Level, batch: Batch, shard: Shard | None) -> dict[str, Array]:
-        exits = predict(variables, tier, batch.x, shard)
-        return {"": exits[-1]} | ({"ensemble": exits.mean(0)} if exits.shape[0] > 1 else {})
+        return objectives.readings(predict(variables, tier, batch.x, shard))
 
     def at(server: ServerState, tier: Level, changed: PyTree) -> PyTree:
         return model(server._replace(variables={**server.variables, **changed}), tier)
 
-    first = Question("", lambda server, memory, tier: model(server, tier), read)
-    more = [
-        Question(name, lambda server, memory, tier, of=of: at(server, tier, of(server.slot, server.variables)), read)
-        for name, of in of_server.items()
-    ]
-    more += [
-        Question(name, lambda server, memory, tier, of=of: at(server, tier, of(memory)), read, memory=True)
-        for name, of in of_memory.items()
-    ]
-    return (first, *more)
+    def own(server: ServerState, memory: PyTree, tier: Level) -> PyTree:
+        return model(server, tier)
+
+    def from_server(of: Any, server: ServerState, memory: PyTree, tier: Level) -> PyTree:
+        return at(server, tier, of(server.slot, server.variables))
+
+    def from_memory(of: Any, server: ServerState, memory: PyTree, tier: Level) -> PyTree:
+        return at(server, tier, of(memory))
+
+    more = [Question(name, partial(from_server, of), read) for name, of in of_server.items()]
+    more += [Question(name, partial(from_memory, of), read, memory=True) for name, of in of_memory.items()]
+    return (Question("", own, read), *more)
 
 
 def round_info(plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None) -> Info:

@@ -215,6 +215,11 @@ def local_steps(settings: Local, size: Array) -> Array:
     return jnp.where(jnp.asarray(settings.steps) > 0, settings.steps, by_epochs).astype(jnp.int32)
 
 
+def memory_of(settings: Local, params: PyTree) -> PyTree:
+    """What local training itself keeps of a client between its rounds: ``{name: {"params": tree}}``."""
+    return {"momentum": {"params": jax.tree.map(jnp.zeros_like, params)}} if settings.keep_momentum else {}
+
+
 def examples_trained(settings: Local, size: Array) -> Array:
     """int32 examples that a client with ``size`` of them goes through in a round, real ones alone.
 

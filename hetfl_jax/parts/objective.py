@@ -62,6 +62,15 @@ def last_exit(exits: Array, active: Active) -> Array:
     return exits[jnp.maximum(active.sum() - 1, 0)]
 
 
+def readings(exits: Array) -> dict[str, Array]:
+    """How exits [E, B, C] are read: the last one, and with several the mean of their logits, the ``ensemble``.
+
+    >>> {name: z.tolist() for name, z in readings(jnp.arange(4.0).reshape(2, 1, 2)).items()}
+    {'': [[2.0, 3.0]], 'ensemble': [[1.0, 2.0]]}
+    """
+    return {"": exits[-1]} | ({"ensemble": exits.mean(0)} if exits.shape[0] > 1 else {})
+
+
 def by_label(exits: Array, labels: Array, valid: Array) -> tuple[Array, Array, Array]:
     """Sequences as rows: every label of a window counts as one example, and -1 is no label.
 

@@ -10,6 +10,7 @@ import numpy as np
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
 
+
 class Capacity(NamedTuple):
     """A rule for the level of an item."""
 
@@ -20,8 +21,11 @@ class Capacity(NamedTuple):
 class Ask(Protocol):
     """A survey: what the model says of clients' own training data, before the round. Its cost is counted."""
 
-    def __call__(self, ids: Array, level: int | None = None, examples: int = 0) -> Tally:
-        """[K] sums over all of a client's examples, or over ``examples`` of them in a keyed order."""
+    def __call__(self, ids: Array, level: int | None = None, examples: int = 0, valid: Array | None = None) -> Tally:
+        """[K] sums over all of a client's examples, or over ``examples`` of them in a keyed order.
+
+        Each client is asked at its own level, or all at ``level``. Who is not ``valid`` is not asked and answers 0.
+        """
         ...
 
 

@@ -38,6 +38,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+#: plain averaging, as arguments of ``optimizer``
+PLAIN = MappingProxyType({"name": "sgd", "learning_rate": 1.0})
+
+
 def optimizer(name: str = "sgd", learning_rate: float = 1.0, **settings: Any) -> Server:
     """An optax optimizer on the pseudo-gradient ``-mean delta`` (FedOpt: FedAdam, FedYogi, FedAvgM ...).
 
@@ -104,6 +108,11 @@ def feddyn(
     if denominator not in DENOMINATORS:
         raise ValueError(
             f"denominator {denominator!r} is not one of {', '.join(DENOMINATORS)} (method.args.feddyn_denominator)"
+        )
+    if len(clients_per_level) != family.levels or not sum(clients_per_level) > 0:
+        raise ValueError(
+            f"clients_per_level {tuple(clients_per_level)}: need {family.levels} numbers, not all 0 "
+            "(method.args.clients_per_level)"
         )
     per_level = jnp.asarray(np.asarray(clients_per_level, np.float32))
 

@@ -21,12 +21,18 @@ def planner(
     down_bits: Callable[[PyTree], Array],
     levels: int,
 ) -> Callable[..., Plan]:
-    """``Algorithm.plan`` of a server whose field ``select`` is the selection's state; the arguments as in ``_asker``."""
+    """``Algorithm.plan`` of a server whose field ``select`` is the selection's state; arguments as in ``_asker``."""
 
     def plan(key: Array, round: Array, state: Any, population: Population, survey: Any) -> Plan:
         who, how = jax.random.split(key)
         ask, cost = _asker(
-            survey, judge, lambda: send(state, round), lambda ids: capacity_of.of(how, ids, population), down_bits, levels, population
+            survey,
+            judge,
+            lambda: send(state, round),
+            lambda ids: capacity_of.of(how, ids, population),
+            down_bits,
+            levels,
+            population,
         )
         cohort, chosen = select.choose(who, round, state.select, population, ask)
         level = capacity_of.of(how, cohort.ids, population)
@@ -57,19 +63,19 @@ def _asker(
     """
     accounts: list[Account] = []
 
-    def ask(ids: Array, level: int | None = None, examples: int = 0) -> Tally:
+    def ask(ids: Array, level: int | None = None, examples: int = 0, valid: Array | None = None) -> Tally:
         sent = send()
 
         def one(key: Array, sent: PyTree, at: Level, shard: Shard) -> Tally:
             return judge(sent, at if level is None else level, shard, key, examples)
 
         at = level_of(ids) if level is None else jnp.full(ids.shape, level, jnp.int32)
-        found = survey(one, sent, ids, at if level is None else None)
+        there = jnp.ones(ids.shape, bool) if valid is None else valid
+        found = survey(one, sent, ids, at if level is None else None, there)
         number = population.size[ids]
         number = jnp.minimum(number, examples) if examples else number
         work = jnp.zeros((*ids.shape, 2, levels), jnp.int32).at[jnp.arange(ids.size), 0, at].set(number)
         up = jnp.broadcast_to(jnp.asarray(bits.digits(ANSWER)), (*ids.shape, 3))
-        there = jnp.ones(ids.shape, bool)
         accounts.append(Account(ids, at, there, there, Seen(found, work, down_bits(sent)[at], up)))
         return found
 

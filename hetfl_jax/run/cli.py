@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--round", type=int, help="which checkpoint (default: the best)")
         if name == "export":
             sub.add_argument("--level", required=True, help="level name, e.g. c")
-            sub.add_argument("--model", type=int, help="which of several models, from 0 (IFCA, CFL)")
+            sub.add_argument("--model", type=int, help="which of several models, from 0")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
     return parser
 

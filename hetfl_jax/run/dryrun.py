@@ -36,7 +36,7 @@ def describe(config: Any, own: Own | None = None) -> str:
     cohort = config.method.args.get("cohort", fed.partition.size.size)
     size = float(np.mean(fed.partition.size))
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
-    macs = float(share @ fed.costs.macs) * cohort * (examples * (1 + BACKWARD) + price.judged * size)
+    macs = float(share @ fed.costs.macs) * cohort * (examples * (1 + BACKWARD) + price.compared * size)
     down, up = (float(share @ bits) * cohort / 8e6 for bits in (price.down, price.up))
     moved = rounds.moved_bytes(lab.executor, fed.algorithm, state, lab.population, lab.key)
     steps = config.train.steps or config.train.epochs * np.ceil(fed.partition.size / config.train.batch_size).mean()
@@ -65,7 +65,7 @@ def _shapes(lab: Lab) -> State:
     server, one = jax.eval_shape(algorithm.init, lab.key)
     rows *= algorithm.memory_rows
     memory = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype), one)
-    return State(server, memory, jax.ShapeDtypeStruct((), jnp.int32))
+    return State(server, memory, jax.eval_shape(lambda: jnp.int32(0)))
 
 
 def _memory(lab: Lab, state: State) -> dict[str, str]:

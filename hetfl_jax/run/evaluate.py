@@ -55,18 +55,18 @@ class Asked:
         return jnp.stack([loss, *(of(logits, labels, everyone).astype(loss.dtype) for of in self.metrics.values())])
 
 
-def judged(
+def tallies(
     algorithm: Algorithm, executor: Executor, server: PyTree, tier: Level, data: Population, batch: int
 ) -> Tally:
     """Loss and hits on every client's examples, leaves [N]; [N, models] where there is a choice of models."""
     asked = Asked(algorithm.questions[0], {})
     if algorithm.choice is None:
-        return _judged(asked, executor, asked.question.variables(server, (), tier), tier, data, batch)
+        return _tallies(asked, executor, asked.question.variables(server, (), tier), tier, data, batch)
     models = jax.vmap(lambda m: algorithm.model(server, tier, m))(jnp.arange(algorithm.choice.models))
-    return _judged(asked, executor, models, tier, data, batch, several=True)
+    return _tallies(asked, executor, models, tier, data, batch, several=True)
 
 
-def _judged(
+def _tallies(
     asked: Asked, executor: Executor, variables: PyTree, tier: Level, data: Population, batch: int,
     several: bool = False,
 ) -> Tally:  # fmt: skip
@@ -181,7 +181,7 @@ def evaluator(
         if algorithm.choice is None:
             variables = asked.question.variables(server, memory, tier)
             variables = with_statistics(algorithm, executor, variables, tier, batches, statistics_batch)
-            seen, placed = _judged(asked, executor, variables, tier, test, eval_batch), None
+            seen, placed = _tallies(asked, executor, variables, tier, test, eval_batch), None
         else:
             seen, placed = _of_own_model(tier, server, train, test)
         found = _scores(asked, seen, test_batches, shared, train.y.ndim > 1)
@@ -189,10 +189,10 @@ def evaluator(
 
     def _of_own_model(tier: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
         assert algorithm.choice is not None
-        every = judged(algorithm, executor, server, tier, test, eval_batch)
+        every = tallies(algorithm, executor, server, tier, test, eval_batch)
         placed = algorithm.choice.place(server, (every.loss / every.examples)[:shared], None)
         if owners is not None and owners.size:
-            fitted = judged(algorithm, executor, server, tier, train, eval_batch)
+            fitted = tallies(algorithm, executor, server, tier, train, eval_batch)
             home = algorithm.choice.place(server, (fitted.loss / fitted.examples)[owners], owners)
             placed = jnp.concatenate([placed, home])
         return jax.tree.map(lambda v: jnp.take_along_axis(v, placed[:, None], 1)[:, 0], every), placed

@@ -1,5 +1,6 @@
 """From a config to a federation: data, capacity levels and method, all checked before anything compiles."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
@@ -216,7 +217,7 @@ def local_training(train: Any, fam: Family) -> Local:
     Raises:
       ValueError: a layer that the net does not have, and as ``local``.
     """
-    names = local.__kwdefaults__.keys() | {"learning_rate", "batch_size"}
+    names = inspect.signature(local).parameters
     given = {name: value for name, value in train.items() if name in names}
     layers, known = tuple(train.decay_layers), fam.shapes[0]["params"]
     if wrong := [name for name in layers if name not in known]:
@@ -327,10 +328,10 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int, given: 
     elif source.y_train.ndim > 1:
         prepare = preprocess.tokens(config.data.augment, classes)
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
-    if given is None and (source.y_train.ndim > 1) != (config.family.net == "transformer"):
-        kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
-        raise ValueError(f"net {config.family.net!r} on a source with {kind}: text wants transformer (family.net)")
     module = _net(config, mix, classes, given)
+    if given is None and (source.y_train.ndim > 1) != getattr(type(module), "reads_tokens", False):
+        kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
+        raise ValueError(f"net {config.family.net!r} on a source with {kind}: see `hetfl list` (family.net)")
     levels: list[Mapping[str, Any]] = [level_fields(mix, i) for i in range(len(mix.names))]
     for field in dict.fromkeys(name for level in levels for name in level):
         if field not in type(module).__dataclass_fields__:

@@ -13,7 +13,7 @@ from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
-from hetfl_jax.run.evaluate import Metric, evaluator, judged, over_clients
+from hetfl_jax.run.evaluate import Metric, evaluator, over_clients, tallies
 from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.mix import parse_buckets
 
@@ -131,7 +131,7 @@ def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Any) -> list
     if algorithm.choice is not None:
         batch = lab.config.run.eval_batch_size
         ask = rounds.compiled(
-            lambda server, data: judged(algorithm, lab.executor, server, 0, data, batch), lab.executor
+            lambda server, data: tallies(algorithm, lab.executor, server, 0, data, batch), lab.executor
         )
         seen = jax.device_get(ask(state.server, lab.population))
         losses = (seen.loss / seen.examples)[:, : models_in_use(lab, state)]

@@ -57,8 +57,8 @@ def spent(info: Info, costs: Costs) -> Totals:
     for account in (info.items, info.asked):
         if isinstance(account, Account):
             there = np.asarray(account.valid)
-            down += int(bits.total(account.seen.down)[there].sum())
-            up += int(bits.total(account.seen.up)[there].sum())
+            down += int(bits.total(np.asarray(account.seen.down))[there].sum())
+            up += int(bits.total(np.asarray(account.seen.up))[there].sum())
             macs += int(macs_of(np.asarray(account.seen.work)[there], costs).sum())
     clients = np.unique(np.asarray(info.items.ids)[np.asarray(info.items.valid)]).size
     return Totals(down, up, macs, clients * int(costs.bytes[0]) * 8)
@@ -72,7 +72,7 @@ def add(first: Totals, second: Totals) -> Totals:
 def imbalance(info: Info, costs: Costs, devices: int) -> float:
     """Multiply-adds of the busiest device over the mean of all."""
     there = np.asarray(info.items.valid)
-    macs = macs_of(info.items.seen.work, costs) * there
+    macs = macs_of(np.asarray(info.items.seen.work), costs) * there
     work = np.bincount(np.asarray(info.device), macs, devices)
     return round(float(work.max() / max(work.mean(), 1.0)), 4)
 

@@ -5,13 +5,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import codec, select
+from hetfl_jax.parts import choose, codec, explore, select
 from hetfl_jax.parts.codec import Codec
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.run.mix import Mix
 
 CAPACITIES = ("none", "fixed", "drawn")
-SELECTIONS: Mapping[str, Callable[..., select.Select]] = {"uniform": select.uniform}
+SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
+    "uniform": select.uniform,
+    "weighted": choose.weighted,
+    "random_with_replacement": choose.random_with_replacement,
+    "power_of_choice": choose.power_of_choice,
+    "active": explore.active,
+    "oort": explore.oort,
+}
 
 
 def slots_of(config: Any, family: Family, mix: Mix, clients: int) -> Slots:

@@ -11,19 +11,21 @@ import pytest
 
 from hetfl_jax.clusters import bipartition
 from hetfl_jax.clusters.report import matched
-from hetfl_jax.core.types import Plan, Shard, State
+from hetfl_jax.core.types import Plan, Seen, Shard, State, Tally
 from hetfl_jax.data import partition
 from hetfl_jax.data.population import population
 from hetfl_jax.data.views import rotations
 from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round
 from hetfl_jax.engine.runners import add_reply
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import cfl, ifca
 from hetfl_jax.models import MLP, families
 from hetfl_jax.parts import merge
-from hetfl_jax.parts.bank import Report, Sent
-from hetfl_jax.parts.local import Tally, local
-from hetfl_jax.run.evaluate import judged
+from hetfl_jax.parts.bank import Noted, Report
+from hetfl_jax.parts.local import local
+from hetfl_jax.run.evaluate import tallies
+from tests.helpers import context
 from tests.vectors.discover import FOLDER, of_kind, read
 
 pytestmark = pytest.mark.vectors
@@ -54,13 +56,13 @@ def server_with(algorithm, variables):
 
 def losses(algorithm, server, data, batch):
     """Of every model on every client, [N, k]; one model has no axis of its own."""
-    seen = jax.jit(lambda server, data: judged(algorithm, executor("bucketed"), server, 0, data, batch))(server, data)
+    seen = jax.jit(lambda server, data: tallies(algorithm, executor("bucketed"), server, 0, data, batch))(server, data)
     return jax.tree.map(lambda v: np.asarray(v).reshape(data.size.shape[0], -1), seen)
 
 
 def rounds_of(algorithm, server, data, rounds):
     """States after each round."""
-    step = rounds.make_round(algorithm, executor("bucketed"), device_store())
+    step = make_round(algorithm, executor("bucketed"), device_store())
     state = State(jax.tree.map(jnp.copy, server), (), jnp.int32(0))  # a round reuses its state's buffers
     for _ in range(rounds):
         state, info = step(state, data, jax.random.key(0))
@@ -94,8 +96,8 @@ def _model_averaging(z):
             np.testing.assert_array_equal(found.correct, z[f"correct_train_r{number}"])
 
     check(server, 0)
-    sent = algorithm.plan(jax.random.key(0), jnp.int32(0), server, train, None).sent
-    one = jax.jit(lambda shard: algorithm.client(jax.random.key(0), sent, 0, (), shard, {}))
+    sent = algorithm.send(server, jnp.int32(0))
+    one = jax.jit(lambda shard: algorithm.client(context(0, shard, sent=sent)))
     for client in range(m):
         shard = Shard(train.x, train.y, train.index, train.offset[client], train.size[client], train.classes[client])
         reply = one(shard)
@@ -108,7 +110,7 @@ def _model_averaging(z):
     for number, (after, info) in enumerate(rounds_of(algorithm, server, train, 3), 1):
         wanted = mlp_params(z, "global", f"_r{number}")
         assert worst_of(after.members.variables["params"], wanted) < (5e-6 if number == 1 else 1e-5)
-        empty = set(range(k)) - set(info["cluster"].tolist())
+        empty = set(range(k)) - set(info.arrays["member"].tolist())
         assert empty == set(range(k)) - set(z[f"assign_r{number - 1}"].tolist())
         for old, new in zip(jax.tree.leaves(before.members), jax.tree.leaves(after.members), strict=True):
             for member in empty:
@@ -143,8 +145,8 @@ def test_gradient_averaging(name):
     )  # fmt: skip
     data = clients_of(z["X"], z["y"])
     server = server_with(algorithm, {"params": {"theta": {"kernel": jnp.asarray(z["theta_init"])[..., None]}}})
-    plan = algorithm.plan(jax.random.key(0), jnp.int32(0), server, data, None)
-    one = jax.jit(lambda shard: algorithm.client(jax.random.key(0), plan.sent, 0, (), shard, {}))
+    sent = algorithm.send(server, jnp.int32(0))
+    one = jax.jit(lambda shard: algorithm.client(context(0, shard, sent=sent)))
     every = []
     for client in range(m):
         shard = Shard(data.x, data.y, data.index, data.offset[client], data.size[client], data.classes[client])
@@ -159,8 +161,9 @@ def test_gradient_averaging(name):
         distance = np.linalg.norm(theta[:, None] - z["theta_true"], axis=-1).min(1).mean()
         assert distance == pytest.approx(path[number, 1], abs=1e-4)
         if f"counts_r{number}" in z:
-            np.testing.assert_array_equal(np.bincount(info["cluster"], minlength=k), z[f"counts_r{number}"])
-            np.testing.assert_array_equal(info["cluster"][np.argsort(info["cluster_ids"])], z[f"assign_r{number}"])
+            np.testing.assert_array_equal(np.bincount(info.arrays["member"], minlength=k), z[f"counts_r{number}"])
+            order = np.argsort(info.arrays["member_ids"])
+            np.testing.assert_array_equal(info.arrays["member"][order], z[f"assign_r{number}"])
             np.testing.assert_allclose(theta, z[f"theta_r{number + 1}"], atol=2e-5)
     np.testing.assert_allclose(theta, z["theta_final"], atol=1e-4)
     closest = np.linalg.norm(theta[:, None] - z["theta_true"], axis=-1).argmin(1)
@@ -183,7 +186,7 @@ def stacked_family(leaves):
 def nobody(count):
     """A plan of ``count`` items of which only the number matters."""
     zero = jnp.zeros(count, jnp.int32)
-    return Plan(jnp.arange(count), jnp.ones(count, bool), zero, (), ())
+    return Plan(jnp.arange(count), jnp.ones(count, bool), zero)
 
 
 @pytest.mark.parametrize("name", of_kind("cluster/ifca_weighted_agg*"))
@@ -200,13 +203,15 @@ def test_weighted_aggregation(name):
     for client, group in enumerate(z["group"]):
         delta = {"params": {leaf: z[f"client_{leaf}"][client] - z[f"init_{leaf}"][group] for leaf in names}}
         shard = Shard(None, None, None, 0, jnp.int32(z["num_samples"][client]), jnp.ones(1, bool))
-        lifted = rule.lift(delta, 0, shard)
+        lifted = rule.lift(delta, context(0, shard))
         total = jax.tree.map(lambda t: jnp.zeros((k, *t.shape)), lifted) if total is None else total
         total = add_reply(lifted, jnp.int32(group), total)
     ones = [Tally(*(jnp.ones(shape) for _ in Tally._fields)) for shape in ((clients,), (clients, k))]
-    report = Report(ones[0], jnp.asarray(z["group"], jnp.int32), ones[1])
-    plan = nobody(clients)._replace(sent=Sent(server.members, server.route))
-    after, _ = algorithm.server(server, plan, total, report, jnp.ones(clients, bool))
+    no_cost = [jnp.zeros((clients, *shape), jnp.int32) for shape in ((2, 1), (3,), (3,))]
+    report = Report(Seen(ones[0], *no_cost), jnp.asarray(z["group"], jnp.int32), ones[1])
+    plan = nobody(clients)._replace(notes=Noted((), server.route))
+    sent = algorithm.send(server, jnp.int32(0))
+    after, _ = algorithm.server(server, plan, sent, total, report, jnp.ones(clients, bool))
     for leaf in names:
         np.testing.assert_allclose(after.members.variables["params"][leaf], z[f"agg_{leaf}"], rtol=1e-6, atol=1e-7)
         for empty in set(range(k)) - set(z["group"].tolist()):
@@ -241,6 +246,7 @@ def test_rotations_and_partitions(name):
 
 
 @pytest.mark.parametrize("name", of_kind("cluster/ifca_rotmnist_*"))
+@pytest.mark.as_users
 def test_rotated_mnist_follows_the_official_run(name):
     """Two rounds here; ``python -m experiments.ifca_rotated_mnist.peer`` goes through all."""
     peer = pytest.importorskip("experiments.ifca_rotated_mnist.peer")
@@ -297,8 +303,8 @@ def served(z, eps1):
     )  # fmt: skip
 
     def replying(inner):
-        def client(key, sent, level, ticket, shard, memory):
-            reply = inner(key, sent, level, ticket, shard, memory)
+        def client(context):
+            reply, shard = inner(context), context.shard
             delta = {"params": {"w": updates[shard.offset]}}
             total = reply.total._replace(delta=delta)
             full = total if reply.report.total != () else ()
@@ -319,9 +325,9 @@ def served(z, eps1):
 
 
 def force(collecting):
-    def server(state, plan, total, report, ok):
-        state, (plan, report, ok, fires) = collecting.server(state, plan, total, report, ok)
-        return state, (plan, report, ok, fires.at[0].set(True))
+    def server(state, *rest):
+        state, (*collected, fires) = collecting.server(state, *rest)
+        return state, (*collected, fires.at[0].set(True))
 
     return server
 

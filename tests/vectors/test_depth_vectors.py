@@ -14,8 +14,8 @@ from hetfl_jax.data import partition
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import drift, merge, objective, server
-from hetfl_jax.parts.local import local, tally, train
-from hetfl_jax.run.evaluate import readings
+from hetfl_jax.parts.local import local, tally
+from tests.helpers import context, loss_of, trained
 from tests.vectors import exits
 from tests.vectors.discover import below, of_kind, read
 from tests.vectors.test_heterofl_vectors import assert_trees
@@ -79,7 +79,7 @@ def test_loss_of_all_exits(name, double):
         )  # fmt: skip
         active, valid = jnp.ones(len(logits), bool), jnp.ones(len(labels), bool)
         value, gradient = jax.value_and_grad(
-            lambda exits: goal.loss(exits, active, labels, valid, None, jnp.int32(0))  # noqa: B023
+            lambda exits: loss_of(goal, exits, active, labels, valid)  # noqa: B023
         )(logits)
         np.testing.assert_allclose(value, z[f"{case}/loss"], rtol=1e-9, err_msg=case)
         np.testing.assert_allclose(gradient, z[f"{case}/grad"], atol=1e-12, err_msg=case)
@@ -88,7 +88,7 @@ def test_loss_of_all_exits(name, double):
         # Masked inside a deeper net: the further exits change nothing and get no gradient.
         deeper = jnp.concatenate([logits, logits[:1] + 1])
         some = jnp.arange(len(deeper)) < len(logits)
-        same, wide = jax.value_and_grad(lambda e: goal.loss(e, some, labels, valid, None, jnp.int32(0)))(deeper)  # noqa: B023
+        same, wide = jax.value_and_grad(lambda e: loss_of(goal, e, some, labels, valid))(deeper)  # noqa: B023
         np.testing.assert_allclose(same, value, rtol=1e-12, err_msg=case)
         np.testing.assert_allclose(wide[:-1], gradient, atol=1e-12, err_msg=case)
         assert not np.asarray(wide[-1]).any()
@@ -102,12 +102,11 @@ def test_accuracy_of_exits_and_ensembles(name, double):
         table = jnp.asarray(z["logits"][:depth])
         shard = everything(len(labels), jnp.arange(len(labels)), labels, table.shape[-1])
         found = tally(
-            lambda rows, table=table: readings(table[:, rows]),
+            lambda batch, table=table: jnp.stack(list(objective.readings(table[:, batch.x]).values())),
             optax.softmax_cross_entropy_with_integer_labels, batch, shard,
         )  # fmt: skip
         accuracy = found.correct / found.examples
-        single = float(accuracy[0] if depth > 1 else accuracy)
-        ensemble = float(accuracy[1] if depth > 1 else accuracy)
+        single, ensemble = float(accuracy[0]), float(accuracy[-1])
         assert single == pytest.approx(float(z[f"M{depth}/single_acc"][depth - 1]))
         assert ensemble == pytest.approx(float(z[f"M{depth}/ensemble_acc"]))
         # The published routine divides the sum of batch means by the number of samples; the true mean is ours.
@@ -218,18 +217,8 @@ def test_local_round(name, double):
     if dynamic:
         memory, rule = {"sum": jax.tree.map(lambda v: jnp.asarray(-v / alpha), tree_of(duals))}, drift.feddyn(alpha)
     own = {k: view.cut(v) for k, v in memory.items()}
-    after, seen, kept, _ = jax.jit(
-        lambda: train(
-            settings,
-            view,
-            goal,
-            rule,
-            key=jax.random.key(0),
-            shard=everything(steps * batch, x, y),
-            memory=own,
-            round=jnp.int32(0),
-        )
-    )()
+    shard, level = everything(steps * batch, x, y), fam.levels - depth
+    after, seen, _, kept, _ = jax.jit(lambda: trained(settings, fam, view, level, goal, rule, shard, memory=own))()
     wanted = {k: v for k, v in below(z, "final").items() if k in owned}
     for path, value in windows.flat(exits.to_variables(wanted, fam.levels)).items():
         found = windows.flat(after)[path]
@@ -263,11 +252,11 @@ def test_server_rounds_by_depth(name, double):
     @partial(jax.jit, static_argnums=0)
     def add(level, total, variables, returned):
         delta = jax.tree.map(jnp.subtract, returned, windows.narrow(fam, variables, level))
-        lifted = rule.lift(delta, level, everything(1))
+        lifted = rule.lift(delta, context(level, everything(1)))
         lifted = lifted._replace(delta=windows.widen(fam, lifted.delta, level))
         return jax.tree.map(jnp.add, total, lifted)
 
-    zero = jax.eval_shape(lambda: rule.lift(variables, 0, everything(1)))
+    zero = jax.eval_shape(lambda: rule.lift(variables, context(0, everything(1))))
 
     for r in range(1, int(z["n_rounds"]) + 1):
         total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zero)

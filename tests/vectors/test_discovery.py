@@ -34,6 +34,19 @@ HANDLED = (
     "depth/inclusivefl_momentum_corrected_sgd*",
     *(f"cluster/ifca_{kind}*" for kind in ("mlp_", "synth_", "data", "weighted_agg", "rotmnist_")),
     "cluster/cfl_*",
+    *(
+        f"selection/{kind}*"
+        for kind in (
+            "qffl_aggregate",
+            "qffl_end_to_end",
+            "divfl_greedy",
+            "divfl_end_to_end",
+            "power_of_choice",
+            "fairness_metrics",
+            "synthetic_alpha_beta",
+            "qsgd_",
+        )
+    ),
 )
 
 

@@ -13,7 +13,8 @@ from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg, feddyn, fedprox, scaffold
 from hetfl_jax.models import build, families
 from hetfl_jax.parts import drift, objective
-from hetfl_jax.parts.local import local, train
+from hetfl_jax.parts.local import local
+from tests.helpers import trained
 from tests.vectors.discover import of_kind, read
 from tests.vectors.test_depth_vectors import everything
 
@@ -51,14 +52,11 @@ def test_a_client_of_feddyn(name):
             )  # fmt: skip
             received = unflatten(z[f"{case}/server_params"], features, classes)
             rule = drift.feddyn(float(z[f"{case}/alpha"]))
-            # The file's client does not start from what the server sent: the rule is told what that was.
-            told = rule._replace(
-                gradient=lambda g, p, around: rule.gradient(g, p, around._replace(received=received))  # noqa: B023
-            )
             memory = {"sum": {"params": unflatten(z[f"{case}/local_param_list_row"], features, classes)}}
-            after, *_ = train(
-                settings, view, objective.cross_entropy(), told, key=jax.random.key(0), memory=memory,
-                shard=everything(len(y), x, y, classes), round=jnp.int32(0),
+            # The file's client does not start from what the server sent.
+            after, *_ = trained(
+                settings, fam, view, 0, objective.cross_entropy(), rule, everything(len(y), x, y, classes),
+                received={"params": received}, memory=memory,
             )  # fmt: skip
             np.testing.assert_allclose(flatten(after["params"]), z[f"{case}/{key}"], atol=1e-6, err_msg=case)
             if steps == 1:
@@ -90,7 +88,7 @@ def test_rounds_with_partial_participation(name, method):
         "FedAvg": lambda: fedavg.make(fam, settings, cohort=clients),
         "FedProx": lambda: fedprox.make(fam, settings, cohort=clients, proximal_weight=float(z["mu_fedprox"])),
         "Scaffold": lambda: scaffold.make(
-            fam, settings, cohort=clients, clients=clients, mean_examples=mean, keep_models=True
+            fam, settings, cohort=clients, clients=clients, mean_examples=mean, keep_models=True, authors_rate=True
         ),
     }[method]()  # fmt: skip
     x = np.concatenate([z[f"client{k}/x"] for k in range(clients)])
@@ -114,8 +112,8 @@ def test_rounds_with_partial_participation(name, method):
     step = make_round(algorithm._replace(plan=plan), executor("bucketed"), store)
     for r in range(1, len(chosen) + 1):
         state, _ = step(state, people, key)
-        others = algorithm.others(state.server, state.memory)
-        seen = {name: flatten(found.variables["params"]) for name, found in others.items()}
+        more = algorithm.questions[1:]
+        seen = {q.name: flatten(q.variables(state.server, state.memory, 0)["params"]) for q in more}
         now = flatten(state.server.variables["params"])
         close = {"atol": 2e-6, "err_msg": f"{method}, round {r}"}
         np.testing.assert_allclose(seen.get("sel", now), z[f"{method}/r{r}/sel"], **close)

@@ -13,8 +13,9 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import heterofl
 from hetfl_jax.models import families, windows
 from hetfl_jax.parts import drift, merge, objective
-from hetfl_jax.parts.local import local, train
+from hetfl_jax.parts.local import local
 from hetfl_jax.run.evaluate import with_statistics
+from tests.helpers import context, loss_of, trained
 from tests.vectors import official
 from tests.vectors.discover import below, of_kind, read
 
@@ -43,7 +44,7 @@ def combine(fam, variables, replies):
 
     def lifted(reply):
         level, shard, given, returned = reply
-        total = rule.lift(jax.tree.map(jnp.subtract, returned, given), level, shard)
+        total = rule.lift(jax.tree.map(jnp.subtract, returned, given), context(level, shard))
         return total._replace(delta=windows.widen(fam, total.delta, level))
 
     # One program: op by op, dispatch is what this costs.
@@ -104,7 +105,7 @@ def test_forward_loss_and_gradients(name, masked):
 
             def loss(params, goal=goal, view=view, shard=shard):
                 exits, _ = view.apply({"params": params}, x, train=True, valid=valid)
-                return goal.loss(exits, view.active, y, valid, shard, 0), goal.local(exits, shard)[-1]
+                return loss_of(goal, exits, view.active, y, valid, shard), goal.local(exits, shard)[-1]
 
             # Not jitted: fused arithmetic moves a near tie of a max-pool in one of the cases.
             # Masked gradients equal dense ones in test_capacity, where nothing has to run op by op.
@@ -177,10 +178,8 @@ def test_local_training_of_one_client(name):
 
     @jax.jit
     def after(steps):
-        return train(
-            settings._replace(steps=steps), view, objective.masked_cross_entropy(), drift.none(),
-            key=jax.random.key(0), shard=shard, memory={}, round=jnp.int32(0),
-        )  # fmt: skip
+        goal = objective.masked_cross_entropy()
+        return trained(settings._replace(steps=steps), fam, view, 1, goal, drift.none(), shard)
 
     before = np.zeros(3)
     wanted = z["step_loss_acc_n"]

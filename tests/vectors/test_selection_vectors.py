@@ -246,7 +246,7 @@ def test_how_often_clients_are_candidates_and_chosen(name):
     loss = jnp.asarray(z["loss"][0], jnp.float32)
     rule = choose.power_of_choice(m, d)
 
-    def ask(ids, level=None, examples=0):
+    def ask(ids, level=None, examples=0, valid=None):
         return Tally(loss[ids], jnp.zeros(ids.shape), jnp.ones(ids.shape))
 
     chosen = jax.jit(jax.vmap(lambda key: rule.choose(key, 1, (), everybody(z["n"]), ask)[0].ids))(keys[:20_000])

@@ -10,6 +10,7 @@ import pytest
 from hetfl_jax.core.types import Within
 from hetfl_jax.models import Transformer, families, windows
 from hetfl_jax.parts import objective
+from tests.helpers import loss_of
 from tests.vectors.discover import below, of_kind, read
 from tests.vectors.test_heterofl_vectors import assert_trees, combine, shard_of
 
@@ -111,7 +112,7 @@ def test_forward_loss_and_gradients(name, masked):
         view = families.view(fam, variables, level)
         exits, _ = view.apply({"params": params}, seen, train=train)
         rows = objective.by_label(exits, tokens, valid)
-        return goal.loss(rows[0], view.active, *rows[1:], held, 0), goal.local(exits, held)[-1]
+        return loss_of(goal, rows[0], view.active, *rows[1:], held), goal.local(exits, held)[-1]
 
     def both(level):
         """Training with its gradients, and evaluation."""

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hetfl_jax.core.types import Batch, ClientContext
 from hetfl_jax.data.population import population
 from hetfl_jax.models import build, families
-from hetfl_jax.parts.local import local
+from hetfl_jax.parts.compose import Sent, trained_leaves
+from hetfl_jax.parts.local import local, train
 
 DATA = Path(os.environ.get("HETFL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LEVELS = ({"width": 1.0}, {"width": 0.5})
@@ -62,3 +64,23 @@ def need(name):
         if os.environ.get("CI"):
             pytest.fail(f"CI needs {name} in {DATA} (HETFL_DATA)")
         pytest.skip(f"no {name} in {DATA}; HETFL_DATA names its folder")
+
+
+def context(level=0, shard=None, **known):
+    """What a client knows: a level, its shard, and whatever a test adds."""
+    given = {"key": jax.random.key(0), "round": jnp.int32(0), "ticket": (), "sent": (), "memory": {}}
+    return ClientContext(**{**given, "level": level, "shard": shard, **known})
+
+
+def loss_of(goal, exits, active, labels, valid, shard=None, round=0):
+    """An objective's loss of given exits, without a net."""
+    forward = lambda x: (exits, active, {})  # noqa: E731
+    return goal.loss(forward, Batch(None, labels, valid), context(shard=shard, round=jnp.int32(round)))[0]
+
+
+def trained(settings, fam, view, level, goal, rule, shard, *, received=None, memory=None, round=0):
+    """A client's local training from ``view.variables``, having received them, or something else."""
+    sent = Sent(view.variables if received is None else received)
+    told = context(level, shard, sent=sent, memory=memory or {}, round=jnp.int32(round))
+    trains = trained_leaves(fam, goal, rule)
+    return train(settings, view, fam.prepare, goal, rule, told, lambda path: trains(path, level))
