@@ -273,8 +273,8 @@ def test_views_turn_images_and_rename_classes():
     x, y = rng.integers(0, 256, (4, 3, 3, 2)).astype(np.uint8), np.array([0, 1, 2, 0])
     turned = population(x, y, np.arange(4), np.array([2, 2]), view=np.array([0, 1]), views=rotations(3, (0, 1), 3))
     part = partition.per_group(4, 2, 1, seed=0)
-    assert sorted(part.index.tolist()) == [0, 1, 2, 3]
-    shard = rounds.shards(turned, jnp.int32(1))._replace(x=turned.x, y=turned.y, index=turned.index, views=turned.views)
+    assert sorted(part.rows.tolist()) == [0, 1, 2, 3]
+    shard = rounds.shards(turned, jnp.int32(1))._replace(x=turned.x, y=turned.y, rows=turned.rows, views=turned.views)
     from hetfl_jax.core.shards import examples
 
     seen, labels = examples(shard, jnp.array([2, 3]))

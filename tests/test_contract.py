@@ -182,7 +182,7 @@ def test_what_a_client_computes_grows_with_its_batch():
 
 def poisoned(population, client):
     """The population with one client's features made NaN."""
-    rows = population.index[population.offset[client] : population.offset[client] + population.size[client]]
+    rows = population.rows[population.offset[client] : population.offset[client] + population.size[client]]
     return population._replace(x=population.x.at[rows].set(jnp.nan))
 
 
@@ -277,7 +277,7 @@ def test_members_of_a_bank_get_their_own_row():
     base = fedavg.make(mlp_family(), sgd(), cohort=6)
 
     def server(state, plan, sent, total, report, ok):
-        return state, shown(rows=total.count, offset=toy.offset[plan.ids])
+        return state, shown(rows=total.weight, offset=toy.offset[plan.ids])
 
     toy = toy_population()
     bank = base._replace(members=2, client=client, server=server)

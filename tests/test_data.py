@@ -16,13 +16,13 @@ from tests.helpers import DATA, need
 
 
 def clients(part: Partition):
-    return np.split(part.index, np.cumsum(part.size)[:-1])
+    return np.split(part.rows, np.cumsum(part.size)[:-1])
 
 
 def test_iid_is_equal_parts_without_repetition():
     part = partition.iid(103, 10, seed=0, test_examples=25)
     assert part.size.tolist() == [10] * 10
-    assert len(set(part.index.tolist())) == 100
+    assert len(set(part.rows.tolist())) == 100
     assert part.test_size.tolist() == [2] * 10
 
 
@@ -32,7 +32,7 @@ def test_shards_follow_the_official_rule():
     part = partition.shards(labels, 100, 2, seed=3, test_labels=test)
     assert set(part.classes.sum(1).tolist()) <= {1, 2}
     assert (part.classes.sum(0) <= 20).all()
-    assert len(set(part.index.tolist())) == part.index.size
+    assert len(set(part.rows.tolist())) == part.rows.size
     # 63 rows of a class in 20 shards: three each, the three left over go to the first three shards, in dataset order
     order = {c: {row: i for i, row in enumerate(np.flatnonzero(labels == c))} for c in range(10)}
     for client, rows in enumerate(clients(part)):
@@ -54,7 +54,7 @@ def test_dirichlet_splits_are_skewed_by_their_concentration(kind):
     share = {}
     for concentration in (0.1, 100.0):
         part = split(labels, 20, concentration, seed=1)
-        assert len(set(part.index.tolist())) == part.index.size
+        assert len(set(part.rows.tolist())) == part.rows.size
         assert part.size.min() >= 10
         counts = partition.class_counts(labels, part)
         share[concentration] = (counts.max(1) / counts.sum(1)).mean()
@@ -69,13 +69,13 @@ def test_natural_keeps_writers_apart_and_splits_off_their_tests():
     assert part.size.tolist() == [3, 2]
     assert part.test_size.tolist() == [2, 1]
     assert [set(writer[rows].tolist()) for rows in clients(part)] == [{5}, {9}]
-    assert not set(part.index.tolist()) & set(part.test_index.tolist())
+    assert not set(part.rows.tolist()) & set(part.test_index.tolist())
 
 
 def test_a_partition_is_the_same_for_the_same_seed():
     for seed, same in ((4, True), (5, False)):
         first, second = partition.iid(50, 5, seed=4), partition.iid(50, 5, seed=seed)
-        assert np.array_equal(first.index, second.index) is same
+        assert np.array_equal(first.rows, second.rows) is same
 
 
 def test_a_million_clients_are_built_in_seconds():
@@ -83,7 +83,7 @@ def test_a_million_clients_are_built_in_seconds():
     x, y = np.zeros((2 * count, 1), np.uint8), (np.arange(2 * count) % 10).astype(np.int32)
     began = time.perf_counter()
     part = partition.iid(2 * count, count, seed=0)
-    pop = population(x, y, part.index, part.size, classes=10)
+    pop = population(x, y, part.rows, part.size, classes=10)
     assert time.perf_counter() - began < 10
     assert pop.classes.sum(1).min() >= 1
     assert pop.offset[-1] == 2 * count - 2
@@ -112,10 +112,10 @@ def test_the_builder_refuses_what_jax_would_clamp(change, message):
 def test_batches_and_joined_cover_everything_once():
     pop = population(np.zeros((7, 1)), np.zeros(7, int), np.array([6, 0, 1, 2, 5]), np.array([2, 3]))
     cut = batches(pop, 2)
-    assert sorted(cut.index.tolist()) == [0, 1, 2, 5, 6]
+    assert sorted(cut.rows.tolist()) == [0, 1, 2, 5, 6]
     both = joined(pop, cut)
-    last = both.index[both.offset[-1] : both.offset[-1] + both.size[-1]]
-    assert last.tolist() == cut.index[4:5].tolist()
+    last = both.rows[both.offset[-1] : both.offset[-1] + both.size[-1]]
+    assert last.tolist() == cut.rows[4:5].tolist()
 
 
 def test_batches_are_seen_as_their_owners_see_them():
@@ -126,7 +126,7 @@ def test_batches_are_seen_as_their_owners_see_them():
     cut = batches(pop, 3)
     assert cut.size.tolist() == [2, 3, 3, 1]
     owner = {row: view[client] for row, client in enumerate(np.repeat(np.arange(3), size))}
-    rows = np.split(np.asarray(cut.index), np.asarray(cut.offset)[1:])
+    rows = np.split(np.asarray(cut.rows), np.asarray(cut.offset)[1:])
     assert sorted(np.concatenate(rows).tolist()) == list(range(9))
     for seen, part in zip(cut.view.tolist(), rows, strict=True):
         assert {owner[row] for row in part.tolist()} == {seen}
@@ -248,4 +248,4 @@ def test_natural_split_of_real_writers():
     part = partition.natural(writer, seed=0)
     assert part.size.size == 539
     assert part.size.sum() + part.test_size.sum() == 60_000
-    assert len(set(np.concatenate([part.index, part.test_index]).tolist())) == 60_000
+    assert len(set(np.concatenate([part.rows, part.test_index]).tolist())) == 60_000

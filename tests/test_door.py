@@ -365,7 +365,7 @@ def test_an_endless_dirichlet_draw_says_so(monkeypatch):
         assert LINE.fullmatch(str(caught.value))
     few = partition.dirichlet_per_class(labels, 2, 0.001, seed=0, least=1)
     assert few.size.sum() == labels.size
-    assert partition.dirichlet_per_class(labels, 1, 1e-300, seed=0).index.tolist() == list(range(5000))
+    assert partition.dirichlet_per_class(labels, 1, 1e-300, seed=0).rows.tolist() == list(range(5000))
     assert partition.dirichlet_per_client(labels, 50, 1e-320, seed=0).size.tolist() == [100] * 50
 
 
@@ -402,7 +402,7 @@ def test_a_fingerprint_knows_other_data_and_another_split(tmp_path):
     assert same_fingerprint({}, old) == ""
     again = sources.load("digits")
     other = fingerprint(again, partition.iid(len(source.y_train), 5, seed=1))
-    assert same_fingerprint(old, other) == "partition.index has other values in the same shape"
+    assert same_fingerprint(old, other) == "partition.rows has other values in the same shape"
     for change, line in [
         ({"x_train": source.x_train[::-1]}, "x_train has other values in the same shape"),
         ({"x_test": source.x_test / np.float32(255)}, "x_test has another dtype: float32, was uint8"),
@@ -532,10 +532,10 @@ def test_every_split_gives_each_row_once_or_one_line(kind, labels, clients, numb
     part = one_line(calls[kind])
     if part is None:
         return
-    rows = part.index.tolist() + ([] if part.test_index is None else part.test_index.tolist())
+    rows = part.rows.tolist() + ([] if part.test_index is None else part.test_index.tolist())
     assert len(set(rows)) == len(rows)
     assert all(0 <= row < len(labels) for row in rows)
-    assert part.size.sum() == part.index.size
+    assert part.size.sum() == part.rows.size
     assert kind == "natural" or part.size.size == clients
     if kind.startswith("dirichlet"):
         assert part.size.min() >= 1
@@ -554,7 +554,7 @@ def test_every_population_has_its_sizes_or_one_line(index, size, level, levels):
     found = one_line(lambda: population(np.zeros((300, 1)), y, index, size, level=level, levels=levels))
     if found is not None:
         assert found.size.tolist() == size.tolist()
-        assert found.index.tolist() == index.tolist()
+        assert found.rows.tolist() == index.tolist()
         assert level is None or found.level.tolist() == level.tolist()
 
 

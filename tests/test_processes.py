@@ -62,7 +62,7 @@ def scores(folder):
 def test_two_processes_of_which_one_is_lost_end_as_one_process(tmp_path):
     single, lost = (tmp_path / name for name in ("single", "lost"))
     changes = [f"--config.run.folder={single}", "--config.train.devices=4"]
-    run.train(config_of([*COMMAND[3:], *changes]), quiet=True)
+    run.train(config_of([*COMMAND[4:], *changes]), quiet=True)
 
     started = launch(lost)
     metrics = lost / NAME / "metrics.jsonl"

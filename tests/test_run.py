@@ -205,7 +205,7 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
     [
         (["--config.train.foo=1"], "'foo' is not one of batch_size"),
         (["--config.train.rounds=x"], "invalid literal for int"),
-        (["--config.train.rounds"], "--config.train.rounds needs a value"),
+        (["--config.train.rounds"], "--config.train.rounds has no value: --config.train.rounds=VALUE"),
         (["--resume"], "holds no run to go on with"),
         (["--config.train.rounds=0"], "rounds 0, allowed >= 1 (train.rounds)"),
         (

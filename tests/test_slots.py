@@ -25,7 +25,7 @@ def losses_of(algorithm, state, population, level_of):
     """Mean loss of every client's own model on its own data, by hand."""
     found = []
     for client in range(12):
-        rows = population.index[population.offset[client] :][: int(population.size[client])]
+        rows = population.rows[population.offset[client] :][: int(population.size[client])]
         level = int(level_of(client))
         logits = algorithm.predict(algorithm.model(state, level), level, population.x[rows])[-1]
         found.append(float(objective.mean_cross_entropy(logits, population.y[rows], jnp.ones(len(rows), bool))))
@@ -309,7 +309,5 @@ def test_weights_by_examples_and_by_count():
     delta = jax.tree.map(lambda s: jnp.ones(s.shape), family.shapes[0])
     shard = toy_population()
     told = context(0, type("S", (), {"size": jnp.int32(7), "classes": shard.classes[0]})())
-    assert [float(merge.overlap_mean(family, by_examples=how).lift(delta, told).count[0]) for how in (True, False)] == [
-        7,
-        1,
-    ]
+    rules = [merge.overlap_mean(family, by_examples=how) for how in (True, False)]
+    assert [float(rule.lift(delta, told).weight[0]) for rule in rules] == [7, 1]

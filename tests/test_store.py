@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_what_was_committed(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hetfl_jax.segments.os.fsync", full)
+    monkeypatch.setattr("hetfl_jax.engine.segments.os.fsync", full)
     files.write(0, np.zeros(3, np.float32))
     with pytest.raises(OSError, match="No space left"):
         files.commit(2, [1])
@@ -182,7 +182,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch):
     ],
 )
 def test_stores_that_do_not_fit_are_named(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("hetfl_jax.machine.host_memory", lambda: 10)
+    monkeypatch.setattr("hetfl_jax.core.machine.host_memory", lambda: 10)
     with pytest.raises(ValueError, match=message):
         prepare(tiny(tmp_path, "none", **change))
 

@@ -43,7 +43,7 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
         view = families.view(fam, families.init(fam, key), 0)
         start = ClientContext(key, jnp.int32(0), 0, shard, (), Sent(view.variables), {})
         own, *_ = train(fed.local, view, fam.prepare, objective.cross_entropy(), drift.none(), start)
-        seen = shards(test, shard.view)._replace(x=test.x, y=test.y, index=test.index, views=test.views)
+        seen = shards(test, shard.view)._replace(x=test.x, y=test.y, rows=test.rows, views=test.views)
         logits = lambda batch: view.apply(own, batch.x)[0][-1]  # noqa: E731
         return (), tally(logits, optax.softmax_cross_entropy_with_integer_labels, 1_000, seen)
 
@@ -57,7 +57,7 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
 def _by_kind(fed: Federation) -> Population:
     """The test set as one client for each way to see it."""
     kinds, batches = np.unique(np.asarray(fed.test_groups)), fed.test_batches
-    rows = np.unique(np.asarray(fed.test.index)[: int(np.asarray(fed.test.size)[:batches].sum())])
+    rows = np.unique(np.asarray(fed.test.rows)[: int(np.asarray(fed.test.size)[:batches].sum())])
     return population(
         fed.train.x, fed.train.y, np.tile(rows, kinds.size), np.full(kinds.size, rows.size),
         classes=fed.train.classes.shape[1], view=kinds, views=fed.train.views,

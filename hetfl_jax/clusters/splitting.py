@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from jax.flatten_util import ravel_pytree
 
 from hetfl_jax.clusters import bipartition
@@ -26,11 +27,12 @@ class AtSplit(NamedTuple):
     context: PyTree
 
 
-class Clusters(NamedTuple):
+@struct.dataclass
+class Clusters:
     """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``."""
 
     table: Array  #: [N] int32 cluster of each client
-    count: Array  # type: ignore[assignment]  #: int32, clusters so far
+    count: Array  #: int32, clusters so far
     rounds: Array  #: int32, rounds done
     parent: Array  #: [size] int32
     born: Array  #: [size] int32 round of the split
@@ -66,7 +68,7 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
     return Route(
         start, plan,
         choose=lambda ticket, judge: (ticket, unjudged),
-        server=lambda state, plan, report, ok: state._replace(rounds=state.rounds + 1),
+        server=lambda state, plan, report, ok: state.replace(rounds=state.rounds + 1),
         row=lambda state, number: number,
         place=place, models=size, in_use=lambda state: int(state.count),
     )  # fmt: skip
@@ -82,7 +84,7 @@ class Measured(NamedTuple):
 
 def _update(total: merge.Total) -> PyTree:
     """The change of the parameters behind a reply, or behind a sum of them (their weighted mean)."""
-    return jax.tree.map(lambda d: d / jnp.maximum(total.count.sum(), 1e-12), total.delta["params"])
+    return jax.tree.map(lambda d: d / jnp.maximum(total.weight.sum(), 1e-12), total.delta["params"])
 
 
 def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool) -> Algorithm:
@@ -192,7 +194,7 @@ class Cutting:
         kept = route.updates
         if self.keep:
             kept = kept.at[count, self.ids[items]].set(unit[items])
-        self.route = route._replace(
+        self.route = route.replace(
             count=route.count + 1,
             parent=route.parent.at[count].set(cluster),
             born=route.born.at[count].set(route.rounds),
@@ -204,7 +206,7 @@ class Cutting:
 
     def state(self) -> BankState:
         """The bank with the new clusters, their models still the parents'."""
-        return BankState(self.members, self.route._replace(table=jnp.asarray(self.table)))
+        return BankState(self.members, self.route.replace(table=jnp.asarray(self.table)))
 
 
 def place_by_tree(base: Algorithm, state: BankState, ask: Callable[..., PyTree], ids: Array) -> np.ndarray:
@@ -222,7 +224,7 @@ def place_by_tree(base: Algorithm, state: BankState, ask: Callable[..., PyTree],
     Returns:
       [len(ids)] cluster of each client.
     """
-    route = jax.device_get(state.route._replace(sent=()))
+    route = jax.device_get(state.route.replace(sent=()))
     here = np.zeros(len(ids), int)
     for split in range(1, int(route.count)):
         some = np.flatnonzero(here == route.parent[split])

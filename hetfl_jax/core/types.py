@@ -26,15 +26,15 @@ class Views(NamedTuple):
 class Population(NamedTuple):
     """One pool of examples and, in CSR form, which of them each client holds; no per-client copies.
 
-    Client ``i`` holds the pool rows ``index[offset[i] : offset[i] + size[i]]``. Build it with
+    Client ``i`` holds the pool rows ``rows[offset[i] : offset[i] + size[i]]``. Build it with
     ``hetfl_jax.data.population``, which checks every range (JAX clamps bad gathers silently), and pass it to
     jitted functions as an argument: a pool that is closed over becomes program text.
     """
 
     x: Array  #: [M, ...] examples as stored, e.g. uint8 images
     y: Array  #: [M] int32 labels; of sequences [M, S], -1 where there is none
-    index: Array  # type: ignore[assignment]  #: [n] int32 pool rows, client after client
-    offset: Array  #: [N] int32 first position of a client in ``index``
+    rows: Array  #: [n] int32 pool rows, client after client
+    offset: Array  #: [N] int32 first position of a client in ``rows``
     size: Array  #: [N] int32 examples per client
     level: Array  #: [N] int32 capacity level of the client, 0 is the largest
     classes: Array  #: [N, C] bool, labels that occur among the client's training examples
@@ -47,7 +47,7 @@ class Shard(NamedTuple):
 
     x: Array | Any
     y: Array | Any
-    index: Array | Any  # type: ignore[assignment]
+    rows: Array | Any
     offset: Array  #: int32 scalar
     size: Array  #: int32 scalar
     classes: Array  #: [C] bool
@@ -111,7 +111,7 @@ class Items(NamedTuple):
     level: Array
     round: Array
     ticket: PyTree
-    shard: Shard  #: x, y, index and views are ``None`` here: the pool is shared and travels apart
+    shard: Shard  #: x, y, rows and views are ``None`` here: the pool is shared and travels apart
     memory: PyTree
 
 

@@ -19,7 +19,7 @@ PATIENCE = 10.0  #: seconds after which it is, too
 class Partition(NamedTuple):
     """Rows of the training and of the local test data, client after client."""
 
-    index: np.ndarray  # type: ignore[assignment]  #: [n] int
+    rows: np.ndarray  #: [n] int
     size: np.ndarray  #: [N] int
     test_index: np.ndarray | None = None
     test_size: np.ndarray | None = None
@@ -90,7 +90,7 @@ def per_group(examples: int, clients: int, groups: int, seed: int, shuffle: bool
 
     NumPy's legacy generator in the official call order, so the index sets equal the official ones.
 
-    >>> per_group(4, 4, 2, seed=0, shuffle=False).index.tolist()
+    >>> per_group(4, 4, 2, seed=0, shuffle=False).rows.tolist()
     [0, 1, 2, 3, 0, 1, 2, 3]
     """
     for name, value in (("examples", examples), ("clients", clients), ("groups", groups)):
@@ -122,16 +122,16 @@ def hold_out_own(part: Partition, fraction: float, seed: int) -> Partition:
     tests = np.minimum((size * fraction).astype(int), size - 1)
     place = np.arange(owner.size) - np.repeat(np.cumsum(size) - size, size)
     is_test = place < np.repeat(tests, size)
-    index = np.asarray(part.index)[order]
+    index = np.asarray(part.rows)[order]
     return part._replace(
-        index=index[~is_test], size=size - tests, test_index=index[is_test], test_size=tests, held_out=True
+        rows=index[~is_test], size=size - tests, test_index=index[is_test], test_size=tests, held_out=True
     )
 
 
 def first_clients(part: Partition, count: int) -> Partition:
     """The first ``count`` clients of a partition (0: all); the data of the others is not used.
 
-    >>> first_clients(iid(10, 5, seed=0), 2).index.size
+    >>> first_clients(iid(10, 5, seed=0), 2).rows.size
     4
     """
     _whole(count, "first clients", 0)
@@ -144,7 +144,7 @@ def first_clients(part: Partition, count: int) -> Partition:
         test = {"test_index": part.test_index[: kept.sum()], "test_size": kept}
     classes = None if part.classes is None else part.classes[:count]
     size = part.size[:count]
-    return part._replace(index=part.index[: size.sum()], size=size, classes=classes, **test)
+    return part._replace(rows=part.rows[: size.sum()], size=size, classes=classes, **test)
 
 
 def shards(
@@ -385,6 +385,6 @@ def class_counts(labels: np.ndarray, part: Partition) -> np.ndarray:
         return np.asarray(part.size)[:, None]
     classes, each = int(labels.max()) + 1, labels.size // len(labels)
     client = np.repeat(np.arange(part.size.size), part.size * each)
-    held = labels[part.index].ravel()
+    held = labels[part.rows].ravel()
     flat = np.bincount((client * classes + held)[held >= 0], minlength=part.size.size * classes)
     return flat.reshape(part.size.size, classes)

@@ -143,7 +143,7 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     """
     fine = isinstance(batch_size, Integral) and batch_size >= 1
     _check(fine, f"batch size {batch_size!r}: need a whole number >= 1")
-    index = np.asarray(pop.index)
+    index = np.asarray(pop.rows)
     order = np.random.default_rng(0).permutation(index.size) if order is None else order
     view = np.zeros(index.size, int)
     if isinstance(pop.views, Views):
@@ -154,7 +154,7 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     kind = [k for k, count in zip(kinds, counts) for _ in range(0, count, batch_size)]
     sizes = np.asarray(parts, np.int32)
     return pop._replace(
-        index=jnp.asarray(index[order]),
+        rows=jnp.asarray(index[order]),
         offset=jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         size=jnp.asarray(sizes),
         level=jnp.zeros(sizes.size, jnp.int32),
@@ -165,7 +165,7 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
 
 def joined(first: Population, second: Population) -> Population:
     """The clients of two populations over one pool, one after the other."""
-    second = second._replace(offset=second.offset + first.index.shape[0])
+    second = second._replace(offset=second.offset + first.rows.shape[0])
     clients: list[Any] = [(*pop[2:7], pop.view) for pop in (first, second)]
     *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)
     return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

@@ -333,4 +333,4 @@ def _client_keys(key: Array, ids: Array) -> Array:
 
 
 def _pool(population: Population) -> Pool:
-    return population.x, population.y, population.index, population.views
+    return population.x, population.y, population.rows, population.views

@@ -20,14 +20,14 @@ from hetfl_jax.engine.chunks import clients_at_once
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
 
 Buckets = Sequence[Sequence[int]]
-Pool = tuple[Array, Array, Array, Any]  #: x, y, index, views: shared by all items, never mapped
+Pool = tuple[Array, Array, Array, Any]  #: x, y, rows, views: shared by all items, never mapped
 Runner = Callable[[Algorithm, PyTree, Pool, Items], Outcome]
 
 
 def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level: Level) -> tuple[PyTree, ...]:
     """Run one client; a reply that is not finite, or an item that is not valid, adds nothing and keeps its memory."""
-    x, y, index, views = pool
-    shard = item.shard._replace(x=x, y=y, index=index, views=views)
+    x, y, rows, views = pool
+    shard = item.shard._replace(x=x, y=y, rows=rows, views=views)
     with jax.named_scope("local_training"):
         reply = algorithm.client(ClientContext(item.key, item.round, level, shard, item.ticket, sent, item.memory))
     ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))

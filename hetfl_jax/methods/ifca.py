@@ -19,6 +19,7 @@ can be tried in one program and the best by training loss goes on.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,7 @@ def make(
     loss: str = "cross_entropy",
     weighted: bool = False,
     over: str = "",
-    over_args: Mapping[str, Any] | None = None,
+    over_args: Mapping[str, Any] = MappingProxyType({}),
     restarts: int = 1,
     restart_rounds: int = 3,
     min_share: float = 0.0,
@@ -113,7 +114,7 @@ def make(
         if ignored := [name for name, given in own.items() if given]:
             raise ValueError(f"{ignored[0]} with over={over!r}, which has its own (method.args.{ignored[0]})")
         told = {"proportions": proportions, "clients_per_level": clients_per_level, "clients": clients}
-        base = _inside(over, over_args or {}, family, local, cohort, told, slots)
+        base = _inside(over, over_args, family, local, cohort, told, slots)
     else:
         base = compose(
             family,

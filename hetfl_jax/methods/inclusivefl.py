@@ -113,7 +113,7 @@ def make(
 
     def server(state: Types, plan: Plan, sent: Sent, total: merge.Total, seen: Seen, ok: Array) -> tuple[Types, Info]:
         mean, _ = merge.settle_each(rule, total)
-        after = _served(state, mean["params"], total.count.sum(1), depths, beta, timing)
+        after = _served(state, mean["params"], total.weight.sum(1), depths, beta, timing)
         return after._replace(select=chosen.update(plan.notes, plan, seen, ok)), round_info(plan, seen, ok)
 
     def model(state: Types, level: Level, member: int = 0) -> PyTree:

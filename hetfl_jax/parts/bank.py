@@ -147,7 +147,7 @@ def bank(
 
         together = _of_group(total, route.groups)
         if divide_by_all:
-            total = total._replace(count=together.count, rows=together.rows)
+            total = total._replace(weight=together.weight, rows=together.rows)
         members = serve(total, report.member == rows)
         if shared:
             common = serve(together, report.member // per_group == rows // per_group)

@@ -343,6 +343,8 @@ def questions_of(
 
 def round_info(plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None) -> Info:
     """What a human wants of a round: training loss and accuracy, failures, and what every item did."""
+    there = lambda v: plan.valid.reshape(-1, *[1] * (v.ndim - 1))  # noqa: E731
+    seen = jax.tree.map(lambda v: jnp.where(there(v), v, 0), seen)
     total = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), seen.tally)
     examples = jnp.maximum(total.examples, 1)
     found = {

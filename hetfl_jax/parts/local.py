@@ -189,7 +189,7 @@ def tally(
         position = jnp.minimum(position, count - 1)
         if examples and key is not None:
             position = permute(key, position, shard.size)
-        x, labels = examples_of(shard, shard.index[shard.offset + position])
+        x, labels = examples_of(shard, shard.rows[shard.offset + position])
         return jax.tree.map(lambda a, b: a + b.astype(dtype), seen, sums(Batch(x, labels, valid)))
 
     def sums(batch: Batch) -> Tally:
@@ -198,7 +198,7 @@ def tally(
         return jax.vmap(of)(found) if found.ndim > labels.ndim + 1 else of(found)
 
     dtype = jnp.result_type(float)
-    first = examples_of(shard, shard.index[shard.offset + jnp.zeros(batch, int)])
+    first = examples_of(shard, shard.rows[shard.offset + jnp.zeros(batch, int)])
     shapes = jax.eval_shape(sums, Batch(*first, jnp.zeros(batch, bool)))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, dtype), shapes)
     return jax.lax.fori_loop(0, -(-count // batch), step, zero)
@@ -242,7 +242,7 @@ def _reader(settings: Local, context: ClientContext) -> Callable[[Array], tuple[
         position = jnp.minimum(position, shard.size - 1)
         if settings.shuffle:
             position = permute(jax.random.fold_in(context.key, step // per_epoch), position, shard.size)
-        return shard.index[shard.offset + position], valid
+        return shard.rows[shard.offset + position], valid
 
     return rows
 

@@ -21,7 +21,7 @@ class Total(NamedTuple):
     """What is summed over clients."""
 
     delta: PyTree  #: weighted change of the variables, narrow until the engine widens it
-    count: Array  # type: ignore[assignment]  #: [L] weight of the replies of each level
+    weight: Array  #: [L] of the replies of each level, added up
     rows: Array  #: [L, C] the same, split by the classes that the clients hold
     extra: PyTree = ()  #: plain sum of what a drift sends besides the model, of the same form as ``delta``
 
@@ -95,7 +95,7 @@ def overlap_mean(
 
     def settle(total: Total) -> tuple[PyTree, PyTree]:
         def cover(path: tuple[str, ...], d: Array) -> Array:
-            count = total.count if count_untrained or trains(path).all() else total.count * trains(path)
+            count = total.weight if count_untrained or trains(path).all() else total.weight * trains(path)
             rows = padded(total.rows, d.shape[family.windows[path].class_axis]) if has_rows(path) else None
             return windows.spread(family, path, count, rows)
 

@@ -181,11 +181,13 @@ class Checkpoints:
           ValueError: there are checkpoints, but none can be read into ``like``.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
         steps = [round] if round is not None else sorted(self._manager.all_steps(), reverse=True)
         reason = ""
         for step in steps:
             try:
+                path = (self._folder / "checkpoints" / str(step) / "state").absolute()
+                wanted = _on_disk(abstract, ocp.StandardCheckpointHandler().metadata(path).tree)
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), extra=ocp.args.JsonRestore())
                 found = self._manager.restore(step, args=args)
             except Exception as error:
                 reason = str(error)
@@ -193,7 +195,7 @@ class Checkpoints:
                     warnings.warn(f"checkpoint {step} cannot be read and is passed over: {error}", stacklevel=2)
                 continue
             self._set_aside([later for later in steps if later > step])
-            return found["state"], found["extra"]
+            return _like(like, found["state"]), found["extra"]
         if steps:
             rounds = ", ".join(map(str, sorted(steps)))
             raise ValueError(
@@ -227,3 +229,18 @@ class Checkpoints:
     def close(self) -> None:
         """Release the manager."""
         self._manager.close()
+
+
+def _on_disk(like: Any, saved: Any) -> Any:
+    """``like`` without the fields that a checkpoint lacks, named tuples as dicts: older ones have fewer fields."""
+    if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(saved, Mapping)):
+        return like
+    return {name: _on_disk(getattr(like, name), saved[name]) for name in like._fields if name in saved}
+
+
+def _like(like: Any, found: Any) -> Any:
+    """What was found in the form of ``like``; fields that were not on disk keep their start values."""
+    if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(found, Mapping)):
+        return found
+    fields = {name: _like(getattr(like, name), found.get(name, getattr(like, name))) for name in like._fields}
+    return type(like)(**fields)

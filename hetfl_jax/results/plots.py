@@ -10,6 +10,11 @@ _MOST_CLASSES = 200  #: that a heat map shows
 _COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
 
 
+def _percent(share: float | None) -> float:
+    """What is drawn of a score; nothing where there is none."""
+    return np.nan if share is None else 100 * share
+
+
 def plot(folder: Path, lines: Sequence[Mapping[str, Any]], counts: np.ndarray) -> list[Path]:
     """Accuracy over rounds and over bytes sent, per level, and the partition as a heat map; returns the files."""
     from matplotlib.figure import Figure
@@ -22,11 +27,11 @@ def plot(folder: Path, lines: Sequence[Mapping[str, Any]], counts: np.ndarray) -
         axes = figure.add_subplot()
         for color, letter in zip(_COLORS, points[0]["accuracy"]):
             axes.plot(
-                x, [100 * p["accuracy"][letter] for p in points], color=color, label=f"level {letter}", marker="."
+                x, [_percent(p["accuracy"][letter]) for p in points], color=color, label=f"level {letter}", marker="."
             )
         first = next(iter(points[0]["accuracy"]))
         if "local_accuracy" in points[-1]:
-            local = [100 * (p["local_accuracy"][first] or np.nan) for p in points]
+            local = [_percent(p["local_accuracy"][first]) for p in points]
             axes.plot(x, local, color="0.55", linestyle="--", label=f"level {first}, local")
         axes.set(xlabel=label, ylabel="test accuracy (%)", ylim=(0, 100))
         axes.grid(alpha=0.25)

@@ -18,7 +18,8 @@ from hetfl_jax.run.keys import KEYS, defaults
 
 #: what a method is told by the federation, and no config says
 TOLD = ("proportions", "clients", "clients_per_level")
-FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict of anything
+FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict
+ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "train.optimizer_args")  #: dicts of anything
 
 
 def changed(**blocks: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -203,15 +204,16 @@ def _overridden(config: Any, changes: Sequence[str]) -> Any:
 
 
 def _check_key(config: Any, name: str) -> None:
-    """Every ``block.key`` must name a value that the config has; a dict of anything may get new ones."""
-    place, parents = config, ""
+    """Every ``block.key`` must name a value that the config has; below a dict of anything there may be new ones."""
+    place, above = config, ""
     for key in name.split("."):
-        if parents.endswith(tuple(f"{free})" for free in FREE)) and key not in place:
-            return  # of a dict of anything
         if not hasattr(place, "keys") or key not in place:
+            if above in ANYTHING or above.startswith("method.args."):
+                return
             allowed = ", ".join(place.keys()) if hasattr(place, "keys") else "nothing below it"
-            raise ValueError(f"unknown config key {name!r}: {key!r} is not one of {allowed}{parents}")
-        place, parents = place[key], f" (below {key})"
+            where = f" (below {above})" if above else ""
+            raise ValueError(f"unknown config key {name!r}: {key!r} is not one of {allowed}{where}")
+        place, above = place[key], f"{above}.{key}".lstrip(".")
 
 
 def as_text(config: Any) -> str:

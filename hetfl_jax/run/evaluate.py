@@ -87,7 +87,7 @@ def _tallies(
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
     """Pool rows at positions of the shard, and which of them exist."""
-    return shard.index[shard.offset + jnp.minimum(position, shard.size - 1)], position < shard.size
+    return shard.rows[shard.offset + jnp.minimum(position, shard.size - 1)], position < shard.size
 
 
 def with_statistics(

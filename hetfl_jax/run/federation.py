@@ -98,9 +98,7 @@ def build(config: Any, own: Own | None = None) -> Federation:
     x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
     x = jnp.asarray(np.concatenate([source.x_train, source.x_test, x_validation]))
     y = jnp.asarray(np.concatenate([source.y_train, source.y_test, y_validation]))
-    train = population(
-        x, y, part.index, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
-    )
+    train = population(x, y, part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups))
     test, batched = _test(train, source, part, held, config.run.eval_batch_size)
     price = costs(fam)
     return Federation(
@@ -166,10 +164,10 @@ def _seen(views: Views | None, groups: np.ndarray) -> dict[str, Any]:
 def _held(source: sources.Source, part: Partition, classes: int, views: Views | None, groups: np.ndarray) -> np.ndarray:
     """[N, C] which classes each client holds, as it sees them."""
     if views is not None:
-        seen_as = np.asarray(views.labels)[np.repeat(groups, part.size), source.y_train[part.index]]
+        seen_as = np.asarray(views.labels)[np.repeat(groups, part.size), source.y_train[part.rows]]
         return held_classes(seen_as, part.size, classes)
     if part.classes is None:
-        return held_classes(source.y_train[part.index], part.size, classes)
+        return held_classes(source.y_train[part.rows], part.size, classes)
     return np.pad(part.classes, ((0, 0), (0, classes - part.classes.shape[1])))
 
 
@@ -250,14 +248,17 @@ def _of_population(data: Any) -> bool:
 
 def _partition(data: Any, source: sources.Source, seed: int, own: Own) -> Partition:
     if _of_population(own.data):
-        return Partition(np.asarray(own.data[0].index), np.asarray(own.data[0].size))
+        return Partition(np.asarray(own.data[0].rows), np.asarray(own.data[0].size))
     if own.split is None:
         return split(data, source, seed)
     if isinstance(own.split, Partition):
         return own.split
     if isinstance(own.split, Callable):  # type: ignore[arg-type]
         return own.split(source.y_train, data.clients, seed)
-    return partition.natural(np.asarray(own.split), seed, data.test_fraction)
+    ids = np.asarray(own.split)
+    if ids.shape != (len(source.y_train),):
+        raise ValueError(f"split has ids of shape {ids.shape} for {len(source.y_train)} training examples (split)")
+    return partition.natural(ids, seed, data.test_fraction)
 
 
 def split(data: Any, source: sources.Source, seed: int) -> Partition:

@@ -107,7 +107,7 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
             continue
         for score in found[0]:
             if score not in ("client_accuracy", "placed"):
-                line[score] = dict(zip(names, (_number(f[score]) for f in found)))
+                line[score] = dict(zip(names, (_number(f.get(score)) for f in found)))
         if "placed" in found[0] and fed.test_groups is not None:
             scores = [fed.algorithm.shown.placed(f["placed"], fed.test_groups) for f in found]
             line |= {score: dict(zip(names, (s[score] for s in scores))) for score in scores[0]}
@@ -117,8 +117,8 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
 
 
 def _number(value: Any) -> float | None:
-    """A score; one that is not finite is none."""
-    return float(value) if math.isfinite(value) else None
+    """A score; one that a tier has not, or that is not finite, is none."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Any) -> list[Any]:

@@ -16,7 +16,7 @@ class Mix(NamedTuple):
     depths: tuple[int, ...] = ()  #: of each level, where levels have one
 
 
-_PART = re.compile(r"(?:([a-z])?(?:(\d+)x)?(\d+))|(?:w(\d+(?:\.\d+)?)x(\d+))")
+_PART = re.compile(r"w(?P<width>\d+(?:\.\d+)?)x(?P<often>\d+)|([a-z])?(?:(\d+)x)?(\d+)")
 
 
 def parse_mix(text: str) -> Mix:
@@ -52,16 +52,17 @@ def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
     if part[:1].isalpha() and part[0] != "w" and part[0] not in RATES:
         raise ValueError(f"level {part[:1]!r} in mix {text!r} is not one of {', '.join(RATES)} (family.mix)")
     match = _PART.fullmatch(part)
-    wide = match is not None and match[4] is not None
-    count = int((match[5] if wide else match[3]) or 0) if match else 0
-    if not match or count < 1 or match[2] == "0" or not (match[1] or match[2] or wide):
+    wide = match is not None and match["width"] is not None
+    letter, depth, often = match.groups()[2:] if match else (None, None, None)
+    count = int((match["often"] if match and wide else often) or 0)
+    if not match or count < 1 or depth == "0" or not (letter or depth or wide):
         raise ValueError(
             f"part {part!r} in mix {text!r}: need a level and a proportion >= 1, as in a1-b1, 4x1 or w0.75x1 "
             "(family.mix)"
         )
     if not wide:
-        return f"{match[1] or ''}{match[2] or ''}", RATES.get(match[1]), int(match[2] or 0), count
-    width = float(match[4])
+        return f"{letter or ''}{depth or ''}", RATES.get(letter or ""), int(depth or 0), count
+    width = float(match["width"])
     if not 0 < width <= 1:
         raise ValueError(f"width {width:g} in mix {text!r}, allowed 0 < width <= 1 (family.mix)")
     return f"w{width:g}", width, 0, count

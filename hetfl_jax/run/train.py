@@ -64,7 +64,8 @@ def train(
         client id for each training example.
       method: in place of ``method.name``: a ``make(family, local, *, ...)``, or an ``Algorithm``.
       metrics: further scores by name: (logits [B, C], labels [B], valid [B]) -> [B]; their mean over the test set.
-      callbacks: each is called with (round, scores, state) after every evaluation.
+      callbacks: each is called with (round, scores, state) after every evaluation. The next round reuses the state's
+        arrays: keep copies (``jax.device_get``).
       resume: go on from the last checkpoint of ``run.folder/run.name``, bit for bit, on the same device count.
       overwrite: delete what is there and start over.
       quiet: print nothing.
@@ -121,7 +122,7 @@ def _begin(lab: Lab, folder: Path, *, resume: bool, overwrite: bool, quiet: bool
     if first:
         write_json(folder / "environment.json", tables.environment(lab.executor.devices))
         write_json(folder / "partition.json", about)
-        np.savez(folder / "partition.npz", index=fed.partition.index, size=fed.partition.size, labels=fed.labels)
+        np.savez(folder / "partition.npz", index=fed.partition.rows, size=fed.partition.size, labels=fed.labels)
     state, totals = lab.start(), ledger.Totals()
     for note in fed.notes:
         tables.say(f"data: {note}", quiet)

@@ -99,7 +99,7 @@ def _model_averaging(z):
     sent = algorithm.send(server, jnp.int32(0))
     one = jax.jit(lambda shard: algorithm.client(context(0, shard, sent=sent)))
     for client in range(m):
-        shard = Shard(train.x, train.y, train.index, train.offset[client], train.size[client], train.classes[client])
+        shard = Shard(train.x, train.y, train.rows, train.offset[client], train.size[client], train.classes[client])
         reply = one(shard)
         assert int(reply.member) == z["assign_r0"][client]
         start = jax.tree.map(lambda v, member=reply.member: v[member], server.members.variables["params"])
@@ -149,7 +149,7 @@ def test_gradient_averaging(name):
     one = jax.jit(lambda shard: algorithm.client(context(0, shard, sent=sent)))
     every = []
     for client in range(m):
-        shard = Shard(data.x, data.y, data.index, data.offset[client], data.size[client], data.classes[client])
+        shard = Shard(data.x, data.y, data.rows, data.offset[client], data.size[client], data.classes[client])
         reply = one(shard)
         every.append(reply.report.judged.loss / n)
         gradient = reply.total.delta["params"]["theta"]["kernel"][:, 0] / -rate
@@ -230,13 +230,13 @@ def test_rotations_and_partitions(name):
     clients, n = z["part_small_idx"].shape
     groups = z["part_small_cluster"].max() + 1
     small = partition.per_group(clients * n // groups, clients, groups, seed=0)
-    np.testing.assert_array_equal(small.index.reshape(clients, n), z["part_small_idx"])
+    np.testing.assert_array_equal(small.rows.reshape(clients, n), z["part_small_idx"])
     test = partition.per_group(clients * n // groups, clients, groups, seed=0, shuffle=False)
-    np.testing.assert_array_equal(test.index.reshape(clients, n), z["part_small_test_idx"])
+    np.testing.assert_array_equal(test.rows.reshape(clients, n), z["part_small_test_idx"])
     for key in (key for key in z if re.fullmatch(r"part_full\d+_cluster_counts", key)):
         m, counts = int(re.search(r"\d+", key)[0]), z[key]
         full = partition.per_group(60_000, m, len(counts), seed=0)
-        rows = full.index.reshape(m, -1)
+        rows = full.rows.reshape(m, -1)
         prefix = key.removesuffix("_cluster_counts") + "_seed0_"
         np.testing.assert_array_equal(np.bincount(np.arange(m) * len(counts) // m), counts)
         for excerpt in (other for other in z if other.startswith(prefix)):

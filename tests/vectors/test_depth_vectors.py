@@ -148,7 +148,7 @@ def test_partitions(name):
         found = partition.dirichlet_per_class(labels, clients, float(kind.removeprefix("noniid_beta")), seed)
         ends = np.cumsum(found.size)
         for i, (start, end) in enumerate(zip(ends - found.size, ends)):
-            np.testing.assert_array_equal(np.sort(found.index[start:end]), np.sort(z[f"{kind}/client{i}"]))
+            np.testing.assert_array_equal(np.sort(found.rows[start:end]), np.sort(z[f"{kind}/client{i}"]))
     # The official IID split draws from another generator: sizes are what can be compared.
     sizes = [len(z[f"iid/client{i}"]) for i in range(clients)]
     np.testing.assert_array_equal(partition.iid(len(labels), clients, seed).size, sizes)
