@@ -1,13 +1,12 @@
 """What people want to see of clusters: who is where, whether it is true, and how it came about."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from hetfl_jax.core.types import Shown
+from hetfl_jax.core.types import Arguments, Line, PyTree, Shown
 from hetfl_jax.parts.bank import alike
 
 
@@ -28,7 +27,7 @@ def shown(models: int, tree: bool = False) -> Shown:
     """What people see of a bank of ``models``; with ``tree`` its route keeps a tree of splits."""
 
     def figures(
-        folder: Path, lines: Sequence[Mapping[str, Any]], server: Any, losses: np.ndarray, groups: np.ndarray | None
+        folder: Path, lines: Sequence[Arguments], server: PyTree, losses: np.ndarray, groups: np.ndarray | None
     ) -> list[Path]:
         files = plot(folder, lines) + plot_losses(folder, losses, groups)
         if tree:
@@ -36,7 +35,7 @@ def shown(models: int, tree: bool = False) -> Shown:
             files += plot_tree(folder, route.parent[:count], route.born[:count], route.table, int(route.rounds))
         return files
 
-    def warning(server: Any) -> str:
+    def warning(server: PyTree) -> str:
         return "all models start equal: every client will prefer the first (method.args)" if alike(server) else ""
 
     return Shown(
@@ -48,7 +47,7 @@ def shown(models: int, tree: bool = False) -> Shown:
     )
 
 
-def sentence(line: Mapping[str, Any]) -> str:
+def sentence(line: Arguments) -> str:
     """What the table says below of the models and who used them in the last round.
 
     >>> sentence({"clusters": [3, 1], "recovery": 0.75})
@@ -61,11 +60,11 @@ def sentence(line: Mapping[str, Any]) -> str:
     return f"{len(counts)} model(s), the best one counts for a test batch; clients of the last round: {each}{known}"
 
 
-def of_round(info: Mapping[str, Any], models: int, groups: np.ndarray | None) -> dict[str, Any]:
+def of_round(info: Arguments, models: int, groups: np.ndarray | None) -> Line:
     """The metrics line of a round with clusters: clients in each, recovery of known groups, and CFL's criteria."""
     cluster, ids = np.asarray(info["member"]), np.asarray(info["member_ids"])
     cluster, ids = cluster[ids >= 0], ids[ids >= 0]
-    line: dict[str, Any] = {"clusters": np.bincount(cluster, minlength=models).tolist()}
+    line: Line = {"clusters": np.bincount(cluster, minlength=models).tolist()}
     if groups is not None and ids.size:
         line["recovery"] = matched(cluster, groups[ids])
     if "mean_norm" in info:
@@ -78,7 +77,7 @@ def of_round(info: Mapping[str, Any], models: int, groups: np.ndarray | None) ->
 _NORMS = ("mean_norm", "largest_norm")
 
 
-def plot(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[Path]:
+def plot(folder: Path, lines: Sequence[Arguments]) -> list[Path]:
     """Clients in each cluster over rounds, and how many are in the right one where that is known; returns the file."""
     from matplotlib.figure import Figure
 

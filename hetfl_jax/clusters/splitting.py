@@ -103,7 +103,7 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
         fires = (mean < rule.eps1) & (most > rule.eps2) & (here.sum(-1) >= rule.min_clients) & may
         return {"mean_norm": mean, "largest_norm": most, "fires": fires}
 
-    def serve(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> Any:
+    def serve(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> PyTree:
         found = criteria(state, total, report, ok)
         after, info = inner.server(state, plan, sent, total, report.bank, ok)
         return after, info._replace(arrays={**info.arrays, **found, "count": after.route.count})
@@ -113,7 +113,7 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
         whole = base.widen(reply.total, base_of(context.level))
         return reply._replace(report=reply.report._replace(total=whole))
 
-    def hand_out(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> Any:
+    def hand_out(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> PyTree:
         return state, (plan, sent, report, ok, criteria(state, total, report, ok)["fires"])
 
     def decide(state: BankState, collected: Any, ask: Callable[..., PyTree]) -> tuple[BankState, PyTree]:
@@ -128,7 +128,7 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
         plan = plan._replace(notes=plan.notes._replace(route=state.route))
 
         @jax.jit
-        def again(state: BankState, plan: Plan, report: Measured, ok: Array) -> Any:
+        def again(state: BankState, plan: Plan, report: Measured, ok: Array) -> PyTree:
             rows = jnp.where(ok, report.bank.member, inner.members)
             total = jax.tree.map(
                 lambda t: jax.ops.segment_sum(t, rows, inner.members + 1)[: inner.members], report.total

@@ -7,13 +7,16 @@ Axis names used in shape comments: ``N`` clients in the population, ``K`` work i
 levels, ``C`` classes, ``M`` examples in the pool, ``n`` examples held by clients, ``B`` batch, ``E`` exits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 Array = jax.Array
 PyTree = Any
+Config = Any  #: an ``ml_collections.ConfigDict`` of blocks, see ``run.keys``
+Arguments = Mapping[str, Any]  #: arguments by name
+Line = dict[str, Any]  #: values by name, fit for JSON: of a round, or of a row of a table
 
 
 class Views(NamedTuple):

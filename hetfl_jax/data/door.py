@@ -5,12 +5,13 @@ Command line and Python pass ``admit`` before any split. What it changes in a wa
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hetfl_jax.core.types import Arguments
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.reading import (
     are_sequences,
@@ -281,7 +282,7 @@ def _about(name: str, array: np.ndarray) -> dict[str, Any]:
     return about
 
 
-def same_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def same_fingerprint(old: Arguments, new: Arguments) -> str:
     """The first difference of two fingerprints in one line, "" if there is none; what ``old`` lacks is not compared.
 
     >>> same_fingerprint({"y_train": {"shape": [3]}}, {"y_train": {"shape": [4]}})

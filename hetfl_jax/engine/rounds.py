@@ -253,7 +253,7 @@ def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Call
         return jitted
 
     @wraps(jitted)
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> PyTree:
         return jax.block_until_ready(jitted(*args))
 
     run.jitted, run._cache_size = jitted, jitted._cache_size  # type: ignore[attr-defined]
@@ -315,7 +315,7 @@ def query(
         total, report = fn(context.key, context.sent, context.level, context.shard)
         return Reply(total, 0, (), report)
 
-    def absent(*_: Any) -> Any:
+    def absent(*_: Any) -> PyTree:
         raise NotImplementedError("a query has no server")
 
     count = 1 if levels is None else count

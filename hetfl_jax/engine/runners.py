@@ -46,7 +46,7 @@ def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tup
 
 
 @jax.named_scope("merge")
-def add_reply(total: PyTree, member: Any, accumulated: PyTree) -> PyTree:
+def add_reply(total: PyTree, member: PyTree, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
     if members > 1 and jnp.ndim(member) and jax.default_backend() == "cpu":
@@ -72,7 +72,7 @@ def _by_columns(replies: Array, member: Array, sums: Array) -> Array:
     shape, sums, replies = sums.shape, sums.reshape(len(sums), -1), replies.reshape(len(member), -1)
     columns = sums.shape[1]
 
-    def add(sums: Array, start: Any, width: int) -> Array:
+    def add(sums: Array, start: PyTree, width: int) -> Array:
         def one(i: Array, block: Array) -> Array:
             reply = jax.lax.dynamic_slice(replies, (i, start), (1, width))
             row = jax.lax.dynamic_index_in_dim(block, member[i])

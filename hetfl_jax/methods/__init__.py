@@ -4,10 +4,10 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts.local import Local
 
@@ -64,7 +64,7 @@ def arguments(make: Make) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != SLOTS}
 
 
-def build(name: str, make: Make, family: Family, local: Local, args: Mapping[str, Any], slots: Any = None) -> Algorithm:
+def build(name: str, make: Make, family: Family, local: Local, args: Arguments, slots: Any = None) -> Algorithm:
     """``make(family, local, **args)``, with ``slots`` where it takes them.
 
     Raises:

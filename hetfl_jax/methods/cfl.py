@@ -19,16 +19,13 @@ The rounds of a run compile once: the bank has ``max_clusters`` rows from the st
 rounds that may split, by running the round again with the same randomness.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.clusters import bipartition, report
 from hetfl_jax.clusters.splitting import AtSplit, Clusters, Rule, by_table, splitting
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.bank import bank
@@ -53,7 +50,7 @@ def make(
     first_round: int = 20,
     weighted: bool = False,
     keep_updates: bool = True,
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """CFL over a population of ``clients``.

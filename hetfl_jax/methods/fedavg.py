@@ -10,10 +10,7 @@
 | server | plain averaging, or an optax optimizer on the pseudo-gradient |
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import select, server
 from hetfl_jax.parts.compose import Slots, compose
@@ -25,7 +22,7 @@ def make(
     local: Local,
     *,
     cohort: int,
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``."""

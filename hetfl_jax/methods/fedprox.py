@@ -8,10 +8,7 @@
 | all others | as FedAvg |
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, select, server
 from hetfl_jax.parts.compose import Slots, compose
@@ -24,7 +21,7 @@ def make(
     *,
     cohort: int,
     proximal_weight: float = 0.01,
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """FedProx with ``proximal_weight`` (mu); 0 is FedAvg."""

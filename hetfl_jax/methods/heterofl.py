@@ -12,10 +12,9 @@ stay as they are. While training, the Scaler divides by R and logits of absent c
 | server | plain averaging, or an optax optimizer |
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from hetfl_jax.core.types import Algorithm
+from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, objective, select, server
 from hetfl_jax.parts.compose import Slots, compose
@@ -32,7 +31,7 @@ def make(
     proportions: Sequence[float],
     assignment: str = "dynamic",
     mask: bool = True,
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """HeteroFL over the levels of ``family``.

@@ -17,7 +17,7 @@ can be tried in one program and the best by training loss goes on.
 | all others | those of the method inside |
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 from hetfl_jax import methods
 from hetfl_jax.clusters import report
 from hetfl_jax.core.random import permute
-from hetfl_jax.core.types import Algorithm, Array, Plan, PyTree
+from hetfl_jax.core.types import Algorithm, Arguments, Array, Plan, PyTree
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
@@ -60,7 +60,7 @@ def make(
     loss: str = "cross_entropy",
     weighted: bool = False,
     over: str = "",
-    over_args: Mapping[str, Any] = MappingProxyType({}),
+    over_args: Arguments = MappingProxyType({}),
     restarts: int = 1,
     restart_rounds: int = 3,
     min_share: float = 0.0,
@@ -69,7 +69,7 @@ def make(
     freeze_shared: bool = False,
     warm_start: str = "",
     redraw: Sequence[str] = ("head",),
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     proportions: Sequence[float] = (),
     clients_per_level: Sequence[int] = (),
     clients: int = 0,
@@ -146,7 +146,7 @@ def _noted(made: Algorithm, restarts: int, restart_rounds: int) -> Algorithm:
 
 
 def _inside(
-    name: str, args: Mapping[str, Any], family: Family, local: Local, cohort: int, told: Mapping[str, Any],
+    name: str, args: Arguments, family: Family, local: Local, cohort: int, told: Arguments,
     slots: Slots | None,
 ) -> Algorithm:  # fmt: skip
     """The method called ``name``, with what it wants to know."""

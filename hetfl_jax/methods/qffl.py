@@ -13,10 +13,7 @@ q-FedSGD is one full-batch step (``train.full_batch``, ``train.epochs=1``). Unde
 each entry over the clients that hold it, which is our extension.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from hetfl_jax.core.types import Algorithm, Array, ClientContext, PyTree
+from hetfl_jax.core.types import Algorithm, Arguments, Array, ClientContext, PyTree
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import choose, fair, merge, server
 from hetfl_jax.parts.compose import Slots, compose
@@ -30,7 +27,7 @@ def make(
     cohort: int,
     q: float = 1.0,
     static_step_size: bool = False,
-    server_optimizer: Mapping[str, Any] = server.PLAIN,
+    server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
     """q-FFL with ``q``.

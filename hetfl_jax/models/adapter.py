@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.core.types import Arguments, Array, PyTree
 
 
 class Net(NamedTuple):
@@ -44,7 +44,7 @@ def adapt(module: nn.Module) -> Net:
     """
     accepted = inspect.signature(type(module).__call__).parameters
 
-    def call(net: nn.Module, variables: PyTree, x: Array, rngs: Any, mutable: Any, **options: Any) -> Any:
+    def call(net: nn.Module, variables: PyTree, x: Array, rngs: Any, mutable: Any, **options: Any) -> PyTree:
         given = {name: value for name, value in _spelled(options).items() if name in accepted}
         return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
 
@@ -83,7 +83,7 @@ def adapt(module: nn.Module) -> Net:
     return Net(init, apply, counted, outline, each_exit, module)
 
 
-def _spelled(options: Mapping[str, Any]) -> dict[str, Any]:
+def _spelled(options: Arguments) -> dict[str, Any]:
     """The options of a call under every spelling that is known."""
     train = options.get("train", False)
     return {**options, "training": train, "is_training": train, "deterministic": not train}

@@ -4,7 +4,7 @@
 ``view`` is the model at one level, dense at its true shape or masked inside a larger one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import jaxprs, tree
-from hetfl_jax.core.types import Array, Level, PyTree, Within
+from hetfl_jax.core.types import Arguments, Array, Level, PyTree, Within
 from hetfl_jax.models.adapter import Net, adapt
 from hetfl_jax.models.windows import Family, Path, Prepare, Window, base_of, flat, mask, masked_by, narrow, overlay
 
@@ -36,8 +36,8 @@ def _as_stored(x: Array, key: Array | None) -> Array:
 
 def family(
     module: Any,
-    levels: Sequence[Mapping[str, Any]],
-    example: Any,
+    levels: Sequence[Arguments],
+    example: PyTree,
     prepare: Prepare = _as_stored,
     masked: bool = True,
 ) -> Family:
@@ -93,11 +93,11 @@ def init(fam: Family, key: Array) -> PyTree:
     return fam.nets[0].init(key, fam.prepare(tree.zeros(fam.example), None))
 
 
-def _is_struct(example: Any) -> bool:
+def _is_struct(example: PyTree) -> bool:
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 
 
-def _window(path: Path, leaf: Any, levels: list[dict[Path, Any]], wider: Any) -> Window:
+def _window(path: Path, leaf: PyTree, levels: list[dict[Path, Any]], wider: PyTree) -> Window:
     extents = []
     for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)

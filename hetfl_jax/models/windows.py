@@ -116,7 +116,7 @@ def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
         return values
     leaves = flat(values)
 
-    def leaf(path: Path, shape: Any) -> Array:
+    def leaf(path: Path, shape: PyTree) -> Array:
         return leaves[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
 
     known = map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
@@ -129,7 +129,7 @@ def widen(fam: Family, values: PyTree, level: int) -> PyTree:
     """The inverse of ``narrow``: zero outside the window."""
     leaves = flat(values)
 
-    def leaf(path: Path, shape: Any) -> Array:
+    def leaf(path: Path, shape: PyTree) -> Array:
         if path not in leaves:
             return jnp.zeros(shape.shape, shape.dtype)
         value = leaves[path]
@@ -209,7 +209,7 @@ def memory_extents(fam: Family, memory: PyTree) -> tuple[list[tuple[int, ...]], 
     A leaf that the family does not know has its own shape at every level.
     """
 
-    def extents(level: int, path: Path, leaf: Any) -> tuple[int, ...]:
+    def extents(level: int, path: Path, leaf: PyTree) -> tuple[int, ...]:
         known = fam.windows.get(path[1:])
         return tuple(leaf.shape) if known is None else tuple(map(int, known.extents[level]))
 

@@ -102,7 +102,7 @@ def bank(
         common = tree.take(members, jnp.zeros(size, int))
         return BankState(_by_name(shared, common, members), route.init()), starts[0][1]
 
-    def plan(key: Array, round: Array, state: BankState, population: Population, survey: Any) -> Plan:
+    def plan(key: Array, round: Array, state: BankState, population: Population, survey: Callable[..., PyTree]) -> Plan:
         first = base.plan(key, round, tree.take(state.members, 0), population, survey)
 
         def ask(ids: Array) -> Tally:
@@ -132,7 +132,7 @@ def bank(
         own = own._replace(work=forward, down=own.down * route.broadcast)
         return reply._replace(member=member, report=Report(own, member, judged))
 
-    def server(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Report, ok: Array) -> Any:
+    def server(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Report, ok: Array) -> PyTree:
         rows = jnp.arange(size)[:, None]
         own = plan._replace(notes=plan.notes.own)
 
@@ -203,7 +203,7 @@ def _by_name(names: Sequence[str], of_names: PyTree, others: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(leaf, of_names, others) if names else others
 
 
-def alike(state: Any) -> bool:
+def alike(state: PyTree) -> bool:
     """Whether a bank's members all start equal: then every client prefers the first, and the bank is a single model.
 
     >>> alike(BankState({"w": np.zeros((2, 3))}, ())), alike(BankState({"w": np.arange(2)}, ()))

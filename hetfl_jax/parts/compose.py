@@ -1,6 +1,6 @@
 """``compose``: a method from parts. A slot exists only where two methods fill it differently."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def compose(
             delta=windows.widen(family, total.delta, level), extra=windows.widen(family, total.extra, level)
         )
 
-    def serve(state: ServerState, plan: Plan, sent: Sent, total: PyTree, seen: Seen, ok: Array) -> Any:
+    def serve(state: ServerState, plan: Plan, sent: Sent, total: PyTree, seen: Seen, ok: Array) -> PyTree:
         whole = tree.take(total, 0)
         mean, coverage = merge.settle(whole)
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any(), whole.extra)
@@ -226,7 +226,9 @@ def down_bits(family: Family, sent: Sent) -> Array:
     return jnp.asarray(bits.digits(whole - plainly)) + sent.coded
 
 
-def _price(family: Family, slots: Slots, drift: drifts.Drift, init: Any, send: Any) -> Price:
+def _price(
+    family: Family, slots: Slots, drift: drifts.Drift, init: Callable[..., PyTree], send: Callable[..., PyTree]
+) -> Price:
     """Bits of an item at each level, from shapes; of a codec on a change of zero."""
     key, now = jax.random.key(0), jnp.int32(0)
     server, memory = jax.eval_shape(init, key)
@@ -259,7 +261,7 @@ def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, 
         )
 
 
-def trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> Any:
+def trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> PyTree:
     """``(path, level) -> bool``, whether a level's client trains a leaf; traced where the level is."""
     frozen = set(drift.frozen)
 
@@ -317,7 +319,10 @@ def _work(local: Local, done: Trained, context: ClientContext, levels: int, numb
 
 
 def questions_of(
-    model: Any, predict: Any, of_server: Mapping[str, Any], of_memory: Mapping[str, Any]
+    model: Callable[..., PyTree],
+    predict: Callable[..., PyTree],
+    of_server: Mapping[str, Callable[[PyTree, PyTree], PyTree]],
+    of_memory: Mapping[str, Callable[[PyTree], PyTree]],
 ) -> tuple[Question, ...]:
     """The accuracy of the model, and of what server and clients remember of others."""
 
@@ -330,10 +335,10 @@ def questions_of(
     def own(server: ServerState, memory: PyTree, tier: Level) -> PyTree:
         return model(server, tier)
 
-    def from_server(of: Any, server: ServerState, memory: PyTree, tier: Level) -> PyTree:
+    def from_server(of: Callable[..., PyTree], server: ServerState, memory: PyTree, tier: Level) -> PyTree:
         return at(server, tier, of(server.slot, server.variables))
 
-    def from_memory(of: Any, server: ServerState, memory: PyTree, tier: Level) -> PyTree:
+    def from_memory(of: Callable[..., PyTree], server: ServerState, memory: PyTree, tier: Level) -> PyTree:
         return at(server, tier, of(memory))
 
     more = [Question(name, partial(from_server, of), read) for name, of in of_server.items()]

@@ -11,7 +11,7 @@ import optax
 
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.shards import examples as examples_of
-from hetfl_jax.core.types import Array, Batch, ClientContext, PyTree, Shard, Tally
+from hetfl_jax.core.types import Arguments, Array, Batch, ClientContext, PyTree, Shard, Tally
 from hetfl_jax.models.families import View
 from hetfl_jax.models.windows import Path, Prepare, map_leaves
 from hetfl_jax.parts.drift import Drift
@@ -70,7 +70,7 @@ def local(
     shuffle: bool = True,
     full_batch: bool = False,
     keep_momentum: bool = False,
-    optimizer_args: Mapping[str, Any] | None = None,
+    optimizer_args: Arguments | None = None,
 ) -> Local:
     """Local training by an optax optimizer, which starts anew at every client and round.
 

@@ -23,7 +23,7 @@ def planner(
 ) -> Callable[..., Plan]:
     """``Algorithm.plan`` of a server whose field ``select`` is the selection's state; arguments as in ``_asker``."""
 
-    def plan(key: Array, round: Array, state: Any, population: Population, survey: Any) -> Plan:
+    def plan(key: Array, round: Array, state: PyTree, population: Population, survey: Callable[..., PyTree]) -> Plan:
         who, how = jax.random.split(key)
         ask, cost = _asker(
             survey,

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import State
+from hetfl_jax.core.types import Arguments, Line, PyTree, State
 
 #: settings that a resumed run may set anew; other devices and chunks move results by rounding
 MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")
@@ -37,10 +37,10 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Complete = Callable[[Arguments], Arguments]
 
 
-def check_folder(folder: Path, config: Mapping[str, Any], complete: Complete, *, resume: bool, overwrite: bool) -> None:
+def check_folder(folder: Path, config: Arguments, complete: Complete, *, resume: bool, overwrite: bool) -> None:
     """What ``claim`` checks, without touching anything: before data is loaded.
 
     Raises:
@@ -57,7 +57,7 @@ def check_folder(folder: Path, config: Mapping[str, Any], complete: Complete, *,
         _same_config(plain(complete(json.loads(saved.read_text()))), plain(config), folder)
 
 
-def claim(folder: Path, config: Mapping[str, Any], complete: Complete, *, resume: bool, overwrite: bool) -> None:
+def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, overwrite: bool) -> None:
     """Make the folder this run's own. Several processes check together, then the first one writes.
 
     Args:
@@ -78,7 +78,7 @@ def claim(folder: Path, config: Mapping[str, Any], complete: Complete, *, resume
     machine.wait_for_all("claimed")
 
 
-def _same_config(old: Any, new: Any, folder: Path) -> None:
+def _same_config(old: PyTree, new: PyTree, folder: Path) -> None:
     before, after = _leaves(old), _leaves(new)
     for name in sorted(set(before) | set(after)):
         if name not in MAY_CHANGE and before.get(name) != after.get(name):
@@ -88,7 +88,7 @@ def _same_config(old: Any, new: Any, folder: Path) -> None:
             )
 
 
-def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+def _leaves(values: Any, prefix: str = "") -> Line:
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
     return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
@@ -115,7 +115,7 @@ class Metrics:
         os.replace(partial, self.path)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, lines: Iterable[Arguments]) -> None:
         """Add whole lines and make sure that they are on disk."""
         new = [plain(line) for line in lines]
         self.lines.extend(new)
@@ -137,7 +137,7 @@ class Metrics:
             self._events.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Line]:
     """The lines of ``metrics.jsonl``; a last line that a kill cut short is passed over."""
     path = folder / "metrics.jsonl"
     lines = []
@@ -166,13 +166,13 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
-    def save(self, round: int, state: State, extra: Mapping[str, Any], accuracy: float) -> None:
+    def save(self, round: int, state: State, extra: Arguments, accuracy: float) -> None:
         """Save a state after ``round`` rounds with JSON values beside it."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
         self._manager.save(round, args=args, metrics={"accuracy": float(accuracy)})
         self._manager.wait_until_finished()
 
-    def restore(self, like: State, round: int | None = None) -> tuple[State, dict[str, Any]] | None:
+    def restore(self, like: State, round: int | None = None) -> tuple[State, Line] | None:
         """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning.
 
         Once an older one is read they move to ``damaged/``, for orbax keeps and saves nothing below the latest round.
@@ -231,14 +231,14 @@ class Checkpoints:
         self._manager.close()
 
 
-def _on_disk(like: Any, saved: Any) -> Any:
+def _on_disk(like: PyTree, saved: PyTree) -> Any:
     """``like`` without the fields that a checkpoint lacks, named tuples as dicts: older ones have fewer fields."""
     if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(saved, Mapping)):
         return like
     return {name: _on_disk(getattr(like, name), saved[name]) for name in like._fields if name in saved}
 
 
-def _like(like: Any, found: Any) -> Any:
+def _like(like: PyTree, found: PyTree) -> Any:
     """What was found in the form of ``like``; fields that were not on disk keep their start values."""
     if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(found, Mapping)):
         return found

@@ -1,10 +1,11 @@
 """Plots of one run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from hetfl_jax.core.types import Arguments
 
 _MOST_CLASSES = 200  #: that a heat map shows
 _COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e6a117", "#7b4ea3")
@@ -15,7 +16,7 @@ def _percent(share: float | None) -> float:
     return np.nan if share is None else 100 * share
 
 
-def plot(folder: Path, lines: Sequence[Mapping[str, Any]], counts: np.ndarray) -> list[Path]:
+def plot(folder: Path, lines: Sequence[Arguments], counts: np.ndarray) -> list[Path]:
     """Accuracy over rounds and over bytes sent, per level, and the partition as a heat map; returns the files."""
     from matplotlib.figure import Figure
 

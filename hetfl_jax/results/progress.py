@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from hetfl_jax.core.types import Line
+
 
 class Progress:
     """A bar over rounds, as a context."""
@@ -35,7 +37,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
-    def advance(self, round: int, line: dict[str, Any] | None = None) -> None:
+    def advance(self, round: int, line: Line | None = None) -> None:
         """``round`` rounds are done; ``line`` is the newest metrics line, if there is one."""
         task = self._bar.tasks[0]
         elapsed = task.elapsed or 0.0

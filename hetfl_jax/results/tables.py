@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hetfl_jax.core.types import Tier
-
-Line = dict[str, Any]
+from hetfl_jax.core.types import Arguments, Config, Line, Tier
 
 
 def say(text: str, quiet: bool) -> None:
@@ -25,7 +22,7 @@ def say(text: str, quiet: bool) -> None:
         print(text, flush=True)
 
 
-def environment(devices: int) -> dict[str, Any]:
+def environment(devices: int) -> Line:
     """What the run ran on; results move by 1e-7 with the device count."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "hetfl_jax")
     return {
@@ -39,7 +36,7 @@ def environment(devices: int) -> dict[str, Any]:
     }
 
 
-def headline(config: Any, clients: int) -> str:
+def headline(config: Config, clients: int) -> str:
     """One line on what is about to run."""
     active = config.method.args.get("cohort", "?")
     return (
@@ -48,7 +45,7 @@ def headline(config: Any, clients: int) -> str:
     )
 
 
-def describe(about: Mapping[str, Any]) -> str:
+def describe(about: Arguments) -> str:
     """One line on the partition."""
     size, held = about["size"], about["classes per client"]
     return (

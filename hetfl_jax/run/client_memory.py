@@ -1,12 +1,12 @@
 """Where the memory of a run's clients lives, and whether it fits there."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from hetfl_jax.core import machine, tree
+from hetfl_jax.core.types import Config
 from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.stores import (
     STORES,
@@ -22,7 +22,7 @@ from hetfl_jax.models.windows import memory_extents
 from hetfl_jax.run.federation import Federation
 
 
-def store_for(config: Any, fed: Federation, executor: Executor) -> Store:
+def store_for(config: Config, fed: Federation, executor: Executor) -> Store:
     """The store that ``train.store`` names.
 
     Raises:

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 import hetfl_jax
 from hetfl_jax import methods
+from hetfl_jax.core.types import Arguments, Config, Line
 from hetfl_jax.run.keys import KEYS, defaults
 
 #: what a method is told by the federation, and no config says
@@ -22,7 +23,7 @@ FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict
 ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "train.optimizer_args")  #: dicts of anything
 
 
-def changed(**blocks: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def changed(**blocks: Arguments) -> ml_collections.ConfigDict:
     """The default config with some values of its blocks changed: what a config file returns.
 
     Raises:
@@ -72,7 +73,7 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values)
 
 
-def shrink(config: ml_collections.ConfigDict, **train: Any) -> ml_collections.ConfigDict:
+def shrink(config: ml_collections.ConfigDict, **train: Config) -> ml_collections.ConfigDict:
     """The ``quick`` version of a config: the same code paths on few clients and rounds, for a smoke run on a CPU."""
     config.data.clients = min(config.data.clients, 10)
     config.data.examples = 400
@@ -88,7 +89,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complete(config: Any, tell: Callable[[str], None] = say) -> ml_collections.ConfigDict:
+def complete(config: Config, tell: Callable[[str], None] = say) -> ml_collections.ConfigDict:
     """A config with every key there is, and with the arguments of its method: what it lacks takes its default.
 
     Arguments of another method are dropped and told in one line. A config of an older version, or a plain dict, is
@@ -112,9 +113,9 @@ def complete(config: Any, tell: Callable[[str], None] = say) -> ml_collections.C
     return whole.lock()
 
 
-def method_defaults(make: methods.Make) -> dict[str, Any]:
+def method_defaults(make: methods.Make) -> Line:
     """Arguments of a method with their defaults, without those that the federation tells it."""
-    found: dict[str, Any] = {}
+    found: Line = {}
     for name, parameter in methods.arguments(make).items():
         if name not in TOLD:
             required = parameter.default is inspect.Parameter.empty
@@ -185,7 +186,7 @@ def _from_file(path: Path, arg: str) -> Any:
     return module.get_config(arg) if inspect.signature(module.get_config).parameters else module.get_config()
 
 
-def _overridden(config: Any, changes: Sequence[str]) -> Any:
+def _overridden(config: Config, changes: Sequence[str]) -> Any:
     """Values set by text, typed as they are in the config."""
     for change in changes:
         if "=" not in change:
@@ -203,7 +204,7 @@ def _overridden(config: Any, changes: Sequence[str]) -> Any:
     return holder.value.lock()
 
 
-def _check_key(config: Any, name: str) -> None:
+def _check_key(config: Config, name: str) -> None:
     """Every ``block.key`` must name a value that the config has; below a dict of anything there may be new ones."""
     place, above = config, ""
     for key in name.split("."):
@@ -216,7 +217,7 @@ def _check_key(config: Any, name: str) -> None:
         place, above = place[key], f"{above}.{key}".lstrip(".")
 
 
-def as_text(config: Any) -> str:
+def as_text(config: Config) -> str:
     """A resolved config with the meaning of every key."""
     lines = []
     for block, keys in KEYS.items():

@@ -1,14 +1,13 @@
 """What a run would take: memory, programs, work and bytes, without training."""
 
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Price, State
+from hetfl_jax.core.types import Config, Price, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import rounds
 from hetfl_jax.results import tables
@@ -22,7 +21,7 @@ ASSUMED_EFFICIENCY = 0.4
 SMALLEST_STEP = 5e-4  #: seconds that a client step of the smallest net takes
 
 
-def describe(config: Any, own: Own | None = None) -> str:
+def describe(config: Config, own: Own | None = None) -> str:
     """The dry run of ``config`` as text; builds the data, compiles only one matrix product, and allocates no state.
 
     Raises:

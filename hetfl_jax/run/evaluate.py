@@ -1,7 +1,6 @@
 """Evaluation through the executor: statistics pass, a method's questions, and the clients' own test data."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,7 +231,7 @@ def _scores(asked: Asked, seen: Tally, test_batches: int, shared: int, sequences
 
 
 def evaluate(
-    algorithm: Algorithm, state: Any, data: Population, *, level: int = 0, statistics: Population | None = None,
+    algorithm: Algorithm, state: PyTree, data: Population, *, level: int = 0, statistics: Population | None = None,
     batch_size: int = 100, executor: Executor | None = None, metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Scores of the model of ``state`` at a level on all of ``data``, whatever the batches it is cut into.

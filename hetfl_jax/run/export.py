@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hetfl_jax.core.types import PyTree, State
+from hetfl_jax.core.types import Line, PyTree, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.engine.rounds import compiled
@@ -116,11 +116,11 @@ def export_level(
     return path
 
 
-def load_exported(path: Path) -> tuple[dict[str, Any], PyTree]:
+def load_exported(path: Path) -> tuple[Line, PyTree]:
     """An exported sub-model: the fields of its net and its variables, with NumPy alone."""
     with np.load(path, allow_pickle=False) as file:
         net = json.loads(str(file["net"]))
-        variables: dict[str, Any] = {}
+        variables: Line = {}
         for name in file.files:
             *parents, leaf = name.split("/")
             if parents:

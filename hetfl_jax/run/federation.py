@@ -1,7 +1,7 @@
 """From a config to a federation: data, capacity levels and method, all checked before anything compiles."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax import methods
-from hetfl_jax.core.types import Algorithm, Population, Tier, Views
+from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
 from hetfl_jax.data import door, partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, held_classes, joined, population
@@ -33,7 +33,7 @@ class Own(NamedTuple):
     """What the user brings in place of what a config names; ``None`` leaves it to the config."""
 
     net: Any = None  #: a linen module
-    data: Any = None  #: (x_train, y_train, x_test, y_test), a ``Source``, or (Population, (x_test, y_test))
+    data: Config = None  #: (x_train, y_train, x_test, y_test), a ``Source``, or (Population, (x_test, y_test))
     split: Any = None  #: (labels, clients, seed) -> Partition, a ``Partition``, or a client id a training example
     method: Any = None  #: a ``make``, an ``Algorithm``, or a name
 
@@ -54,14 +54,14 @@ class Federation(NamedTuple):
     validation_batches: int  #: how many after those are batches of the validation set
     labels: np.ndarray  #: of the training pool
     partition: Partition
-    fingerprint: dict[str, Any]  #: of data and partition
+    fingerprint: Line  #: of data and partition
     labels_table: dict[str, int] | None  #: old label -> new one, where labels were renumbered
     notes: tuple[str, ...]  #: what was understood of the data that one may not expect
     groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
 
-def build(config: Any, own: Own | None = None) -> Federation:
+def build(config: Config, own: Own | None = None) -> Federation:
     """The federation that a config describes.
 
     Raises:
@@ -126,14 +126,14 @@ def build(config: Any, own: Own | None = None) -> Federation:
     )  # fmt: skip
 
 
-def _method(config: Any, own: Own) -> methods.Make | Algorithm:
+def _method(config: Config, own: Own) -> methods.Make | Algorithm:
     if own.method is None:
         return methods.find(config.method.name)
     return methods.find(own.method) if isinstance(own.method, str) else own.method
 
 
 def _algorithm(
-    config: Any, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
+    config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
     mean_examples: float,
 ) -> Algorithm:  # fmt: skip
     """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
@@ -157,7 +157,7 @@ def _algorithm(
     return methods.build(config.method.name, make, fam, settings, args, slots)
 
 
-def _seen(views: Views | None, groups: np.ndarray) -> dict[str, Any]:
+def _seen(views: Views | None, groups: np.ndarray) -> Line:
     return {} if views is None else {"view": groups, "views": views}
 
 
@@ -209,7 +209,7 @@ def _classes(source: sources.Source, outputs: int) -> int:
     return max(max(int(y.max()) for y in labels) + 1, outputs)
 
 
-def local_training(train: Any, fam: Family) -> Local:
+def local_training(train: Config, fam: Family) -> Local:
     """How clients train, from a config's block ``train``.
 
     Raises:
@@ -223,7 +223,7 @@ def local_training(train: Any, fam: Family) -> Local:
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
 
 
-def _source(config: Any, own: Own) -> tuple[sources.Source, door.Admitted]:
+def _source(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
     """The data set, through the door, sampled, with a validation set held out."""
     data = config.data
     if _of_population(own.data):
@@ -239,14 +239,14 @@ def _source(config: Any, own: Own) -> tuple[sources.Source, door.Admitted]:
     return sources.hold_out(source, data.validation), admitted
 
 
-def _of_population(data: Any) -> bool:
+def _of_population(data: Config) -> bool:
     """Whether the user's data is a population with a test set."""
     if isinstance(data, Population):
         raise ValueError("a Population alone has no test set: give (population, (x_test, y_test)) (data)")
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Population)
 
 
-def _partition(data: Any, source: sources.Source, seed: int, own: Own) -> Partition:
+def _partition(data: Config, source: sources.Source, seed: int, own: Own) -> Partition:
     if _of_population(own.data):
         return Partition(np.asarray(own.data[0].rows), np.asarray(own.data[0].size))
     if own.split is None:
@@ -261,7 +261,7 @@ def _partition(data: Any, source: sources.Source, seed: int, own: Own) -> Partit
     return partition.natural(ids, seed, data.test_fraction)
 
 
-def split(data: Any, source: sources.Source, seed: int) -> Partition:
+def split(data: Config, source: sources.Source, seed: int) -> Partition:
     """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
     if data.split == "natural" and data.own_test and data.test_fraction:
         raise ValueError(f"own_test {data.own_test}, test_fraction {data.test_fraction}: one must be 0 (data.own_test)")
@@ -269,7 +269,7 @@ def split(data: Any, source: sources.Source, seed: int) -> Partition:
     return partition.hold_out_own(part, data.own_test, seed) if data.own_test else part
 
 
-def _split(data: Any, source: sources.Source, seed: int) -> Partition:
+def _split(data: Config, source: sources.Source, seed: int) -> Partition:
     labels, clients = source.y_train, data.clients
     if data.split not in SPLITS:
         raise ValueError(f"split {data.split!r} is not one of {', '.join(SPLITS)} (data.split)")
@@ -293,10 +293,10 @@ def _split(data: Any, source: sources.Source, seed: int) -> Partition:
     return partition.dirichlet_per_client(labels, clients, data.concentration, seed)
 
 
-def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
+def net_fields(config: Config, mix: Mix, classes: int) -> Line:
     """Fields of the global model's net, by name; its hidden sizes are cut to the global level."""
     family = config.family
-    fields: dict[str, Any] = {name: family[name] for name in ("net", "norm", "scaler", "lowering")}
+    fields: Line = {name: family[name] for name in ("net", "norm", "scaler", "lowering")}
     if family.hidden:
         fields["hidden"] = tuple(active_channels(width, mix.global_rate) for width in family.hidden)
     if family.embedding:
@@ -307,7 +307,7 @@ def net_fields(config: Any, mix: Mix, classes: int) -> dict[str, Any]:
     return {**fields, "classes": classes}
 
 
-def _net(config: Any, mix: Mix, classes: int, given: Any) -> nn.Module:
+def _net(config: Config, mix: Mix, classes: int, given: PyTree) -> nn.Module:
     """The global model's net: the user's, or by name."""
     if given is not None:
         return given
@@ -322,7 +322,7 @@ def _net(config: Any, mix: Mix, classes: int, given: Any) -> nn.Module:
     return found(**{field: value for field, value in fields.items() if field in found.__dataclass_fields__})
 
 
-def _family(config: Any, mix: Mix, source: sources.Source, classes: int, given: Any) -> Family:
+def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
     prepare: Prepare = preprocess.features
     if source.x_train.ndim == 4:
         prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
@@ -333,7 +333,7 @@ def _family(config: Any, mix: Mix, source: sources.Source, classes: int, given: 
     if given is None and (source.y_train.ndim > 1) != getattr(type(module), "reads_tokens", False):
         kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
         raise ValueError(f"net {config.family.net!r} on a source with {kind}: see `hetfl list` (family.net)")
-    levels: list[Mapping[str, Any]] = [level_fields(mix, i) for i in range(len(mix.names))]
+    levels: list[Arguments] = [level_fields(mix, i) for i in range(len(mix.names))]
     for field in dict.fromkeys(name for level in levels for name in level):
         if field not in type(module).__dataclass_fields__:
             if len(levels) > 1 or mix.depths:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Population, PyTree, State
+from hetfl_jax.core.types import Config, Line, Population, PyTree, State
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.run.client_memory import store_for
@@ -17,13 +17,11 @@ from hetfl_jax.run.evaluate import Metric, evaluator, over_clients, tallies
 from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.mix import parse_buckets
 
-Line = dict[str, Any]
-
 
 class Lab(NamedTuple):
     """A federation with everything that runs it."""
 
-    config: Any  #: complete
+    config: Config  #: complete
     federation: Federation
     executor: executors.Executor
     step: rounds.Step
@@ -35,7 +33,7 @@ class Lab(NamedTuple):
     store: Store
 
 
-def prepare(config: Any, own: Own | None = None, metrics: Mapping[str, Metric] | None = None) -> Lab:
+def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric] | None = None) -> Lab:
     """Build a config's federation and its compiled functions; nothing compiles yet.
 
     Raises:
@@ -81,7 +79,7 @@ def prepare(config: Any, own: Own | None = None, metrics: Mapping[str, Metric] |
     )
 
 
-def _check_run(config: Any) -> None:
+def _check_run(config: Config) -> None:
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
     for name in ("eval_every", "checkpoint_every", "keep", "eval_batch_size", "statistics_batch_size"):

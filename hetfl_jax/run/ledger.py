@@ -1,12 +1,12 @@
 """What a run cost so far: bits and multiply-adds, summed exactly on the host from what every item reported."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hetfl_jax.core import bits
-from hetfl_jax.core.types import Account, Info
+from hetfl_jax.core.types import Account, Info, Line
 from hetfl_jax.models.costs import Costs
 
 BACKWARD = 2  #: multiply-adds of a backward pass over those of a forward pass: gradients of activations and of weights
@@ -88,12 +88,10 @@ def failed_ids(account: Account) -> list[int]:
     return np.asarray(account.ids)[np.asarray(account.valid & ~np.asarray(account.ok))].tolist()
 
 
-def line_of(
-    info: Info, number: int, totals: Totals, costs: Costs, names: tuple[str, ...], devices: int
-) -> dict[str, Any]:
+def line_of(info: Info, number: int, totals: Totals, costs: Costs, names: tuple[str, ...], devices: int) -> Line:
     """A round's metrics line without what the method adds."""
     failed = failed_ids(info.items)
-    line: dict[str, Any] = {"round": number}
+    line: Line = {"round": number}
     line |= {name: float(value) for name, value in info.numbers.items() if name not in ("clients", "failed")}
     line |= {"clients": int(info.items.ok.sum()), "failed": len(failed), **totals.line()}
     if devices > 1:

@@ -1,7 +1,9 @@
 """Capacity levels written as text: which there are, how often each occurs, and which share a bucket."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from hetfl_jax.core.types import Line
 
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
 
@@ -68,7 +70,7 @@ def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
     return f"w{width:g}", width, 0, count
 
 
-def level_fields(mix: Mix, level: int) -> dict[str, Any]:
+def level_fields(mix: Mix, level: int) -> Line:
     """What a level changes in the net of the global one.
 
     >>> level_fields(parse_mix("4x1-2x1"), 1)

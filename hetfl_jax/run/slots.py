@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from hetfl_jax.core.types import Config
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import choose, codec, explore, select
 from hetfl_jax.parts.codec import Codec
@@ -21,7 +21,7 @@ SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
 }
 
 
-def slots_of(config: Any, family: Family, mix: Mix, clients: int) -> Slots:
+def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
     """The slots that a config's blocks ``select``, ``uplink``, ``downlink`` and ``capacity`` fill.
 
     Raises:
@@ -36,7 +36,7 @@ def slots_of(config: Any, family: Family, mix: Mix, clients: int) -> Slots:
     )
 
 
-def _selection(config: Any, clients: int) -> select.Select | None:
+def _selection(config: Config, clients: int) -> select.Select | None:
     name, args = config.select.name, config.select.args.to_dict()
     if name == "none":
         return None
@@ -59,7 +59,7 @@ def _capacity(name: str, mix: Mix) -> select.Capacity | None:
     return {"none": None, "fixed": select.own_level(), "drawn": select.drawn_level(mix.proportions)}[name]
 
 
-def _codec(block: Any, where: str, family: Family) -> Codec | None:
+def _codec(block: Config, where: str, family: Family) -> Codec | None:
     if block.name == "none":
         return None
     return codec.make(block.name, family, error_feedback=block.error_feedback, **block.args.to_dict())

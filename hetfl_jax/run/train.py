@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Info, PyTree, State
+from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import profile, rounds
 from hetfl_jax.results import plots, tables
@@ -20,7 +20,7 @@ from hetfl_jax.run import ledger
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.evaluate import Metric
 from hetfl_jax.run.federation import Own
-from hetfl_jax.run.lab import Lab, Line, draw_figures, evaluate_tiers, prepare
+from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, prepare
 
 NEVER = -1.0  #: an accuracy below all others
 #: (round, scores of every tier by name, state) -> anything; called after each evaluation
@@ -32,17 +32,17 @@ class Result(NamedTuple):
 
     params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
-    table: list[dict[str, Any]]  #: one row a tier
-    summary: dict[str, Any]  #: totals and best round
+    table: list[Line]  #: one row a tier
+    summary: Line  #: totals and best round
     folder: Path
     files: list[Path]
 
 
 def train(
-    config: Any = "heterofl_digits",
+    config: Config = "heterofl_digits",
     *,
     net: Any = None,
-    data: Any = None,
+    data: Config = None,
     split: Any = None,
     method: Any = None,
     metrics: Mapping[str, Metric] | None = None,
@@ -108,7 +108,7 @@ class Run(NamedTuple):
     totals: ledger.Totals
 
 
-def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(saved: Arguments) -> Line:
     """A config as it was saved, with the keys that did not exist then."""
     return complete(saved, tell=lambda text: None).to_dict()
 
@@ -303,7 +303,7 @@ def _models(lab: Lab, state: State) -> PyTree:
     return jax.vmap(lambda member: algorithm.model(state.server, 0, member))(np.arange(algorithm.choice.models))
 
 
-def over_seeds(config: Any, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[dict[str, Any]]]:
+def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[Line]]:
     """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best accuracy."""
     results = []
     for seed in seeds:
