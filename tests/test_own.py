@@ -4,6 +4,7 @@ import sys
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -199,3 +200,63 @@ def test_the_state_of_a_run_is_what_a_callback_sees(tmp_path):
     keep = lambda round, scores, state: states.append(jax.device_get(state.round))  # noqa: E731
     hf.train(config(tmp_path, "family.net=mlp", "family.hidden=(8,)"), data=data(), callbacks=[keep], quiet=True)
     assert [int(round) for round in states] == [0, 3, 6]
+
+
+class Grouped(nn.Module):
+    """A net whose group norm mixes channels in use with others."""
+
+    width: float = 1.0
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.GroupNorm(4)(nn.Dense(int(16 * self.width))(x))
+        return nn.Dense(self.classes)(nn.relu(x))
+
+
+class Counted(nn.Module):
+    """A net with flax's own batch norm, told of padding or not."""
+
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(self.classes)(nn.relu(x))
+
+
+class Told(Counted):
+    @nn.compact
+    def __call__(self, x, train=False, valid=None):
+        rows = None if valid is None else valid[:, None]
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x), mask=rows)
+        return nn.Dense(self.classes)(nn.relu(x))
+
+
+def test_a_net_that_masking_changes_runs_dense_only(tmp_path):
+    brought = Own(net=Grouped(), data=data())
+    with pytest.warns(UserWarning, match="net Grouped: level 1 masked inside level 0 differs from itself"):
+        fed = build(config(tmp_path), brought)
+    assert not fed.family.masked
+    assert build(config(tmp_path), Own(net=Small(), data=data())).family.masked
+
+
+def test_rows_that_are_padding_do_not_enter_statistics(tmp_path):
+    """25 examples in batches of 10: refused without ``valid``; with it the statistics are those of the real rows."""
+    one = ("family.mix=a1", "family.net=mlp", "train.rounds=1")
+    with pytest.raises(ValueError, match="net Counted has batch statistics and no argument 'valid'.*client 0 has 25"):
+        build(config(tmp_path, *one), Own(net=Counted(), data=data()))
+    build(config(tmp_path, *one, "train.batch_size=5"), Own(net=Counted(), data=data()))
+    fed = build(config(tmp_path, *one), Own(net=Told(), data=data()))
+    net, variables = fed.family.nets[0], fed.family.nets[0].init(jax.random.key(0), jnp.zeros((1, 6)))
+    x = jnp.asarray(data()[0][:5])
+    padded, valid = jnp.concatenate([x, jnp.full((4, 6), 50.0)]), jnp.arange(9) < 5
+    _, stats = net.apply(variables, padded, train=True, valid=valid)
+    _, wanted = net.apply(variables, x, train=True, valid=jnp.ones(5, bool))
+    for found, alone in zip(jax.tree.leaves(stats), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, alone, atol=1e-6)
+
+
+def test_a_batch_is_no_larger_than_what_clients_hold(tmp_path):
+    fed = build(config(tmp_path, "family.net=mlp", "train.batch_size=20000"), Own(data=data()))
+    assert fed.local.batch_size == 25

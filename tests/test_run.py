@@ -145,6 +145,19 @@ def test_clients_that_fail_are_named_and_the_run_goes_on(tmp_path, monkeypatch):
     assert result.table[0]["start"] == result.table[0]["last"]
     lines = read_metrics(result.folder)
     assert len(lines[1]["failed_ids"]) == 4
+    assert lines[1]["train_loss"] is None, "nobody trained, so there is no loss"
+
+
+def test_a_run_that_learns_nothing_more_stops(tmp_path, monkeypatch, capsys):
+    """Every client fails in three evaluated rounds in a row: an error that says what to lower."""
+    broken = drift.none()._replace(gradient=lambda g, *_: jax.tree.map(lambda v: v * np.nan, g))
+    monkeypatch.setattr(drift, "none", lambda: broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["train", *SMALL, f"--config.run.folder={tmp_path}", "--config.train.rounds=9"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no reply was finite in rounds 1, 2, 3" in error
+    assert "lower train.learning_rate" in error
 
 
 def test_a_finished_run_evaluates_plots_and_exports(finished):
@@ -198,6 +211,17 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
     assert "GMACs expected" in text
     assert "data on each device" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("store", ["device", "host", "file"])
+def test_a_dry_run_allocates_nothing_whatever_the_store(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab.rounds, "start", lambda *a: pytest.fail("a state was made"))
+    changes = ("--config.method.name=feddyn", f"--config.train.store={store}", f"--config.run.folder={tmp_path}")
+    assert main(["train", *SMALL, *changes, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    model = config(tmp_path, "--config.method.name=feddyn")
+    size = 4 * int(prepare(model).federation.costs.parameters[0]) * 10 / 1e6
+    assert f"client memory of at most {size:,.1f} MB in store {store!r}" in text
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The one place where a linen module becomes plain functions.
 
 A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. ``training``
-and ``is_training`` are read as ``train``, ``deterministic`` as its opposite. It returns logits [B, C], or those of
-several exits as a tuple, or as [E, B, C]; of sequences, whose every position has a label, a tuple of [B, S, C].
+and ``is_training`` are read as ``train``, ``deterministic`` as its opposite, ``mask`` as ``valid``. It returns logits
+[B, C], or those of several exits as a tuple, or as [E, B, C]; of sequences, whose every position has a label, a tuple
+of [B, S, C].
 """
 
 import inspect
@@ -25,6 +26,10 @@ class Net(NamedTuple):
     outline: Callable[[Array, Array], tuple[Array, PyTree]]  #: (key, x) -> (exits, variables), likewise, for shapes
     each_exit: Callable[[PyTree, Array], Sequence[Array]]  #: likewise, the exits apart where the module says them so
     module: nn.Module
+
+    def knows_padding(self) -> bool:
+        """Whether the module is told which rows of a batch are real."""
+        return not {"valid", "mask"}.isdisjoint(inspect.signature(type(self.module).__call__).parameters)
 
     def outputs(self, variables: PyTree, x: Any) -> int:
         """Classes that the net tells apart, from the shapes of its variables and input."""
@@ -86,7 +91,8 @@ def adapt(module: nn.Module) -> Net:
 def _spelled(options: Arguments) -> dict[str, Any]:
     """The options of a call under every spelling that is known."""
     train = options.get("train", False)
-    return {**options, "training": train, "is_training": train, "deterministic": not train}
+    spelled = {"training": train, "is_training": train, "deterministic": not train, "mask": options.get("valid")}
+    return {**options, **spelled}
 
 
 def _as_exits(logits: Array | Sequence[Array]) -> Array:

@@ -4,6 +4,7 @@
 ``view`` is the model at one level, dense at its true shape or masked inside a larger one.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,6 +80,55 @@ def family(
     reach = {} if exits.max() == 1 else _reach(nets, shapes, ready, exits)
     one_head = len(set(table.get("depth", (0,)))) > 1 == len(set(exits))
     return Family(nets, table, shapes, windows, example, prepare, exits, reach, masked and not one_head)
+
+
+def checked(fam: Family, tolerance: float = 1e-4) -> Family:
+    """``fam`` that runs dense only, with a warning, if its net masked inside level 0 differs from itself at true shape.
+
+    A net of the user's is compared once, at every level, on random variables and input: some norms and attentions mix
+    channels that are in use with those that are not.
+
+    >>> import flax.linen as nn
+    >>> class Shifts(nn.Module):
+    ...     width: float = 1.0
+    ...
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(2)(nn.Dense(int(4 * self.width))(x) + 1)
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     fam = checked(family(Shifts(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3))))
+    >>> fam.masked, len(said)
+    (False, 1)
+    """
+    if not fam.masked:
+        return fam
+    ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
+    keys = iter(jax.random.split(jax.random.key(0), 1 + len(jax.tree.leaves(fam.shapes[0]))))
+    floats = jnp.issubdtype(ready.dtype, jnp.floating)
+    x = (
+        jax.random.normal(next(keys), (3, *ready.shape[1:]))
+        if floats
+        else jnp.zeros((3, *ready.shape[1:]), ready.dtype)
+    )
+    variables = jax.tree.map(lambda s: jnp.abs(0.5 * jax.random.normal(next(keys), s.shape)), fam.shapes[0])
+
+    def logits(level: Level) -> Array:
+        model = view(fam, variables, level)
+        exits, active, _ = model.forward(model.variables, x)
+        return exits[jnp.maximum(jnp.asarray(active).sum() - 1, 0)]
+
+    for level in range(fam.levels):
+        dense, masked = logits(level), logits(Within(0, jnp.int32(level)))
+        apart = float(jnp.abs(dense - masked).max() / jnp.maximum(jnp.abs(dense).max(), 1e-6))
+        if not apart <= tolerance:
+            warnings.warn(
+                f"net {type(fam.nets[0].module).__name__}: level {level} masked inside level 0 differs from itself at "
+                f"its true shape by {apart:.2g} of its outputs, so levels run at their true shapes only (family.net)",
+                stacklevel=2,
+            )
+            return fam._replace(masked=False)
+    return fam
 
 
 def collects_statistics(fam: Family) -> bool:

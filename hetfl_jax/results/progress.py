@@ -44,9 +44,10 @@ class Progress:
         rate = f"{(round - self._done) / elapsed:.2f} rounds/s" if elapsed else ""
         scores = task.fields["scores"]
         if line is not None:
-            scores = f"loss {line['train_loss']:.3f}"
-            if "accuracy" in line:
-                scores += f" accuracy {100 * next(iter(line['accuracy'].values())):.1f}%"
+            loss = line["train_loss"]
+            scores = "loss -" if loss is None else f"loss {loss:.3f}"
+            share = next(iter(line["accuracy"].values())) if "accuracy" in line else None
+            scores += "" if share is None else f" accuracy {100 * share:.1f}%"
         self._bar.update(self._task, completed=round, scores=scores, rate=rate)
         if self._lines and line is not None and "accuracy" in line:
             print(f"round {round} of {task.total:g}: {scores}", file=sys.stderr, flush=True)

@@ -85,6 +85,9 @@ def build(config: Config, own: Own | None = None) -> Federation:
             f"full_batch with batch_size {settings.batch_size}, but a client holds {part.size.max()} examples "
             "(train.full_batch, batch_size)"
         )
+    # What is beyond the largest client would be padding in every step.
+    settings = settings._replace(batch_size=min(settings.batch_size, int(part.size.max())))
+    _check_padding(fam, part.size, settings.batch_size)
     level = (partition.levels_by_id if mix.depths else partition.levels_fixed)(mix.proportions, clients)
     if _of_population(own.data) and np.asarray(own.data[0].level).any():
         level = np.asarray(own.data[0].level)
@@ -124,6 +127,17 @@ def build(config: Config, own: Own | None = None) -> Federation:
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
     )  # fmt: skip
+
+
+def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
+    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart."""
+    if "batch_stats" in fam.shapes[0] and not fam.nets[0].knows_padding() and (size % batch).any():
+        client = int(np.flatnonzero(size % batch)[0])
+        raise ValueError(
+            f"net {type(fam.nets[0].module).__name__} has batch statistics and no argument 'valid' (which rows are "
+            f"real, for nn.BatchNorm's mask), but client {client} has {size[client]} examples in batches of {batch}: "
+            "add it, or choose a batch size that divides all (family.net, train.batch_size)"
+        )
 
 
 def _method(config: Config, own: Own) -> methods.Make | Algorithm:
@@ -341,6 +355,8 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
                 raise ValueError(f"mix {config.family.mix!r} sets {field}, which net {kind} has not (family.mix)")
             levels = [{}]
     fam = families.family(module, levels, example, prepare)
+    if len(levels) > 1 and (given is not None or ":" in config.family.net):
+        fam = families.checked(fam)
     outputs = fam.nets[0].outputs(fam.shapes[0], jax.eval_shape(lambda v: prepare(v, None), example))
     if outputs < classes:
         raise ValueError(f"labels 0..{classes - 1}, but the net has {outputs} outputs (family.net, family.outputs)")

@@ -93,6 +93,8 @@ def line_of(info: Info, number: int, totals: Totals, costs: Costs, names: tuple[
     failed = failed_ids(info.items)
     line: Line = {"round": number}
     line |= {name: float(value) for name, value in info.numbers.items() if name not in ("clients", "failed")}
+    if not np.asarray(info.items.ok).any():  # nobody trained: there is no loss
+        line |= dict.fromkeys(("train_loss", "train_accuracy"))
     line |= {"clients": int(info.items.ok.sum()), "failed": len(failed), **totals.line()}
     if devices > 1:
         line["imbalance"] = imbalance(info, costs, devices)

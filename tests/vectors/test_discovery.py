@@ -31,7 +31,7 @@ HANDLED = (
     "depth/feddyn_client_step*",
     "depth/feddyn_rounds_*",
     "depth/inclusivefl_aggregate*",
-    "depth/inclusivefl_momentum_corrected_sgd*",
+    "depth/inclusivefl_momentum_corrected_*",
     *(f"cluster/ifca_{kind}*" for kind in ("mlp_", "synth_", "data", "weighted_agg", "rotmnist_")),
     "cluster/cfl_*",
     *(

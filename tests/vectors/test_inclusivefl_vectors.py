@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hetfl_jax.models import windows
@@ -79,7 +80,18 @@ def test_layers_are_shared(name):
         assert bool(nan) == bool(z[f"{case}/nan_names"].size if f"{case}/nan_names" in z else nan)
 
 
-@pytest.mark.parametrize("name", of_kind("depth/inclusivefl_momentum_corrected_sgd*"))
+def optimizer_of(name, z):
+    """The file's optimizer apart from its rate: its last word, and the settings that it has."""
+    kind = name.split("momentum_corrected_")[1].split("_")[0]
+    if kind == "sgd":
+        return optax.identity(), 0.0
+    betas = np.atleast_1d(z.get("betas", (0.9, 0.999)))
+    found = {"b1": betas[0], "b2": betas[1], "eps": float(z.get("eps", z.get("adam_epsilon", 1e-8)))}
+    rules = {"adam": optax.scale_by_adam, "adamw": optax.scale_by_adam}
+    return rules[kind](**found), float(z.get("weight_decay", 0.0))
+
+
+@pytest.mark.parametrize("name", of_kind("depth/inclusivefl_momentum_corrected_*"))
 def test_momentum_distillation(name):
     z = read(name)
     beta, rates = float(z["beta"]), np.atleast_1d(z["lr"])
@@ -87,12 +99,16 @@ def test_momentum_distillation(name):
     count = len(depths)
     now = stacked(types_below(z, "r0/type{}", count))
     taught, known = None, jnp.zeros(count, bool)
+    rule, decay = optimizer_of(name, z)
+    slot = rule.init(now)
     for r in range(1, int(z["rounds"]) + 1):
         gradients = stacked(types_below(z, f"r{r}/type{{}}/collected_grad", count))
         mixed = sharing.mix(gradients, taught, beta, depths, known) if taught else gradients
         # The file's schedule: linear to zero over 2,000 updates.
         rate = jnp.asarray(rates * (2001 - r) / 2000)
-        now = jax.tree.map(lambda v, g: v - rate.reshape(-1, *[1] * (v.ndim - 1)) * g, now, mixed)  # noqa: B023
+        step, slot = rule.update(mixed, slot, now)
+        of = lambda v: rate.reshape(-1, *[1] * (v.ndim - 1))  # noqa: B023, E731
+        now = jax.tree.map(lambda v, d: v - of(v) * (d + decay * v), now, step)  # noqa: B023
         assert_types(now, types_below(z, f"r{r}/type{{}}/after_update", count))
         now = sharing.share(now, jnp.asarray(z[f"r{r}/portion"]), depths)
         assert_types(now, types_below(z, f"r{r}/type{{}}/after_aggregate", count))
