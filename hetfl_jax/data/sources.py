@@ -10,6 +10,7 @@ import numpy as np
 
 from hetfl_jax.data.synthetic import linear_clients
 
+SYNTHETIC_CLASSES = 10  #: of Synthetic(alpha, beta), whether a draw has them all or not
 DATA_FOLDER = "HETFL_DATA"  #: environment variable: where ``npz:`` looks for files that the working folder lacks
 
 

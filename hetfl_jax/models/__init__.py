@@ -24,7 +24,12 @@ def _preresnet18(**fields: Any) -> nn.Module:
     return PreResNet(blocks=(2, 2, 2, 2), **fields)
 
 
+def _linear(**fields: Any) -> nn.Module:
+    return MLP(**{**fields, "hidden": ()})
+
+
 NETS: dict[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
     "mlp": MLP,
     "cnn": CNN,
     "lenet": LeNet,

@@ -248,7 +248,8 @@ def _source(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
         raw = sources.load(data.source, clients=data.clients, seed=seed, writers=data.writers, **data.options.to_dict())
     else:
         raw = sources.given(own.data)
-    admitted = door.admit(raw, classes=config.family.outputs, mean=data.mean, std=data.std)
+    known = sources.SYNTHETIC_CLASSES if own.data is None and data.source == "synthetic" else 0
+    admitted = door.admit(raw, classes=config.family.outputs or known, mean=data.mean, std=data.std)
     source = door.sample(admitted.source, data.examples) if data.examples else admitted.source
     return sources.hold_out(source, data.validation), admitted
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from hetfl_jax.core import machine
+from hetfl_jax.core.fairness import fairness
 from hetfl_jax.core.types import Config, Line, Population, PyTree, State
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
@@ -110,7 +111,9 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
             scores = [fed.algorithm.shown.placed(f["placed"], fed.test_groups) for f in found]
             line |= {score: dict(zip(names, (s[score] for s in scores))) for score in scores[0]}
         if "client_accuracy" in found[0]:
-            line["client_accuracy"] = over_clients(found[0]["client_accuracy"])
+            accuracy = np.asarray(found[0]["client_accuracy"])
+            tested = np.asarray(fed.partition.test_size)
+            line["client_accuracy"] = over_clients(accuracy) | fairness(accuracy, tested[tested > 0])
     return line
 
 
