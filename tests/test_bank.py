@@ -16,6 +16,8 @@ from hetfl_jax.parts.bank import alike
 from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_contract import EXECUTORS, play
 
+pytestmark = pytest.mark.slow
+
 CFL = dict(clients=12, eps1=1.0, eps2=1.0, max_clusters=4)
 
 

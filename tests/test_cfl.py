@@ -14,6 +14,8 @@ from tests.helpers import mlp_family, sgd, toy_population, worst
 from tests.test_bank import CFL, member, two_worlds
 from tests.test_contract import EXECUTORS, play
 
+pytestmark = pytest.mark.slow
+
 
 def test_cfl_that_never_splits_is_fedavg():
     rule = cfl.make(mlp_family(), sgd(), cohort=5, weighted=True, **CFL | dict(eps1=1e-9, eps2=1e-9))

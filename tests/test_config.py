@@ -19,6 +19,7 @@ from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import complete, config_names
 from hetfl_jax.run.export import evaluate_run, load_exported, open_config
 from hetfl_jax.run.keys import KEYS
+from hetfl_jax.run.lab import prepare
 from hetfl_jax.run.mix import parse_buckets, parse_mix
 from hetfl_jax.run.train import train
 
@@ -140,17 +141,14 @@ def test_schedules_of_the_learning_rate(schedule, wanted):
     np.testing.assert_allclose([float(rate(jnp.int32(t))) for t in range(4)], wanted, rtol=1e-6)
 
 
-def test_the_split_keeps_its_seed(tmp_path):
-    one = ["family.net=mlp", "train.rounds=1", f"run.folder={tmp_path}"]
-    runs = {}
-    for name, change in (("a", ["run.seed=0"]), ("b", ["run.seed=1"]), ("c", ["run.seed=1", "data.seed=0"])):
-        config = load_config("heterofl_digits:mix=a1,quick", *one, *change, f"run.name={name}")
-        result = train(config, quiet=True)
-        with np.load(result.folder / "partition.npz") as file:
-            runs[name] = (file["index"], result.params["head"]["kernel"])
-    assert (runs["a"][0] == runs["c"][0]).all()
-    assert (runs["a"][0] != runs["b"][0]).any()
-    assert (runs["a"][1] != runs["c"][1]).any()
+def test_the_split_keeps_its_seed():
+    labs = {}
+    for name, changes in (("a", ["run.seed=0"]), ("b", ["run.seed=1"]), ("c", ["run.seed=1", "data.seed=0"])):
+        labs[name] = prepare(load_config("heterofl_digits:mix=a1,quick", "family.net=mlp", "train.devices=1", *changes))
+    rows = {name: lab.federation.partition.rows for name, lab in labs.items()}
+    assert (rows["a"] == rows["c"]).all()
+    assert (rows["a"] != rows["b"]).any()
+    assert jax.random.key_data(labs["a"].key).tolist() != jax.random.key_data(labs["c"].key).tolist()
 
 
 def test_a_run_of_the_version_before_is_read(tmp_path):

@@ -14,6 +14,8 @@ from hetfl_jax.run.config import changed
 from hetfl_jax.run.lab import prepare
 from tests.helpers import DATA, need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 CONFIGS.append("heterofl_wikitext2.py:method=inclusivefl")

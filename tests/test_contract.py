@@ -22,6 +22,8 @@ from hetfl_jax.parts import drift, select
 from hetfl_jax.parts.compose import compose
 from tests.helpers import conv_family, exits_family, mlp_family, sgd, toy_population, worst
 
+pytestmark = pytest.mark.slow
+
 
 def visits(family, settings, *, cohort):
     """FedAvg whose clients pull towards a private average of what they saw: a drift with memory, at every level."""

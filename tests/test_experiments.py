@@ -18,6 +18,8 @@ from hetfl_jax.run import federation
 from hetfl_jax.run.cli import config_of
 from tests.helpers import DATA, need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

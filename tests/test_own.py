@@ -15,6 +15,8 @@ from hetfl_jax.methods import fedavg
 from hetfl_jax.run.federation import Own, build
 from tests.helpers import conv_family, mlp_family, sgd, toy_population
 
+pytestmark = pytest.mark.slow
+
 
 class Small(nn.Module):
     """A net of the user's, with dropout under one of the usual names."""

@@ -16,6 +16,8 @@ from hetfl_jax.results.folder import read_metrics
 from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 COMMAND = (
     sys.executable, "-m", "hetfl_jax", "train", f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick",

@@ -24,6 +24,8 @@ from hetfl_jax.run.cli import config_of, main
 from hetfl_jax.run.export import evaluate_run, export_level, load_exported, plot_run
 from hetfl_jax.run.lab import prepare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
 # An MLP compiles fastest; everything else is the default experiment.

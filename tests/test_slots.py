@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hetfl_jax.core import bits
-from hetfl_jax.core.types import Cohort
+from hetfl_jax.core.random import CLIENT, purpose_key
+from hetfl_jax.core.types import Cohort, Shard
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import depthfl, fedavg, feddyn, ifca, inclusivefl, qffl
 from hetfl_jax.models.costs import costs
@@ -208,12 +209,17 @@ def test_weights_of_a_merge_are_those_of_q_ffl():
     plainly = fedavg.make(family, settings, cohort=12, slots=everyone)
     start = algorithm.init(jax.random.key(0))[0]
     loss = losses_of(algorithm, start, pop, lambda c: 0)
-    changes, run = [], executor("bucketed")
-    for client in range(12):
-        alone = select.stateless(lambda key, population, c=client: Cohort(jnp.array([c]), jnp.ones(1, bool)))
-        one = fedavg.make(family, settings, cohort=1, slots=Slots(select=alone))
-        after = play(one._replace(init=lambda key: (start, {})), run, pop, rounds=1)[0]
-        changes.append(jax.tree.map(jnp.subtract, after.server.variables, start.variables))
+    run, sent = executor("bucketed"), plainly.send(start, jnp.int32(0))
+
+    @jax.jit
+    def change(client):
+        """As the round of ``play`` makes it, whose replies are weighed by examples."""
+        key = jax.random.fold_in(purpose_key(jax.random.key(7), CLIENT, 0), client)
+        shard = Shard(pop.x, pop.y, pop.rows, pop.offset[client], pop.size[client], pop.classes[client])
+        total = plainly.client(context(0, shard, key=key, sent=sent)).total
+        return jax.tree.map(lambda d: d / total.weight.sum(), total.delta)
+
+    changes = [change(client) for client in range(12)]
     above, below = zip(
         *(fair.numerator_and_denominator(f, fair.squared_norm(d) / 0.01, 2.0, 0.1) for f, d in zip(loss, changes))
     )

@@ -21,6 +21,8 @@ from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_configs import ROOT
 from tests.test_contract import play
 
+pytestmark = pytest.mark.slow
+
 STORES = {"file": file_store, "host": host_store}
 
 

@@ -32,6 +32,11 @@ def changed(**blocks: Arguments) -> ml_collections.ConfigDict:
     >>> changed(train=dict(rounds=3)).train.rounds
     3
     """
+    return _with(blocks).lock()
+
+
+def _with(blocks: Mapping[str, Arguments]) -> Config:
+    """The default config with the values of some keys."""
     config = defaults()
     for block, values in blocks.items():
         if block not in KEYS:
@@ -39,11 +44,8 @@ def changed(**blocks: Arguments) -> ml_collections.ConfigDict:
         for key, value in values.items():
             if key not in KEYS[block]:
                 raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
-            if key in FREE:
-                config[block][key] = ml_collections.ConfigDict(dict(value))
-            else:
-                config[block][key] = value
-    return config.lock()
+            config[block][key] = ml_collections.ConfigDict(dict(value)) if key in FREE else value
+    return config
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
@@ -95,14 +97,7 @@ def complete(config: Config, tell: Callable[[str], None] = say) -> ml_collection
     Arguments of another method are dropped and told in one line. A config of an older version, or a plain dict, is
     completed likewise.
     """
-    whole, given = defaults(), config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    for block, values in given.items():
-        if block not in KEYS:
-            raise ValueError(f"config block {block!r} is not one of {', '.join(KEYS)}")
-        for key, value in values.items():
-            if key not in KEYS[block]:
-                raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
-            whole[block][key] = ml_collections.ConfigDict(value) if key in FREE else value
+    whole = _with(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
     if isinstance(whole.method.name, str):
         known = method_defaults(methods.find(whole.method.name))
         args = whole.method.args.to_dict()
