@@ -1,7 +1,7 @@
 """Clusters that are split between rounds by their members' updates: what CFL does around a bank by table."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
     """Every item trains the cluster that the table says."""
     unjudged = Tally(*(jnp.zeros(size) for _ in Tally._fields))
 
-    def plan(key: Array, state: Clusters, plan: Plan, ask: Any) -> tuple[Plan, PyTree]:
+    def plan(key: Array, state: Clusters, plan: Plan, ask: Callable[..., PyTree]) -> tuple[Plan, PyTree]:
         cluster = state.table[plan.ids]
         return plan._replace(ticket=cluster, stream=cluster), state
 
@@ -116,7 +116,7 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
     def hand_out(state: BankState, plan: Plan, sent: PyTree, total: PyTree, report: Measured, ok: Array) -> PyTree:
         return state, (plan, sent, report, ok, criteria(state, total, report, ok)["fires"])
 
-    def decide(state: BankState, collected: Any, ask: Callable[..., PyTree]) -> tuple[BankState, PyTree]:
+    def decide(state: BankState, collected: PyTree, ask: Callable[..., PyTree]) -> tuple[BankState, PyTree]:
         plan, sent, report, ok, fires = collected
         updates = jax.jit(jax.vmap(_update))(report.total)
         similar = bipartition.similarity(np.asarray(jax.jit(bipartition.gram)(updates), np.float64))

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.interpreters import partial_eval as pe
 
+from hetfl_jax.core.types import PyTree
 
-def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
+
+def computed_bytes(fn: Callable[..., PyTree], *args: PyTree) -> int:
     """Bytes of all that ``fn(*args)`` computes, each loop's body once: more than it holds at any one time.
 
     >>> computed_bytes(lambda x: (2 * x).sum(), jax.ShapeDtypeStruct((3, 5), "float32"))
@@ -17,7 +18,7 @@ def computed_bytes(fn: Callable[..., Any], *args: Any) -> int:
     return _bytes(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _bytes(jaxpr: Any) -> int:
+def _bytes(jaxpr: PyTree) -> int:
     total = 0
     for equation in jaxpr.eqns:
         total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype"))
@@ -27,7 +28,7 @@ def _bytes(jaxpr: Any) -> int:
     return total
 
 
-def products(jaxpr: Any) -> Iterator[int]:
+def products(jaxpr: PyTree) -> Iterator[int]:
     """Multiply-adds of each convolution and matrix product, in the order of the program."""
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
@@ -45,7 +46,7 @@ def products(jaxpr: Any) -> Iterator[int]:
                     yield from products(inner)
 
 
-def used_inputs(fn: Callable[..., Sequence[Any]], *args: Any) -> list[Any]:
+def used_inputs(fn: Callable[..., Sequence[PyTree]], *args: PyTree) -> list[PyTree]:
     """For every output of ``fn(*args)``, a list, the arguments as trees of bools: whether the output reads the leaf.
 
     >>> used_inputs(lambda a, b: [a["x"] + a["y"], b], {"x": 1.0, "y": 2.0}, 3.0)
@@ -54,7 +55,7 @@ def used_inputs(fn: Callable[..., Sequence[Any]], *args: Any) -> list[Any]:
     closed = jax.make_jaxpr(fn)(*args)
     structure, count = jax.tree.structure(args), len(closed.jaxpr.outvars)
 
-    def of(output: int) -> Any:
+    def of(output: int) -> PyTree:
         _, used = pe.dce_jaxpr(closed.jaxpr, [i == output for i in range(count)])
         return jax.tree.unflatten(structure, used)
 

@@ -1,7 +1,6 @@
 """What ``jax.tree`` and ``optax.tree`` lack."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ def finite(tree: PyTree) -> Array:
     return jnp.dot(bad, jnp.ones_like(bad)) == 0
 
 
-def take(tree: PyTree, index: Any) -> PyTree:
+def take(tree: PyTree, index: PyTree) -> PyTree:
     """``leaf[index]`` for every leaf: rows of a stacked tree."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 

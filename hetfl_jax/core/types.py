@@ -8,9 +8,11 @@ levels, ``C`` classes, ``M`` examples in the pool, ``n`` examples held by client
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 PyTree = Any
@@ -41,21 +43,21 @@ class Population(NamedTuple):
     size: Array  #: [N] int32 examples per client
     level: Array  #: [N] int32 capacity level of the client, 0 is the largest
     classes: Array  #: [N, C] bool, labels that occur among the client's training examples
-    view: Array | Any = ()  #: [N] int32 how the client sees its examples, where there are views
-    views: Views | Any = ()
+    view: Array | PyTree = ()  #: [N] int32 how the client sees its examples, where there are views
+    views: Views | PyTree = ()
 
 
 class Shard(NamedTuple):
     """What one client sees of the population: the shared pool (left out where it travels apart) and its own row."""
 
-    x: Array | Any
-    y: Array | Any
-    rows: Array | Any
+    x: Array | PyTree
+    y: Array | PyTree
+    rows: Array | PyTree
     offset: Array  #: int32 scalar
     size: Array  #: int32 scalar
     classes: Array  #: [C] bool
-    view: Array | Any = ()  #: int32 scalar
-    views: Views | Any = ()
+    view: Array | PyTree = ()  #: int32 scalar
+    views: Views | PyTree = ()
 
 
 class Within(NamedTuple):
@@ -124,7 +126,7 @@ class ClientContext(NamedTuple):
     key: Array
     round: Array  #: int32 scalar, from 0
     level: Level  #: an int (dense at its true shape) or a ``Within`` (masked inside a larger shape)
-    shard: Shard | Any  #: ``()`` at the server
+    shard: Shard | PyTree  #: ``()`` at the server
     ticket: PyTree
     sent: PyTree
     memory: PyTree
@@ -218,13 +220,13 @@ class Shown(NamedTuple):
     """What a method wants people to see besides numbers. Plain Python on the host."""
 
     #: (info, true group of each client or None) -> further fields of the round's metrics line
-    line: Callable[[Any, Any], dict[str, Any]] = lambda info, groups: {}
+    line: Callable[[Info, PyTree], Line] = lambda info, groups: {}
     #: (last metrics line) -> a sentence under the table, "" for none
-    sentence: Callable[[dict[str, Any]], str] = lambda line: ""
+    sentence: Callable[[Line], str] = lambda line: ""
     #: (model of each test batch, true group of each) -> further scores
-    placed: Callable[[Any, Any], dict[str, float]] = lambda placed, groups: {}
+    placed: Callable[[PyTree, PyTree], dict[str, float]] = lambda placed, groups: {}
     #: (folder, metrics lines, server, mean training losses [N, models], groups or None) -> files drawn
-    figures: Callable[..., list[Any]] | None = None
+    figures: Callable[..., list[Path]] | None = None
     #: (server before the first round) -> what to warn of, "" for nothing
     warning: Callable[[PyTree], str] = lambda server: ""
 
@@ -232,8 +234,8 @@ class Shown(NamedTuple):
 class Price(NamedTuple):
     """What an item of each level is expected to cost before anything runs. On the host."""
 
-    down: Any  #: [L] int64 bits received
-    up: Any  #: [L] int64 bits sent
+    down: np.ndarray  #: [L] int64 bits received
+    up: np.ndarray  #: [L] int64 bits sent
     compared: int = 0  #: models that go forward through all of a client's examples before training
     note: str = ""  #: what else holds, for people
 

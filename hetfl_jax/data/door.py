@@ -7,11 +7,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from hetfl_jax.core.types import Arguments
+from hetfl_jax.core.types import Arguments, Line
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.reading import (
     are_sequences,
@@ -255,7 +255,7 @@ def _in_proportion(labels: np.ndarray, count: int, rng: np.random.Generator) -> 
     return np.sort(order[(np.arange(count) * n + rng.integers(n)) // count])
 
 
-def fingerprint(source: Source, partition: Partition) -> dict[str, Any]:
+def fingerprint(source: Source, partition: Partition) -> Line:
     """What binds a run to its data and split: shapes, dtypes, label counts, hashes of 64 rows an array; for JSON.
 
     Labels, ids and the partition are hashed as a whole.
@@ -269,13 +269,13 @@ def fingerprint(source: Source, partition: Partition) -> dict[str, Any]:
     return {name: None if value is None else _about(name, np.asarray(value)) for name, value in named.items()}
 
 
-def _about(name: str, array: np.ndarray) -> dict[str, Any]:
+def _about(name: str, array: np.ndarray) -> Line:
     rows = array
     if array.ndim > 1:
         rows = array[np.linspace(0, max(len(array) - 1, 0), min(64, len(array)), dtype=int)]
     data = repr(rows.tolist()).encode() if array.dtype == object else np.ascontiguousarray(rows).tobytes()
     digest = hashlib.sha256(data).hexdigest()[:16]
-    about: dict[str, Any] = {"shape": list(array.shape), "dtype": str(array.dtype), "hash": digest}
+    about: Line = {"shape": list(array.shape), "dtype": str(array.dtype), "hash": digest}
     if name.startswith("y_") and array.ndim == 1 and array.dtype.kind in "iu":
         label, count = np.unique(array, return_counts=True)
         about["counts"] = dict(zip(map(str, label.tolist()), count.tolist()))

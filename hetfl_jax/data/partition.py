@@ -8,9 +8,11 @@ import math
 import time
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from hetfl_jax.core.types import Line
 
 DRAWS = 10_000  #: Dirichlet draws per class after which a split is given up
 PATIENCE = 10.0  #: seconds after which it is, too
@@ -138,7 +140,7 @@ def first_clients(part: Partition, count: int) -> Partition:
     if not count:
         return part
     _need(0 < count <= part.size.size, f"first {count} clients, allowed 1..{part.size.size}, or 0 for all")
-    test: dict[str, Any] = {}
+    test: Line = {}
     if part.test_index is not None and part.test_size is not None:
         kept = part.test_size[:count]
         test = {"test_index": part.test_index[: kept.sum()], "test_size": kept}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.core.types import Array, Population, Views
+from hetfl_jax.core.types import Array, Population, PyTree, Views
 
 _INT32 = np.iinfo(np.int32).max
 
@@ -100,14 +100,14 @@ def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray
     return held
 
 
-def _array(value: Any, name: str) -> np.ndarray:
+def _array(value: object, name: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError):
         raise ValueError(f"{name} of uneven rows: need an array (data.population)") from None
 
 
-def _of_clients(value: Any, name: str, clients: int) -> np.ndarray:
+def _of_clients(value: object, name: str, clients: int) -> np.ndarray:
     """[N] whole numbers."""
     array = _array(value, name)
     _check(array.shape == (clients,), f"{array.size} {name} for {clients} clients")
@@ -166,6 +166,6 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
 def joined(first: Population, second: Population) -> Population:
     """The clients of two populations over one pool, one after the other."""
     second = second._replace(offset=second.offset + first.rows.shape[0])
-    clients: list[Any] = [(*pop[2:7], pop.view) for pop in (first, second)]
+    clients: list[PyTree] = [(*pop[2:7], pop.view) for pop in (first, second)]
     *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)
     return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

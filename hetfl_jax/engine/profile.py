@@ -4,10 +4,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.profiler import ProfileData
+
+from hetfl_jax.core.types import PyTree
 
 SCOPES = ("plan", "local_training", "merge", "collective", "server", "evaluation")
 _CONTROL = ("while", "conditional", "call", "tuple", "async")  #: their time is that of the operations inside
@@ -21,7 +23,7 @@ class Event(NamedTuple):
     seconds: float
 
 
-def profiled(run: Callable[[], Any], folder: Path) -> Any:
+def profiled(run: Callable[[], PyTree], folder: Path) -> PyTree:
     """``run()`` under the profiler; the trace in ``folder`` opens in TensorBoard and, unzipped, in Perfetto."""
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         return jax.block_until_ready(run())

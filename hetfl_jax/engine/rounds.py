@@ -7,7 +7,6 @@ the devices that run them, an all-gather back to those that keep them).
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +173,7 @@ def _with_host_memory(algorithm: Algorithm, executor: Executor, store: Store) ->
     return step
 
 
-def _with_host_work(between: Between, executor: Executor, usual: Step, step: Callable[..., Any]) -> Step:
+def _with_host_work(between: Between, executor: Executor, usual: Step, step: Callable[..., PyTree]) -> Step:
     """Rounds after which the host may want to decide; their buffers are kept, since a round may be run again."""
     again = compiled(partial(step, between.collecting), executor)
 
@@ -240,7 +239,7 @@ def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
     return inside & ~jnp.zeros_like(inside).at[order].set(again)
 
 
-def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Callable[..., Any]:
+def compiled(fn: Callable[..., PyTree], executor: Executor, **options: PyTree) -> Callable[..., PyTree]:
     """``jax.jit(fn)`` for this executor.
 
     Over several CPU devices it waits for the result: two programs with collectives in flight at once can deadlock
@@ -253,16 +252,16 @@ def compiled(fn: Callable[..., Any], executor: Executor, **options: Any) -> Call
         return jitted
 
     @wraps(jitted)
-    def run(*args: Any) -> PyTree:
+    def run(*args: PyTree) -> PyTree:
         return jax.block_until_ready(jitted(*args))
 
     run.jitted, run._cache_size = jitted, jitted._cache_size  # type: ignore[attr-defined]
     return run
 
 
-def program(step: Callable[..., Any], *args: Any) -> str:
+def program(step: Callable[..., PyTree], *args: PyTree) -> str:
     """The compiled text of a function that ``compiled`` made."""
-    jitted: Any = getattr(step, "jitted", step)
+    jitted: PyTree = getattr(step, "jitted", step)
     return jitted.lower(*args).compile().as_text()
 
 
@@ -315,7 +314,7 @@ def query(
         total, report = fn(context.key, context.sent, context.level, context.shard)
         return Reply(total, 0, (), report)
 
-    def absent(*_: Any) -> PyTree:
+    def absent(*_: PyTree) -> PyTree:
         raise NotImplementedError("a query has no server")
 
     count = 1 if levels is None else count

@@ -6,7 +6,6 @@ everything they send passes through a sum or is a small stacked report. Spreadin
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from hetfl_jax.engine.chunks import clients_at_once
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
 
 Buckets = Sequence[Sequence[int]]
-Pool = tuple[Array, Array, Array, Any]  #: x, y, rows, views: shared by all items, never mapped
+Pool = tuple[Array, Array, Array, PyTree]  #: x, y, rows, views: shared by all items, never mapped
 Runner = Callable[[Algorithm, PyTree, Pool, Items], Outcome]
 
 
@@ -177,8 +176,8 @@ def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: 
 
 
 def _chunk(
-    run: Any, sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array, chunk: int,
-    i: Array, carry: tuple[PyTree, PyTree],
+    run: Callable[..., PyTree], sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array,
+    chunk: int, i: Array, carry: tuple[PyTree, PyTree],
 ) -> tuple[PyTree, PyTree]:  # fmt: skip
     """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item)."""
     accumulated, rows = carry

@@ -8,14 +8,14 @@ client's row is as large as its own level.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.core.types import Array, Line, PyTree
 from hetfl_jax.engine.segments import Segments
 
 STORES = ("device", "host", "file")
@@ -166,7 +166,7 @@ def _window(extent: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def _outside(folder: Path, packing: Packing, in_memory: bool) -> Store:
-    kept: dict[str, Any] = {}
+    kept: Line = {}
 
     def init(one: PyTree, clients: int) -> PyTree:
         if packing.level.size != clients:

@@ -20,7 +20,7 @@ can be tried in one program and the best by training loss goes on.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -280,7 +280,7 @@ def _least(losses: Array) -> Array:
     return (losses <= losses.min(-1, keepdims=True) * (1 + ROUNDING)).argmax(-1).astype(jnp.int32)
 
 
-def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callable[..., Any]:
+def _warm(init: Callable[..., PyTree], path: str, redraw: Sequence[str]) -> Callable[..., PyTree]:
     """``init`` whose model comes from a file, but for the layers that are drawn anew."""
     if not Path(path).is_file():
         raise ValueError(
@@ -289,7 +289,7 @@ def _warm(init: Callable[..., Any], path: str, redraw: Sequence[str]) -> Callabl
     with np.load(path, allow_pickle=False) as file:
         saved = {tuple(name.split("/")): file[name] for name in file.files if "/" in name}
 
-    def warm(key: Array) -> Any:
+    def warm(key: Array) -> PyTree:
         server, memory = init(key)
 
         def leaf(where: windows.Path, value: Array) -> Array:

@@ -8,7 +8,7 @@ of [B, S, C].
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ class Net(NamedTuple):
         """Whether the module is told which rows of a batch are real."""
         return not {"valid", "mask"}.isdisjoint(inspect.signature(type(self.module).__call__).parameters)
 
-    def outputs(self, variables: PyTree, x: Any) -> int:
+    def outputs(self, variables: PyTree, x: PyTree) -> int:
         """Classes that the net tells apart, from the shapes of its variables and input."""
         return jax.eval_shape(self.each_exit, variables, x)[-1].shape[-1]
 
@@ -49,7 +49,9 @@ def adapt(module: nn.Module) -> Net:
     """
     accepted = inspect.signature(type(module).__call__).parameters
 
-    def call(net: nn.Module, variables: PyTree, x: Array, rngs: Any, mutable: Any, **options: Any) -> PyTree:
+    def call(
+        net: nn.Module, variables: PyTree, x: Array, rngs: Arguments, mutable: bool | list[str], **options: PyTree
+    ) -> PyTree:
         given = {name: value for name, value in _spelled(options).items() if name in accepted}
         return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
 
@@ -88,7 +90,7 @@ def adapt(module: nn.Module) -> Net:
     return Net(init, apply, counted, outline, each_exit, module)
 
 
-def _spelled(options: Arguments) -> dict[str, Any]:
+def _spelled(options: Arguments) -> Arguments:
     """The options of a call under every spelling that is known."""
     train = options.get("train", False)
     spelled = {"training": train, "is_training": train, "deterministic": not train, "mask": options.get("valid")}

@@ -65,7 +65,7 @@ def family(
     nets = tuple(adapt(m) for m in modules)
     ready = jax.eval_shape(lambda v: prepare(v, None), example)
 
-    def outline(net: Net) -> tuple[Any, PyTree]:
+    def outline(net: Net) -> tuple[PyTree, PyTree]:
         return jax.eval_shape(net.outline, jax.random.key(0), ready)
 
     outputs, shapes = zip(*(outline(net) for net in nets))
@@ -147,7 +147,7 @@ def _is_struct(example: PyTree) -> bool:
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 
 
-def _window(path: Path, leaf: PyTree, levels: list[dict[Path, Any]], wider: PyTree) -> Window:
+def _window(path: Path, leaf: PyTree, levels: list[dict[Path, PyTree]], wider: PyTree) -> Window:
     extents = []
     for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)
@@ -162,7 +162,7 @@ def _window(path: Path, leaf: PyTree, levels: list[dict[Path, Any]], wider: PyTr
     return Window(np.asarray(extents, np.int32).reshape(len(levels), len(leaf.shape)), grown[0] if grown else -1)
 
 
-def _reach(nets: Sequence[Net], shapes: Sequence[PyTree], x: Any, exits: np.ndarray) -> dict[Path, np.ndarray]:
+def _reach(nets: Sequence[Net], shapes: Sequence[PyTree], x: PyTree, exits: np.ndarray) -> dict[Path, np.ndarray]:
     """[L, E] which exits each leaf takes part in, from the program of every level's net."""
     found = {path: np.zeros((len(nets), int(exits.max())), bool) for path in flat(shapes[0])}
     for level, (net, shape) in enumerate(zip(nets, shapes)):
@@ -228,7 +228,7 @@ def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | 
     """
 
     def forward(
-        variables: PyTree, x: Array, *, level: int | Array | None = None, stats: PyTree = None, **options: Any
+        variables: PyTree, x: Array, *, level: int | Array | None = None, stats: PyTree = None, **options: PyTree
     ) -> tuple[Array, Array | np.ndarray, PyTree]:
         if stats is not None:
             variables = {**variables, "batch_stats": stats}
@@ -261,7 +261,7 @@ def apply_at(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:
     """``apply(variables, x, train=, valid=, key=, collect=)`` of a level's net on examples as stored."""
     call = _call(fam, level)
 
-    def apply(variables: PyTree, x: Array, *, key: Array | None = None, **options: Any) -> tuple[Array, PyTree]:
+    def apply(variables: PyTree, x: Array, *, key: Array | None = None, **options: PyTree) -> tuple[Array, PyTree]:
         augment, dropout = (None, None) if key is None else tuple(jax.random.split(key))
         return call(variables, fam.prepare(x, augment), key=dropout, **options)
 

@@ -5,7 +5,7 @@ Everything here is derived from that table: ``mask``, ``narrow``, ``widen``, ``o
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,16 +44,16 @@ class Family(NamedTuple):
         return len(self.nets)
 
 
-def _path(keys: tuple[Any, ...]) -> Path:
+def _path(keys: tuple[PyTree, ...]) -> Path:
     return tuple(str(getattr(key, "key", key)) for key in keys)
 
 
-def flat(values: PyTree) -> dict[Path, Any]:
+def flat(values: PyTree) -> dict[Path, PyTree]:
     """Leaves by path."""
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
 
 
-def map_leaves(fn: Callable[[Path, Any], Any], values: PyTree) -> PyTree:
+def map_leaves(fn: Callable[[Path, PyTree], PyTree], values: PyTree) -> PyTree:
     """``fn(path, leaf)`` over a tree of variables, the path as strings: a key of ``Family.windows``."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_path(path), leaf), values)
 

@@ -5,7 +5,7 @@ sums. Any method that can ``judge`` what it sends may be inside, e.g. FedAvg or 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def _of_group(total: PyTree, groups: int) -> PyTree:
 def _by_name(names: Sequence[str], of_names: PyTree, others: PyTree) -> PyTree:
     """Leaves below one of the names from the first tree, all others from the second."""
 
-    def leaf(path: Any, a: Array, b: Array) -> Array:
+    def leaf(path: PyTree, a: Array, b: Array) -> Array:
         return a if {str(getattr(key, "key", getattr(key, "name", key))) for key in path} & set(names) else b
 
     return jax.tree_util.tree_map_with_path(leaf, of_names, others) if names else others

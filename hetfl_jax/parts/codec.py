@@ -56,7 +56,7 @@ def _check(right: bool, value: str, allowed: str, key: str) -> None:
         raise ValueError(f"{value}, allowed {allowed} (uplink.args.{key})")
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -119,7 +119,7 @@ def qsgd(family: Family, levels: int, scope: str = "tensor", scaling: str = "l2"
                 sums[group] = jnp.maximum(sums.get(group, 0.0), jnp.abs(part.value).max())
             else:
                 sums[group] = sums.get(group, 0.0) + part.total(jnp.square(part.value))
-        ends: dict[Path, tuple[Any, Any]] = {}
+        ends: dict[Path, tuple[PyTree, PyTree]] = {}
         for path, part in parts.items():
             group, x = path[: scopes[scope]], part.value
             scale = sums[group] if scaling == "max" else jnp.sqrt(sums[group])
@@ -337,7 +337,7 @@ def error_feedback(codec: Codec, ef21: bool = False) -> Codec:
 CODECS: dict[str, Callable[..., Codec]] = {
     of.__name__: of for of in (none, qsgd, uniform, signs, top_k, random_k, drive, low_rank)
 }
-_CONTRACTION: dict[str, dict[str, Any]]  # arguments that make a codec a contraction, for error feedback
+_CONTRACTION: dict[str, dict[str, PyTree]]  # arguments that make a codec a contraction, for error feedback
 _CONTRACTION = {"qsgd": {"scaling": "shrunk"}, "random_k": {"unbiased": False}, "drive": {"unbiased": False}}
 _remembering = error_feedback
 

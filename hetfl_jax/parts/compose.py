@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def compose(
     )  # fmt: skip
 
 
-def _reading(family: Family, local: Local, objective: objectives.Objective) -> tuple[Any, Any, Any, Any]:
+def _reading(family: Family, local: Local, objective: objectives.Objective) -> tuple[PyTree, ...]:
     """``model``, ``judge``, ``predict`` and ``statistics`` of an algorithm; ``None`` where nothing is collected."""
 
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:

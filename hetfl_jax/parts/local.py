@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +290,7 @@ def train(
         augment, dropout = jax.random.split(step_key)
         batch = Batch(prepare(x, augment), labels, valid)
 
-        def loss(params: PyTree) -> tuple[Array, Any]:
+        def loss(params: PyTree) -> tuple[Array, PyTree]:
             forward = partial(view.forward, {**variables, "params": params}, train=True, valid=valid, key=dropout)
             return objective.loss(forward, batch, context._replace(key=jax.random.fold_in(step_key, 2)))
 

@@ -1,7 +1,6 @@
 """The plan of a round: a selection, which may ask clients for the model's loss before; what asking costs is counted."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ def planner(
 
 
 def _asker(
-    survey: Callable[..., Any],
+    survey: Callable[..., PyTree],
     judge: Callable[..., Tally],
     send: Callable[[], PyTree],
     level_of: Callable[[Array], Array],

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,14 +18,14 @@ from hetfl_jax.core.types import Arguments, Line, PyTree, State
 MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: PyTree) -> None:
     """Write a JSON file whole or not at all; numbers that are not finite become null."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(plain(values), indent=2) + "\n")
     os.replace(partial, path)
 
 
-def plain(value: Any) -> Any:
+def plain(value: PyTree) -> PyTree:
     """JSON types only: arrays to lists, NaN and infinities to null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -88,7 +87,7 @@ def _same_config(old: PyTree, new: PyTree, folder: Path) -> None:
             )
 
 
-def _leaves(values: Any, prefix: str = "") -> Line:
+def _leaves(values: PyTree, prefix: str = "") -> Line:
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
     return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
@@ -231,14 +230,14 @@ class Checkpoints:
         self._manager.close()
 
 
-def _on_disk(like: PyTree, saved: PyTree) -> Any:
+def _on_disk(like: PyTree, saved: PyTree) -> PyTree:
     """``like`` without the fields that a checkpoint lacks, named tuples as dicts: older ones have fewer fields."""
     if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(saved, Mapping)):
         return like
     return {name: _on_disk(getattr(like, name), saved[name]) for name in like._fields if name in saved}
 
 
-def _like(like: PyTree, found: PyTree) -> Any:
+def _like(like: PyTree, found: PyTree) -> PyTree:
     """What was found in the form of ``like``; fields that were not on disk keep their start values."""
     if not (isinstance(like, tuple) and hasattr(like, "_fields") and isinstance(found, Mapping)):
         return found

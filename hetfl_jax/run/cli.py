@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from hetfl_jax.core import machine
+from hetfl_jax.core.types import Config
 from hetfl_jax.run.config import as_text, config_names, load_config
 from hetfl_jax.run.keys import KEYS
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[Any, list[str]], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace, list[str]], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_of(arguments: Sequence[str], target: str = DEFAULT_CONFIG) -> Any:
+def config_of(arguments: Sequence[str], target: str = DEFAULT_CONFIG) -> Config:
     """The config that ``--config=FILE[:args]`` and ``--config.KEY=VALUE`` describe, complete.
 
     Raises:

@@ -23,7 +23,7 @@ FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict
 ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "train.optimizer_args")  #: dicts of anything
 
 
-def changed(**blocks: Arguments) -> ml_collections.ConfigDict:
+def changed(**blocks: Arguments) -> Config:
     """The default config with some values of its blocks changed: what a config file returns.
 
     Raises:
@@ -48,7 +48,7 @@ def _with(blocks: Mapping[str, Arguments]) -> Config:
     return config
 
 
-def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+def parse_arg(arg: str, **defaults: Any) -> Config:
     """The argument string of a config, ``key=value,key`` typed by the defaults; a bare key of a bool means true.
 
     Raises:
@@ -75,7 +75,7 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values)
 
 
-def shrink(config: ml_collections.ConfigDict, **train: Config) -> ml_collections.ConfigDict:
+def shrink(config: ml_collections.ConfigDict, **train: Config) -> Config:
     """The ``quick`` version of a config: the same code paths on few clients and rounds, for a smoke run on a CPU."""
     config.data.clients = min(config.data.clients, 10)
     config.data.examples = 400
@@ -91,7 +91,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complete(config: Config, tell: Callable[[str], None] = say) -> ml_collections.ConfigDict:
+def complete(config: Config, tell: Callable[[str], None] = say) -> Config:
     """A config with every key there is, and with the arguments of its method: what it lacks takes its default.
 
     Arguments of another method are dropped and told in one line. A config of an older version, or a plain dict, is
@@ -144,7 +144,7 @@ def config_names() -> list[str]:
     return sorted(name for name in found if not name.startswith("_"))
 
 
-def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[str], None] = say) -> Any:
+def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[str], None] = say) -> Config:
     """The config that a file and changes of single values describe, complete and locked.
 
     Args:
@@ -170,7 +170,7 @@ def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[
     return _overridden(config, given)
 
 
-def _from_file(path: Path, arg: str) -> Any:
+def _from_file(path: Path, arg: str) -> Config:
     spec = importlib.util.spec_from_file_location("hetfl_jax_config", path)
     assert spec is not None
     assert spec.loader is not None
@@ -181,7 +181,7 @@ def _from_file(path: Path, arg: str) -> Any:
     return module.get_config(arg) if inspect.signature(module.get_config).parameters else module.get_config()
 
 
-def _overridden(config: Config, changes: Sequence[str]) -> Any:
+def _overridden(config: Config, changes: Sequence[str]) -> Config:
     """Values set by text, typed as they are in the config."""
     for change in changes:
         if "=" not in change:

@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hetfl_jax.core.types import Line, PyTree, State
+from hetfl_jax.core.types import Config, Line, PyTree, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.engine.rounds import compiled
@@ -21,7 +20,7 @@ from hetfl_jax.run.mix import level_fields, parse_mix
 from hetfl_jax.run.train import bind
 
 
-def open_config(folder: Path) -> Any:
+def open_config(folder: Path) -> Config:
     """The config of a run, complete also where an older version wrote it.
 
     Raises:

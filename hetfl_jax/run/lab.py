@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ def _number(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Any) -> list[Any]:
+def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Path) -> list[Path]:
     """The figures that the method brings; every process takes part, the first one draws."""
     fed = lab.federation
     algorithm, draw = fed.algorithm, fed.algorithm.shown.figures
