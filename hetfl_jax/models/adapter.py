@@ -50,7 +50,12 @@ def adapt(module: nn.Module) -> Net:
     accepted = inspect.signature(type(module).__call__).parameters
 
     def call(
-        net: nn.Module, variables: PyTree, x: Array, rngs: Arguments, mutable: bool | list[str], **options: PyTree
+        net: nn.Module,
+        variables: PyTree,
+        x: Array,
+        rngs: dict[str, Array],
+        mutable: bool | list[str],
+        **options: PyTree,
     ) -> PyTree:
         given = {name: value for name, value in _spelled(options).items() if name in accepted}
         return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)

@@ -96,12 +96,9 @@ def build(config: Config, own: Own | None = None) -> Federation:
         partition.check_levels(level, fam.levels, mix.names)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = _held(source, part, classes, views, groups)
-    # One pool on the device serves training, the statistics pass and all evaluation.
-    empty = source.x_test[:0], source.y_test[:0]
-    x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
-    x = jnp.asarray(np.concatenate([source.x_train, source.x_test, x_validation]))
-    y = jnp.asarray(np.concatenate([source.y_train, source.y_test, y_validation]))
-    train = population(x, y, part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups))
+    train = population(
+        *_pool(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
+    )
     test, batched = _test(train, source, part, held, config.run.eval_batch_size)
     price = costs(fam)
     return Federation(
@@ -127,6 +124,15 @@ def build(config: Config, own: Own | None = None) -> Federation:
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
     )  # fmt: skip
+
+
+def _pool(source: sources.Source) -> tuple[jax.Array, jax.Array]:
+    """All examples and labels: one pool on the device serves training, the statistics pass and all evaluation."""
+    empty = source.x_test[:0], source.y_test[:0]
+    x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
+    x = np.concatenate([source.x_train, source.x_test, x_validation])
+    y = np.concatenate([source.y_train, source.y_test, y_validation])
+    return jnp.asarray(x), jnp.asarray(y)
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
