@@ -181,8 +181,8 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.models import NETS
     from hetfl_jax.parts.codec import CODECS
     from hetfl_jax.parts.local import OPTIMIZERS
-    from hetfl_jax.run.federation import SPLITS
     from hetfl_jax.run.slots import SELECTIONS
+    from hetfl_jax.run.splits import SPLITS
 
     sources = ("digits", "synthetic", "npz:<path>", "text:<path>", "tfds:<name>")
     for name, values in {

@@ -25,8 +25,7 @@ from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import Local, local
 from hetfl_jax.run.mix import Mix, level_fields, parse_mix
 from hetfl_jax.run.slots import slots_of
-
-SPLITS = ("iid", "shards", "dirichlet_per_class", "dirichlet_per_client", "natural", "per_group")
+from hetfl_jax.run.splits import split
 
 
 class Own(NamedTuple):
@@ -280,38 +279,6 @@ def _partition(data: Config, source: sources.Source, seed: int, own: Own) -> Par
     if ids.shape != (len(source.y_train),):
         raise ValueError(f"split has ids of shape {ids.shape} for {len(source.y_train)} training examples (split)")
     return partition.natural(ids, seed, data.test_fraction)
-
-
-def split(data: Config, source: sources.Source, seed: int) -> Partition:
-    """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
-    if data.split == "natural" and data.own_test and data.test_fraction:
-        raise ValueError(f"own_test {data.own_test}, test_fraction {data.test_fraction}: one must be 0 (data.own_test)")
-    part = partition.first_clients(_split(data, source, seed), data.first_clients)
-    return partition.hold_out_own(part, data.own_test, seed) if data.own_test else part
-
-
-def _split(data: Config, source: sources.Source, seed: int) -> Partition:
-    labels, clients = source.y_train, data.clients
-    if data.split not in SPLITS:
-        raise ValueError(f"split {data.split!r} is not one of {', '.join(SPLITS)} (data.split)")
-    if data.split == "iid":
-        return partition.iid(len(labels), clients, seed, len(source.y_test))
-    if data.split == "per_group":
-        groups = data.groups.partition(":")[2]
-        return partition.per_group(len(labels), clients, int(groups) if groups.isdigit() else 1, seed)
-    if labels.ndim > 1 and data.split != "natural":
-        raise ValueError(f"split {data.split!r} of sequences, allowed iid, per_group, natural (data.split)")
-    if data.split == "shards":
-        return partition.shards(labels, clients, data.classes_per_client, seed, source.y_test)
-    if data.split == "natural":
-        if source.writer is None:
-            raise ValueError(
-                f"source {data.source!r} has no client ids: split 'natural' needs data.writers=<npz>:<array>"
-            )
-        return partition.natural(source.writer, seed, data.test_fraction)
-    if data.split == "dirichlet_per_class":
-        return partition.dirichlet_per_class(labels, clients, data.concentration, seed, data.least or None)
-    return partition.dirichlet_per_client(labels, clients, data.concentration, seed)
 
 
 def net_fields(config: Config, mix: Mix, classes: int) -> Line:
