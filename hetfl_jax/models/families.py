@@ -89,15 +89,15 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     channels that are in use with those that are not.
 
     >>> import flax.linen as nn
-    >>> class Shifts(nn.Module):
+    >>> class Grouped(nn.Module):
     ...     width: float = 1.0
     ...
     ...     @nn.compact
     ...     def __call__(self, x):
-    ...         return nn.Dense(2)(nn.Dense(int(4 * self.width))(x) + 1)
+    ...         return nn.Dense(2)(nn.GroupNorm(2)(nn.Dense(int(8 * self.width))(x)))
     >>> import warnings
     >>> with warnings.catch_warnings(record=True) as said:
-    ...     fam = checked(family(Shifts(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3))))
+    ...     fam = checked(family(Grouped(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3))))
     >>> fam.masked, len(said)
     (False, 1)
     """
