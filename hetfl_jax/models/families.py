@@ -97,6 +97,7 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     ...         return nn.Dense(2)(nn.GroupNorm(2)(nn.Dense(int(8 * self.width))(x)))
     >>> import warnings
     >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
     ...     fam = checked(family(Grouped(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3))))
     >>> fam.masked, len(said)
     (False, 1)
