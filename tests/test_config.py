@@ -157,7 +157,7 @@ def test_a_run_of_the_version_before_is_read(tmp_path):
         archive.extractall(tmp_path, filter="data")
     folder = tmp_path / "before"
     text = evaluate_run(folder)
-    assert "level a: accuracy 0.2944" in text.replace("loss", "\nloss") or "accuracy 0.2944" in text
+    assert "level a: accuracy 0.2944, local accuracy 0.2889, loss 2.1048" in text
     config = open_config(folder)
     with config.unlocked():
         config.run.folder, config.train.rounds = str(tmp_path), 3
@@ -195,4 +195,3 @@ def test_the_wheel_holds_configs_and_types(tmp_path):
     env = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "", "JAX_PLATFORMS": "cpu"}
     shown = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout
     assert "'heterofl'" in shown
-    assert jax.devices()

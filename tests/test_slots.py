@@ -227,7 +227,6 @@ def test_weights_of_a_merge_are_those_of_q_ffl():
     found = play(algorithm._replace(init=lambda key: (start, {})), run, pop, rounds=1)[0].server.variables
     assert worst(jax.tree.map(jnp.subtract, found, start.variables), wanted) < 1e-5
     mean = qffl.make(family, settings, cohort=12, q=0.0, slots=everyone)
-    assert plainly.levels == mean.levels
     unweighted = jax.tree.map(lambda *d: sum(d) / 12, *changes)
     found = play(mean._replace(init=lambda key: (start, {})), run, pop, rounds=1)[0].server.variables
     assert worst(jax.tree.map(jnp.subtract, found, start.variables), unweighted) < 1e-6
@@ -261,7 +260,6 @@ def test_leaves_that_the_loss_does_not_reach_come_back_bit_for_bit(how):
     algorithm = depthfl.make(family, settings, cohort=6, clients_per_level=(12, 0), train_all=False)
     pop = toy_population()
     pop = pop._replace(level=pop.level * 0)
-    before = algorithm.init(jax.random.key(7))[0].variables["params"]
     state, _, _ = play(algorithm, executor(*EXECUTORS[how]), pop, rounds=1)
     rerun = play(algorithm, executor(*EXECUTORS[how]), pop, rounds=2)[0]
     first = jax.device_get(play(algorithm, executor("bucketed"), pop, rounds=1)[0]).server.variables["params"]
@@ -270,7 +268,6 @@ def test_leaves_that_the_loss_does_not_reach_come_back_bit_for_bit(how):
     for name in ("sum", "momentum"):
         assert not any(leaf.any() for leaf in jax.tree.leaves(rerun.memory[name]["params"]["head_0"])), name
         assert any(leaf.any() for leaf in jax.tree.leaves(rerun.memory[name]["params"]["head_1"])), name
-    assert jax.tree.structure(before) == jax.tree.structure(first)
     assert not any(leaf.any() for leaf in jax.tree.leaves(state.memory["sum"]["params"]["head_0"]))
 
 

@@ -213,7 +213,7 @@ def class_labels(
     rows = sum(y.size for y in found.values())
     shown = ", ".join(f"{said(label)} -> {new}" for new, label in enumerate(known[:4].tolist()))
     more = ", ..." if known.size > 4 else ""
-    doubt = "; numbers to predict need objective.name=squared_error" if numbers and 2 * known.size >= rows > 20 else ""
+    doubt = "; numbers to predict (a regression) are no classes" if numbers and 2 * known.size >= rows > 20 else ""
     table = {str(label): new for new, label in enumerate(known.tolist())}
     new = {name: np.searchsorted(known, y).astype(np.int32) for name, y in found.items()}
     return new, table, f"labels were renumbered to 0..{known.size - 1}: {shown}{more}{doubt}"
@@ -245,8 +245,8 @@ def _column(name: str, y: np.ndarray) -> tuple[np.ndarray, int]:
             fail(f"{first(name, y, wrong)}: need a label in every row")
         if (wrong := y != np.floor(y)).any():
             fail(
-                f"{first(name, y, wrong)}: classes are whole numbers; for numbers to predict (a regression) set "
-                "objective.name=squared_error"
+                f"{first(name, y, wrong)}: classes are whole numbers; numbers to predict (a regression) are not "
+                "offered by configs yet"
             )
     if (wrong := (y > 2**53) | (y < -(2**53))).any():
         fail(f"{first(name, y, wrong)}: labels are at most 2^53")

@@ -328,7 +328,13 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
                 kind = type(module).__name__
                 raise ValueError(f"mix {config.family.mix!r} sets {field}, which net {kind} has not (family.mix)")
             levels = [{}]
-    fam = families.family(module, levels, example, prepare)
+    try:
+        fam = families.family(module, levels, example, prepare)
+    except TypeError as error:
+        kind, shape, why = type(module).__name__, source.x_train.shape[1:], " ".join(str(error).split())
+        raise ValueError(
+            f"net {kind} cannot read examples of shape {shape}: {why} (family.net, data.source)"
+        ) from error
     if len(levels) > 1 and (given is not None or ":" in config.family.net):
         fam = families.checked(fam)
     outputs = fam.nets[0].outputs(fam.shapes[0], jax.eval_shape(lambda v: prepare(v, None), example))
