@@ -1,0 +1,107 @@
+"""The time model of FedPAQ: shifted exponential computation, uploads that share one channel."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hetfl_jax.core.types import Account, Algorithm, Array, Info, Plan, Population, PyTree, Seen
+from hetfl_jax.parts.server import Server
+
+
+class Clock(NamedTuple):
+    """How long a round takes. The unit of time is what one example costs if ``shift + 1 / scale`` is 1."""
+
+    shift: float  #: time for the gradient of an example that every client needs
+    scale: float  #: 1 / the mean of what it needs besides; 0 for nothing
+    bandwidth: float  #: bits that all uploads together send in a unit of time
+
+
+class Timed(NamedTuple):
+    """The slot of a server rule, and how long the run has taken."""
+
+    slot: PyTree
+    time: Array  #: float32 scalar
+
+
+def clock(parameters: int, *, shift: float, scale: float, ratio: float, bandwidth: float = 0.0) -> Clock:
+    """A clock by its ratio of communication to computation, ``(32 P / bandwidth) / (shift + 1 / scale)``.
+
+    Args:
+      parameters: P, of the full model.
+      bandwidth: if > 0, in place of the ratio.
+
+    Raises:
+      ValueError: a value out of range.
+
+    >>> clock(785, shift=0.5, scale=2.0, ratio=100.0).bandwidth  # a float32 model takes as long as 100 examples
+    251.2
+    """
+    for name, value in (("shift", shift), ("scale", scale), ("bandwidth", bandwidth)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} {value}, allowed >= 0 and finite (method.args.{name})")
+    each = shift + (1 / scale if scale else 0.0)
+    if not each > 0:
+        raise ValueError(f"shift {shift} and scale {scale}: need one above 0 (method.args.shift)")
+    if not bandwidth and not 0 < ratio < float("inf"):
+        raise ValueError(f"ratio {ratio}, allowed > 0 and finite, or bandwidth > 0 (method.args.ratio)")
+    return Clock(shift, scale, bandwidth or 32 * parameters / (ratio * each))
+
+
+def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]:
+    """(computation of the slowest client, all uploads one after the other) of a round, float32 scalars.
+
+    A client that goes backward through e examples needs ``e shift + e / scale`` times its exponential draw.
+
+    Args:
+      items: what every item did.
+      waits: [K] exponential draws of mean 1.
+    """
+    there = jnp.asarray(items.valid)
+    examples = items.seen.work[:, 1].sum(-1).astype(jnp.float32)
+    each = clock.shift + (waits / clock.scale if clock.scale else 0.0)
+    bits = (items.seen.up.astype(jnp.float32) * 2.0 ** (15 * jnp.arange(3))).sum(-1)
+    return jnp.where(there, examples * each, 0).max(), jnp.where(there, bits, 0).sum() / clock.bandwidth
+
+
+def remembering(server: Server) -> Server:
+    """A server rule with room for the time in its slot."""
+
+    def update(slot: Timed, *args: PyTree) -> tuple[PyTree, PyTree]:
+        inner, variables = server.update(slot.slot, *args)
+        return slot._replace(slot=inner), variables
+
+    def learn(slot: Timed, plan: Plan, seen: Seen, ok: Array) -> Timed:
+        return slot._replace(slot=server.learn(slot.slot, plan, seen, ok))
+
+    return server._replace(
+        init=lambda variables: Timed(server.init(variables), jnp.float32(0)),
+        update=update,
+        learn=learn,
+        context=lambda slot: server.context(slot.slot),
+        known=lambda slot, ids: server.known(slot.slot, ids),
+        info=lambda slot, variables: server.info(slot.slot, variables),
+    )
+
+
+def timed(base: Algorithm, clock: Clock) -> Algorithm:
+    """``base``, whose server rule is ``remembering``, with ``compute_time``, ``upload_time`` and ``simulated_time``.
+
+    Draws depend on the run, the round and the client alone. Downloads take no time.
+    """
+
+    def plan(key: Array, round: Array, state: PyTree, people: Population, survey: Callable[..., PyTree]) -> Plan:
+        planned = base.plan(key, round, state, people, survey)
+        own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1 << 20), planned.ids)
+        return planned._replace(notes=(planned.notes, jax.vmap(jax.random.exponential)(own)))
+
+    def serve(state: PyTree, plan: Plan, sent: PyTree, total: PyTree, seen: Seen, ok: Array) -> tuple[PyTree, Info]:
+        notes, waits = plan.notes
+        after, info = base.server(state, plan._replace(notes=notes), sent, total, seen, ok)
+        compute, upload = durations(clock, info.items, waits)
+        slot = after.slot._replace(time=after.slot.time + compute + upload)
+        times = {"compute_time": compute, "upload_time": upload, "simulated_time": slot.time}
+        return after._replace(slot=slot), info._replace(numbers={**info.numbers, **times})
+
+    return base._replace(plan=plan, server=serve)

@@ -1,0 +1,118 @@
+"""How many bits a client receives and sends at each level."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetfl_jax.core import bits
+from hetfl_jax.core.types import Array, ClientContext, Price, PyTree, Shard
+from hetfl_jax.models import windows
+from hetfl_jax.models.windows import Family
+from hetfl_jax.parts import message
+from hetfl_jax.parts.drift import Drift
+from hetfl_jax.parts.message import Codec
+
+
+def bits_of(family: Family, parts: Mapping[str, PyTree]) -> np.ndarray:
+    """[L] int64 bits of trees of collections as they are at every level."""
+    extents = windows.memory_extents(family, parts)
+    sizes = [8 * leaf.dtype.itemsize for leaf in windows.flat(parts).values()]
+    return np.asarray([sum(size * int(np.prod(e)) for size, e in zip(sizes, level)) for level in extents], np.int64)
+
+
+def down_bits(family: Family, sent: PyTree) -> Array:
+    """[L, 3] bits that a client of each level receives of a ``Sent``, see ``core.bits``."""
+    whole = bits_of(family, {"variables": sent.variables, "context": sent.context})
+    if isinstance(sent.coded, tuple):
+        return jnp.asarray(bits.digits(whole))
+    plainly = bits_of(family, {"variables": {"params": sent.variables["params"]}})
+    return jnp.asarray(bits.digits(whole - plainly)) + sent.coded
+
+
+def memory_of(uplink: Codec, variables: PyTree) -> PyTree:
+    """One client's memory of a codec, and of those of what else is sent: ``batch_stats_error`` and so on."""
+    kept = dict(uplink.init(variables["params"]))
+    for what, codec in uplink.also.items():
+        kept |= _named(what, codec.init(variables[_collection(what)]))
+    return kept
+
+
+def encoded(
+    family: Family, uplink: Codec | None, delta: PyTree, extra: PyTree, travelling: PyTree, context: ClientContext,
+    memory: PyTree,
+) -> tuple[PyTree, PyTree, PyTree, Array]:  # fmt: skip
+    """(what the server gets of the change, and of the ``extra``, memory, [3] bits of all); what is not coded as it is.
+
+    Args:
+      travelling: the variables that leave the client, at full shape.
+    """
+    codecs = {} if uplink is None else {"params": uplink, **uplink.also}
+    plain = {"model": {k: v for k, v in travelling.items() if k not in codecs}, "extra": extra}
+    if "extra" in codecs:
+        plain["extra"] = {}
+    count = jnp.asarray(bits.digits(bits_of(family, plain)))[windows.index_of(context.level)]
+    for place, (what, codec) in enumerate(codecs.items(), 1):
+        key = jax.random.fold_in(context.key, (1 << 19) + place)  # apart from epochs and steps
+        values = extra["params"] if what == "extra" else delta[what]
+        sent, kept, coded = codec.encode(key, values, context, _of(what, memory))
+        memory, count = {**memory, **_named(what, kept)}, count + coded
+        if what == "extra":
+            extra = {**extra, "params": sent}
+        else:
+            delta = {**delta, what: sent}
+    return delta, extra, memory, count
+
+
+def _collection(what: str) -> str:
+    return "params" if what == "extra" else what
+
+
+def _named(what: str, memory: PyTree) -> PyTree:
+    """A codec's memory as it is kept among that of others."""
+    if what == "params":
+        return memory
+    return {f"{what}_{name}": {_collection(what): part["params"]} for name, part in memory.items()}
+
+
+def _of(what: str, memory: PyTree) -> PyTree:
+    """The way back from ``_named``."""
+    if what == "params":
+        return memory
+    own = {name: part for name, part in memory.items() if name.startswith(f"{what}_")}
+    return {name.removeprefix(f"{what}_"): {"params": part[_collection(what)]} for name, part in own.items()}
+
+
+def price_of(
+    family: Family, codecs: tuple[Codec | None, Codec | None], drift: Drift, init: Callable[..., PyTree],
+    send: Callable[..., PyTree], travels: Callable[[PyTree], PyTree],
+) -> Price:  # fmt: skip
+    """Bits of an item at each level, from shapes; of a codec on a change of zero.
+
+    Args:
+      codecs: of the uplink and of the downlink.
+      travels: of a ``Sent``, what leaves the server.
+    """
+    key, now = jax.random.key(0), jnp.int32(0)
+    server, memory = jax.eval_shape(init, key)
+    sent = jax.eval_shape(send, server, now)
+    params, (uplink, downlink) = sent.variables["params"], codecs
+
+    def extra(params: PyTree, sent: PyTree, memory: PyTree) -> PyTree:
+        shard = Shard((), (), (), now, now, now)
+        return drift.update(params, ClientContext(key, now, 0, shard, (), sent, memory), jnp.int32(1))[1]
+
+    own = jax.eval_shape(extra, params, sent, memory)
+    whole = bits_of(family, {"variables": travels(sent).variables})
+    down = plain_down = whole + bits_of(family, {"context": sent.context})
+    up = plain_up = whole + bits_of(family, {"extra": own})
+    if downlink:
+        down = down - bits_of(family, {"": {"params": params}}) + np.asarray(message.bits(family, downlink))
+    if uplink and "extra" in uplink.also and not own:
+        raise ValueError("extra true, but this method sends nothing besides the model: need false (uplink.extra)")
+    for what, codec in {"params": uplink, **uplink.also}.items() if uplink else ():
+        tree = own if what == "extra" else {what: sent.variables[what]}
+        coded = message.bits(message.family_of(family, what), codec)
+        up = up - bits_of(family, {"": tree}) + np.asarray(coded)
+    return Price(down, up, plain=(plain_down, plain_up))
