@@ -58,4 +58,4 @@ def get_config(arg=""):
     )
     if arg.quick:
         config.method.args.max_clusters = 2
-    return shrink(config) if arg.quick else config
+    return shrink(config, batch_size=20) if arg.quick else config

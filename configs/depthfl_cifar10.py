@@ -76,9 +76,9 @@ def get_config(arg=""):
     if not arg.quick:
         return config
     config.data.first_clients = min(10, clients)
-    config = shrink(config)
-    config.family.hidden = (4, 4)
+    config = shrink(config, batch_size=10)
+    config.family.hidden = (16, 32)
     config.family.mix = "2x1-1x1" if depth else "a1-b1"
     config.family.net, config.family.norm = "conv", "none"
-    config.train.steps = 1
+    config.train.steps = 0
     return config

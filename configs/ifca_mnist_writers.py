@@ -71,7 +71,7 @@ def get_config(arg=""):
     )
     if not arg.quick:
         return config
-    config = shrink(config)
+    config = shrink(config, learning_rate=0.1, epochs=5)
     if not before:
         config.method.args.update(dict(warm_start="", forced_rounds=1))
     return config

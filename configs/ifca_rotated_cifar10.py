@@ -51,7 +51,6 @@ def get_config(arg=""):
     )
     if not arg.quick:
         return config
-    config = shrink(config)
+    config = shrink(config, batch_size=20, learning_rate=0.05)
     config.method.args.update(dict(restarts=1, min_share=0.0))
-    config.data.clients, config.data.examples, config.train.steps = 10, 100, 1
     return config

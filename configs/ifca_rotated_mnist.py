@@ -49,5 +49,5 @@ def get_config(arg=""):
     if not arg.quick:
         return config
     config.data.clients, config.method.args.cohort = 8, 8
-    config.train.batch_size = 400 // max(1, 8 // 4)
-    return shrink(config)
+    config.train.batch_size = 2_000 // max(1, 8 // 4)
+    return shrink(config, rounds=30)

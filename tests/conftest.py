@@ -1,7 +1,9 @@
 """Eight virtual devices for every test, set before jax starts; a compilation cache that all workers of a run share."""
 
+import ctypes
 import gc
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -36,3 +38,5 @@ def small_worker():
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":  # what the compiler freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)

@@ -12,7 +12,7 @@ from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.config import changed
 from hetfl_jax.run.lab import prepare
-from tests.helpers import DATA, need
+from tests.helpers import DATA, TINY_FLAGS, need
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,10 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 CONFIGS.append("heterofl_wikitext2.py:method=inclusivefl")
 #: Compiling is what a config costs, so these, whose method, net and data others run to the end, are only traced.
 TRACED = {
+    "depthfl_cifar10.py", "heterofl_wikitext2.py", "inclusivefl_mnist.py",
     "fedprox_mnist.py", "heterofl_mnist.py", "heterofl_cifar10.py", "feddyn_mnist.py", "depthfl_cifar100.py",
     "ifca_mnist_writers.py", "ifca_rotated_cifar10.py", "heterofl_wikitext2.py:method=inclusivefl",
+    "splitmix_cifar10.py", "splitmix_digits.py",
 }  # fmt: skip
 
 
@@ -43,7 +45,9 @@ def test_quick(name, tmp_path, monkeypatch):
         np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
         source = f"source=npz:{tmp_path}/cifar10.npz,"
     with_args = name if ":" in name else f"{name}:"
-    config = config_of([f"--config={ROOT}/configs/{with_args},{source}quick", f"--config.run.folder={tmp_path}"])
+    tiny = [flag for flag in TINY_FLAGS if "synthetic" not in name or "examples" not in flag]
+    command = [f"--config={ROOT}/configs/{with_args},{source}quick", *tiny, f"--config.run.folder={tmp_path}"]
+    config = config_of(command)
     if name in TRACED:
         lab = prepare(config)
         state = jax.eval_shape(lab.start)
@@ -57,13 +61,21 @@ def test_quick(name, tmp_path, monkeypatch):
     assert all(0 <= row["last"] <= 1 for row in result.table)
 
 
+@pytest.mark.parametrize("name", ["feddyn_mnist", "qffl_synthetic"])
+def test_a_quick_run_learns_what_one_sees(name, tmp_path, monkeypatch):
+    need("mnist.npz")
+    monkeypatch.setenv("HETFL_DATA", str(DATA))
+    result = run.train(config_of([f"--config={name}:quick", f"--config.run.folder={tmp_path}"]), quiet=True)
+    assert result.table[0]["last"] > 0.5 > 0.2 > result.table[0]["start"], "a tenth by chance"
+
+
 @pytest.mark.as_users
 def test_mnist_is_learned(tmp_path, monkeypatch):
     """FedAvg and HeteroFL with an MLP on all of real MNIST: far above chance in eight rounds."""
     need("mnist.npz")
     monkeypatch.setenv("HETFL_DATA", str(DATA))
     changes = ["--config.train.rounds=8", "--config.train.epochs=1", "--config.run.eval_every=8"]
-    changes.append(f"--config.run.folder={tmp_path}")
+    changes += ["--config.train.devices=2", f"--config.run.folder={tmp_path}"]
     base = f"--config={ROOT}/configs/fedavg_mnist.py:net=mlp"
     plain = run.train(config_of([base, *changes]), quiet=True)
     assert plain.table[0]["last"] > 0.9

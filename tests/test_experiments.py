@@ -72,7 +72,11 @@ def test_cluster_sums_are_those_of_each_cluster(backend, monkeypatch):
 def test_clients_alone_learn_their_own_kind_of_image(monkeypatch):
     need("mnist.npz")
     monkeypatch.setenv("HETFL_DATA", str(DATA))
-    given = [f"--config={ROOT}/configs/ifca_rotated_mnist.py:quick", "--config.train.epochs=100"]
+    given = [
+        f"--config={ROOT}/configs/ifca_rotated_mnist.py:quick",
+        "--config.train.epochs=100",
+        "--config.data.examples=400",
+    ]
     fed = federation.build(config_of(given))
     found = alone.accuracies(fed, 0)
     assert found.shape == (8,)

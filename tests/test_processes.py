@@ -15,13 +15,14 @@ from hetfl_jax.core import machine
 from hetfl_jax.results.folder import read_metrics
 from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of
+from tests.helpers import TINY_FLAGS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
     sys.executable, "-m", "hetfl_jax", "train", f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick",
-    "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.rounds=60",
+    *TINY_FLAGS, "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.rounds=60",
     "--config.run.checkpoint_every=2", "--config.run.eval_every=30",
 )  # fmt: skip
 NAME = "heterofl_digits_quick"

@@ -23,13 +23,14 @@ from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of, main
 from hetfl_jax.run.export import evaluate_run, export_level, load_exported, plot_run
 from hetfl_jax.run.lab import prepare
+from tests.helpers import TINY_FLAGS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/heterofl_digits.py:mix=a1-b1,quick"
 # An MLP compiles fastest; everything else is the default experiment.
-SMALL = (DIGITS, "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.devices=1")
+SMALL = (DIGITS, *TINY_FLAGS, "--config.family.net=mlp", "--config.family.hidden=(16,)", "--config.train.devices=1")
 
 
 def config(folder, *changes):
@@ -169,7 +170,12 @@ def test_a_finished_run_evaluates_plots_and_exports(finished):
     assert "worst tenth" in text
     with pytest.raises(ValueError, match="has no checkpoint of round 77; it has "):
         evaluate_run(finished.folder, 77)
-    assert {p.name for p in plot_run(finished.folder)} == {"accuracy.png", "bytes.png", "partition.png"}
+    assert {p.name for p in plot_run(finished.folder)} == {
+        "accuracy.png",
+        "bytes.png",
+        "partition.png",
+        "training_loss.png",
+    }
     with pytest.raises(ValueError, match="level 'e' is not one of a, b"):
         export_level(finished.folder, "e")
     fields, variables = load_exported(export_level(finished.folder, "b", 5))
@@ -291,6 +297,7 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     """Down go all models, up comes one; each can be exported, and a model must be named."""
     arguments = [
         f"--config={ROOT}/configs/ifca_rotated_mnist.py:source=digits,quick",
+        *TINY_FLAGS,
         f"--config.run.folder={tmp_path}",
     ]
     assert main(["train", *arguments, "--dry-run"]) == 0
@@ -301,7 +308,7 @@ def test_a_run_of_several_models_is_planned_drawn_and_exported(tmp_path, capsys)
     assert "4 model(s), the best one counts for a test batch; clients of the last round: " in table
     folder = next(tmp_path.iterdir())
     drawn = {p.name for p in plot_run(folder)}
-    assert drawn == {"accuracy.png", "bytes.png", "partition.png", "clusters.png", "losses.png"}
+    assert drawn == {"accuracy.png", "bytes.png", "partition.png", "training_loss.png", "clusters.png", "losses.png"}
     down, up = (float(v) for v in re.search(r"([\d.]+) MB down, ([\d.]+) MB up", planned).groups())
     sent = [float(v) for v in re.search(r"down ([\d.]+) MB, up ([\d.]+) MB", table).groups()]
     np.testing.assert_allclose([2 * down, 2 * up], sent, atol=0.011)

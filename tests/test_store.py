@@ -147,7 +147,8 @@ def tiny(tmp_path, name, **changes):
     config = config_of([f"--config={ROOT}/configs/depthfl_cifar10.py:source=digits,quick"])
     config.data.mean, config.data.std, config.data.augment = (0.3,), (0.4,), "none"
     config.family.update(net="mlp", hidden=(6, 6), norm="none", mix="2x1-1x1")
-    config.train.rounds = 4
+    config.data.examples, config.method.args.cohort = 400, 4
+    config.train.update(rounds=4, epochs=1, steps=1)
     config.run.update(folder=str(tmp_path), name=name, eval_every=2, checkpoint_every=1, keep=2)
     for key, value in changes.items():
         config.train[key] = value
