@@ -48,6 +48,21 @@ def conv_family(levels=LEVELS, classes=3, **fields):
     return families.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
 
 
+#: changes that make a ``quick`` config as small as a test wants it
+TINY = (
+    "data.examples=400", "method.args.cohort=4", "train.rounds=2", "train.epochs=1", "run.eval_every=1",
+    "run.checkpoint_every=1",
+)  # fmt: skip
+TINY_FLAGS = tuple(f"--config.{change}" for change in TINY)
+
+
+def image_family(levels=LEVELS, classes=3, **fields):
+    """An MLP of images of 8 x 8: the net of images that compiles fastest."""
+    module = build("mlp", hidden=(8,), classes=classes, **fields)
+    prepare = lambda x, key: x.astype(jnp.float32) / 255  # noqa: E731
+    return families.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
+
+
 def sgd(**changes):
     return local(**({"learning_rate": 0.1, "batch_size": 4, "epochs": 2, "momentum": 0.5, "clip_norm": 1.0} | changes))
 

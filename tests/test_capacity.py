@@ -14,6 +14,8 @@ from hetfl_jax.models.costs import costs
 from hetfl_jax.models.families import family
 from tests.helpers import worst
 
+pytestmark = pytest.mark.slow
+
 FIVE = [{"width": 0.5**i} for i in range(5)]
 
 # HeteroFL, table of sizes: parameters, "FLOPs" as its code counts them, megabytes (2^20), levels a to e.

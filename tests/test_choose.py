@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hetfl_jax.core.absent import HIGHEST, LOWEST
 from hetfl_jax.core.types import Plan, Population, Seen, Tally
 from hetfl_jax.parts import choose, explore, select
 
@@ -182,13 +183,13 @@ def test_the_score_does_not_change_the_candidates():
 def test_the_table_of_stale_losses():
     rule = choose.power_of_choice(2, 10, kind="rpow")
     table = rule.init(10)
-    assert (table == jnp.inf).all()
+    assert (table == HIGHEST).all()
     table = after(rule, table, [3, 8], [0.5, 0.25])
     table = after(rule, table, [8, 1, 2], [2.0, 7.0, 1.0], ok=[True, False, True])
-    assert table[jnp.array([1, 2, 3, 8])].tolist() == [np.inf, 1.0, 0.5, 2.0]
+    assert table[jnp.array([1, 2, 3, 8])].tolist() == [HIGHEST, 1.0, 0.5, 2.0]
     found, _ = rule.choose(KEY, 3, table, clients(), Asked())
     assert not set(found.ids.tolist()) & {2, 3, 8}  # who never took part comes first
-    full = jnp.where(jnp.isinf(table), 0.0, table)
+    full = jnp.where(table == HIGHEST, 0.0, table)
     found, _ = rule.choose(KEY, 3, full, clients(), Asked())
     assert found.ids.tolist() == [8, 2]
     # Two items of one client count by their examples.
@@ -232,16 +233,16 @@ def test_active_draws_by_value_and_explores():
     close(frequency(ids), 0.4, 4000)  # nobody has a value yet
     state = after(rule, state, [2, 5, 7], [0.1, 3.0, 2.0])
     _, kept = rule.choose(KEY, 1, state, clients(), Asked())
-    assert jnp.flatnonzero(kept > -jnp.inf).tolist() == [2, 5, 7]  # the 7 smallest were none of them
+    assert jnp.flatnonzero(kept > LOWEST).tolist() == [2, 5, 7]  # the 7 smallest were none of them
     state = after(rule, kept, [0, 1], [0.5, 0.6])
     _, kept = rule.choose(KEY, 2, state, clients(), Asked())
-    assert jnp.flatnonzero(kept > -jnp.inf).tolist() == [1, 5, 7]
+    assert jnp.flatnonzero(kept > LOWEST).tolist() == [1, 5, 7]
     ids, valid = rounds(rule, 500, 2, state=state)
     assert valid.all()
     assert (np.diff(np.sort(ids, 1)) > 0).all()
     assert (frequency(ids)[[5, 7]] == 1).all()  # exp(50 * 2) beats exp(50 * 0.6)
     state = after(rule, state, [5], [jnp.nan])
-    assert state[5] == -jnp.inf
+    assert state[5] == LOWEST
 
 
 def test_oort_prefers_large_data_and_loss_and_takes_new_clients():

@@ -9,7 +9,7 @@ from hetfl_jax.core import bits
 from hetfl_jax.core.types import ClientContext, Within
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.parts import codec as codecs
-from hetfl_jax.parts import sparse
+from hetfl_jax.parts import message, sparse
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def close(a, b, atol=1e-6):
         lambda fam: codecs.qsgd(fam, 2**22, "whole", "max"),
         lambda fam: codecs.top_k(fam, 1.0),
         lambda fam: codecs.random_k(fam, 1.0),
-        lambda fam: codecs.low_rank(fam, 64),
+        lambda fam: codecs.low_rank(fam, 8),
     ],
     ids=["none", "qsgd", "qsgd_max", "top_k", "random_k", "low_rank"],
 )
@@ -276,7 +276,7 @@ BITS = {  # kernels of [3, 4] and [4, 10] with biases; at level 1 of [3, 2] and 
 def test_bits_by_hand(name):
     fam = mlp()
     make, want = BITS[name]
-    assert codecs.message_bits(fam, make(fam)) == want
+    assert message.bits(fam, make(fam)) == want
     assert count(send(make(fam), fam, cut(fam, change(fam), 1), 1)[2]) == want[1]
 
 
@@ -295,7 +295,7 @@ def test_many_bits_are_counted_exactly():
     """2^27 entries of 32 bits in digits of 2^15; an Elias code that is summed in more than one row."""
     module = build("mlp", hidden=(), classes=2**14)
     fam = families.family(module, [{}], jax.ShapeDtypeStruct((1, 2**13), jnp.float32))
-    assert codecs.message_bits(fam, codecs.none(fam)) == [32 * (2**27 + 2**14)]
+    assert message.bits(fam, codecs.none(fam)) == [32 * (2**27 + 2**14)]
     ones = jnp.ones((3 << 20) + 1)
     part = sparse.Part(ones.shape, np.array([ones.size]), ones, None, 0, 0, KEY)
     assert count(sparse.elias_bits(part, ones, 0, -1)[0]) == 3 * ones.size
@@ -316,7 +316,9 @@ def test_many_bits_are_counted_exactly():
         ("uniform", {"bits": 17}, "bits 17, allowed 1..16 (uplink.args.bits)"),
         ("top_k", {"fraction": 0.0}, "fraction 0.0, allowed 0 < fraction <= 1 (uplink.args.fraction)"),
         ("random_k", {"fraction": 1.5}, "fraction 1.5, allowed 0 < fraction <= 1 (uplink.args.fraction)"),
-        ("low_rank", {"rank": 0}, "rank 0, allowed >= 1 (uplink.args.rank)"),
+        ("low_rank", {"rank": 0}, "rank 0, allowed 1..4, the highest of a leaf (uplink.args.rank)"),
+        ("low_rank", {"rank": 5}, "rank 5, allowed 1..4, the highest of a leaf (uplink.args.rank)"),
+        ("none", {"statistics": True}, "statistics true, but the net tracks none: need false (uplink.statistics)"),
         ("none", {"error_feedback": "ef"}, "error feedback ef, allowed false, true, ef21 (uplink.error_feedback)"),
     ],
 )

@@ -17,10 +17,29 @@ from hetfl_jax.engine.chunks import clients_at_once
 from hetfl_jax.engine.executors import Executor, executor
 from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.stores import device_store
-from hetfl_jax.methods import cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca, inclusivefl, qffl, scaffold
+from hetfl_jax.methods import (
+    afl,
+    cfl,
+    depthfl,
+    fedavg,
+    feddyn,
+    fedpaq,
+    fedprox,
+    fjord,
+    heterofl,
+    ifca,
+    inclusivefl,
+    lag,
+    qffl,
+    scaffold,
+    sheterofl,
+    splitmix,
+    term,
+)
 from hetfl_jax.parts import drift, select
-from hetfl_jax.parts.compose import compose
-from tests.helpers import conv_family, exits_family, mlp_family, sgd, toy_population, worst
+from hetfl_jax.parts.adversary import pgd
+from hetfl_jax.parts.compose import Slots, compose
+from tests.helpers import conv_family, exits_family, image_family, mlp_family, sgd, toy_population, worst
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +63,13 @@ def shown(**arrays):
     return Info((), (), {}, arrays)
 
 
+def lazily(family, settings, *, cohort):
+    """LAG, in which all clients take part, on a net without hidden layers."""
+    family = exits_family(ONE, hidden=())
+    settings = sgd(batch_size=11, epochs=1, momentum=0.0, learning_rate=0.01, full_batch=True)
+    return lag.make(family, settings, clients=12, window=2)
+
+
 class Row(NamedTuple):
     name: str
     make: object
@@ -52,6 +78,9 @@ class Row(NamedTuple):
     image: bool = False
     settings: object = sgd
 
+
+ONE = ({"width": 1.0},)
+TIERS = ({"width": 1.0, "tiers": 2}, {"width": 0.5, "tiers": 1})
 
 ROWS = [
     Row("fedavg", fedavg.make, {}),
@@ -68,7 +97,22 @@ ROWS = [
     Row("inclusivefl", inclusivefl.make, {}, lambda: exits_family(({"depth": 3}, {"depth": 2}), hidden=(8, 8, 8))),
     Row("ifca", ifca.make, {"clusters": 2, "restarts": 2, "restart_rounds": 1}),
     Row("qffl", qffl.make, {"q": 1.0}),
+    Row("afl", afl.make, {"clients": 12}),
+    Row("term", term.make, {"tilt": 2.0}),
+    Row("fjord", fjord.make, {"clients_per_level": (6, 6)}, lambda: mlp_family(TIERS, norm="bn_tiers")),
+    Row("fjord_efd", fjord.make, {"clients_per_level": (6, 6), "dropout": "both", "distill": False}),
     Row("cfl", cfl.make, {"clients": 12, "eps1": 1e-9, "eps2": 1e-9, "max_clusters": 2}),
+    Row("lag", lazily, {}),
+    Row("fedpaq", fedpaq.make, {"levels": 3}),
+    Row("splitmix", splitmix.make, {"clients": 12, "base_width": 0.25, "budgets": "4-2-1"}, lambda: mlp_family(ONE)),
+    Row("sheterofl", sheterofl.make, {"multiplicity": True}),
+    Row(
+        "fedavg_adversary",
+        fedavg.make,
+        {"slots": Slots(adversary=pgd(steps=2))},
+        lambda: image_family(norm="bn_dual"),
+        True,
+    ),
 ]
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -135,6 +179,15 @@ UNDER = {
     "ifca": ("vmapped",),
     "cfl": ("vmapped",),
     "qffl": ("vmapped", "sharded8"),
+    "afl": ("sharded8",),
+    "term": ("vmapped",),
+    "fjord": ("vmapped", "sharded8"),
+    "fjord_efd": ("vmapped",),
+    "lag": ("vmapped", "sharded8"),
+    "fedpaq": ("vmapped",),
+    "splitmix": ("vmapped", "sharded8"),
+    "sheterofl": ("vmapped",),
+    "fedavg_adversary": ("vmapped",),
 }
 CELLS = [
     pytest.param(row, how, id=f"{row.name}-{how}", marks=[pytest.mark.as_users] * (row.name == "heterofl_conv"))

@@ -10,6 +10,8 @@ import pytest
 
 from hetfl_jax.models.conv import conv, depthwise_conv, examples_at_once, lowered, max_pool
 
+pytestmark = pytest.mark.slow
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 PADDINGS = ("SAME", "VALID", ((0, 2), (3, 1)))
 

@@ -227,7 +227,7 @@ def ordinary(**change):
 
 WRONG = [
     # the door: labels
-    (lambda: admit(flat(Y * 0.1)), r"y_train row 1 has 0.1: .*not offered by configs yet"),
+    (lambda: admit(flat(Y * 0.1)), r"y_train row 1 has 0.1: .*need objective.name=squared_error"),
     (lambda: admit(ordinary(y_test=Y + 0.5)), r"y_test row 0 has 0.5: classes are whole numbers"),
     (lambda: admit(flat(changed(Y.astype(float), 7, np.nan))), "y_train row 7 has NaN"),
     (lambda: admit(flat(changed(Y.astype(float), 7, -np.inf))), "y_train row 7 has -inf"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hetfl_jax.core import bits
+from hetfl_jax.core.absent import HIGHEST
 from hetfl_jax.core.random import CLIENT, purpose_key
 from hetfl_jax.core.types import Cohort, Shard
 from hetfl_jax.engine.executors import executor
@@ -19,6 +20,8 @@ from hetfl_jax.parts.select import Select
 from hetfl_jax.run import ledger
 from tests.helpers import context, exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_contract import EXECUTORS, play, visits
+
+pytestmark = pytest.mark.slow
 
 POW = Slots(select=choose.power_of_choice(2, 6), clients=12)
 
@@ -55,7 +58,7 @@ def test_a_selection_asks_every_client_at_its_own_level(inside):
     spent, items = ledger.spent(infos[1], price), infos[1].items
     levels = np.asarray(population.level)
     sizes = np.asarray(population.size)
-    assert spent.down_bits == 8 * sum(int(price.bytes[levels[i]]) for i in [*chosen, *candidates])
+    assert spent.down_bits == 8 * sum(int(price.bytes[levels[i]]) for i in candidates), "the chosen have the model"
     assert spent.up_bits == 8 * sum(int(price.bytes[levels[i]]) for i in chosen) + 32 * len(candidates)
     forward = sum(int(sizes[i] * price.macs[levels[i]]) for i in candidates)
     assert spent.client_macs == forward + sum(int(3 * 2 * sizes[i] * price.macs[levels[i]]) for i in chosen)
@@ -82,7 +85,7 @@ def test_a_selection_remembers_what_it_saw():
     state, infos, _ = play(
         fedavg.make(mlp_family(), sgd(), cohort=3, slots=rule), executor("bucketed"), toy_population()
     )
-    wanted = np.full(12, np.inf)
+    wanted = np.full(12, HIGHEST)
     for info in infos:
         wanted[info.items.ids] = info.items.seen.tally.loss / info.items.seen.tally.examples
     np.testing.assert_allclose(state.server.select, wanted, rtol=1e-6)
@@ -228,7 +231,7 @@ def test_weights_of_a_merge_are_those_of_q_ffl():
     assert worst(jax.tree.map(jnp.subtract, found, start.variables), wanted) < 1e-5
     mean = qffl.make(family, settings, cohort=12, q=0.0, slots=everyone)
     unweighted = jax.tree.map(lambda *d: sum(d) / 12, *changes)
-    found = play(mean._replace(init=lambda key: (start, {})), run, pop, rounds=1)[0].server.variables
+    found = play(mean._replace(init=lambda key: mean.init(jax.random.key(0))), run, pop, rounds=1)[0].server.variables
     assert worst(jax.tree.map(jnp.subtract, found, start.variables), unweighted) < 1e-6
     with pytest.raises(ValueError, match=r"q -1, allowed >= 0 \(method.args.q\)"):
         qffl.make(family, settings, cohort=2, q=-1)

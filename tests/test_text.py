@@ -14,11 +14,13 @@ from hetfl_jax.data.population import batches, population
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg
 from hetfl_jax.models import build, families
-from hetfl_jax.run import federation
+from hetfl_jax.run import federation, nets
 from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.evaluate import evaluator
 from hetfl_jax.run.mix import parse_mix
 from tests.helpers import sgd
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +78,7 @@ def test_parameters_per_level_are_the_published_ones():
 def test_the_largest_level_of_a_mix_may_be_narrow():
     """The global model of a mix that begins with b is half as wide in all its fields."""
     config = config_of([f"--config={ROOT}/configs/heterofl_wikitext2.py:mix=b1"])
-    fields = federation.net_fields(config, parse_mix("b1"), 33_279)
+    fields = nets.net_fields(config, parse_mix("b1"), 33_279)
     fam = families.family(build(fields.pop("net"), **fields), [{"width": 1.0}], jnp.zeros((1, 64), jnp.int32))
     assert sum(leaf.size for leaf in jax.tree.leaves(fam.shapes[0]["params"])) == 9_107_967
 
@@ -156,5 +158,5 @@ def test_what_the_transformer_does_not_take():
 
 def test_sequences_have_no_label_to_rename():
     source = sources.Source(*np.zeros((4, 2, 5), int))
-    with pytest.raises(ValueError, match=r"groups 'labels:2' of sequences: need one label an example \(data.groups\)"):
+    with pytest.raises(ValueError, match=r"groups 'labels:2' of sequences: need one class an example \(data.groups\)"):
         federation.views_of("labels:2", source, clients=4, classes=5)

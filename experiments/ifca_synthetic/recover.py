@@ -31,7 +31,9 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import ifca
 from hetfl_jax.models import families
+from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import local
+from hetfl_jax.parts.objective import squared_error
 from hetfl_jax.results.folder import write_json
 
 FOREVER = 10**6
@@ -73,8 +75,8 @@ def recover(given: Any, seed: int) -> dict[str, Any]:
     fam = families.family(Linear(), [{}], jnp.zeros((1, given.dimensions)))
     training = local(learning_rate=given.rate, batch_size=given.examples, full_batch=True)
     algorithm = ifca.make(
-        fam, training, cohort=given.clients, clusters=given.clusters, averaging="gradients", loss="squared_error",
-        restarts=given.restarts, restart_rounds=FOREVER,
+        fam, training, cohort=given.clients, clusters=given.clusters, averaging="gradients",
+        slots=Slots(objective=squared_error()), restarts=given.restarts, restart_rounds=FOREVER,
     )  # fmt: skip
     starts = np.concatenate(
         [start(100 * seed + 1 + i, given.clusters, given.dimensions) for i in range(given.restarts)]

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from hetfl_jax.clusters import bipartition
 from hetfl_jax.core import tree
+from hetfl_jax.core.absent import HIGHEST
 from hetfl_jax.core.types import Algorithm, Array, Between, ClientContext, Level, Plan, PyTree, Reply, Shard, Tally
 from hetfl_jax.models.windows import base_of
 from hetfl_jax.parts import merge
@@ -63,7 +64,7 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
     def place(state: Clusters, losses: Array, ids: Array | None) -> Array:
         if ids is not None:
             return state.table[ids]
-        return jnp.where(jnp.arange(size) < state.count, losses, jnp.inf).argmin(-1)
+        return jnp.where(jnp.arange(size) < state.count, losses, HIGHEST).argmin(-1)
 
     return Route(
         start, plan,

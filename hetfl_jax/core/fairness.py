@@ -53,3 +53,14 @@ def fairness(accuracy: np.ndarray, examples: np.ndarray) -> dict[str, float]:
         "angle": angle,
         "kl": kl,
     }
+
+
+def quantiles(scores: np.ndarray, parts: int = 50) -> list[float]:
+    """The distribution of scores over clients in ``parts + 1`` numbers: what shares 0, 1/parts, ..., 1 have at most.
+
+    Rounded to four decimals.
+
+    >>> quantiles(np.array([0.5, 1.0, 0.0]), 4)
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return np.quantile(np.asarray(scores, np.float64), np.linspace(0, 1, parts + 1)).round(4).tolist()

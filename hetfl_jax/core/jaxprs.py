@@ -29,7 +29,12 @@ def _bytes(jaxpr: PyTree) -> int:
 
 
 def products(jaxpr: PyTree) -> Iterator[int]:
-    """Multiply-adds of each convolution and matrix product, in the order of the program."""
+    """Multiply-adds of each convolution and matrix product, in the order of the program; in a scan those of all turns.
+
+    >>> turn = lambda x, _: (x @ x, None)
+    >>> list(products(jax.make_jaxpr(lambda x: jax.lax.scan(turn, x, None, 5))(jax.numpy.ones((2, 2))).jaxpr))
+    [40]
+    """
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
         if equation.primitive.name == "dot_general":
@@ -43,7 +48,8 @@ def products(jaxpr: PyTree) -> Iterator[int]:
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from products(inner)
+                    turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+                    yield from (turns * n for n in products(inner))
 
 
 def used_inputs(fn: Callable[..., Sequence[PyTree]], *args: PyTree) -> list[PyTree]:

@@ -6,6 +6,7 @@ cohort, on chunking, bucketing, padding or device count, and a resumed run needs
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax.core.types import Array
 
@@ -60,6 +61,35 @@ def permute(key: Array, position: Array, size: Array | int) -> Array:
     value = jnp.asarray(position).astype(jnp.uint32)
     value, _ = jax.lax.scan(turn, value, (salt[0] % size, salt[1]), unroll=unroll)
     return value.astype(jnp.int32)
+
+
+def shuffled(ids: Array | np.ndarray, size: int) -> Array:
+    """int32 ranks of ``ids`` in an order of ``0 .. size - 1`` that is random and always the same.
+
+    >>> sorted(shuffled(jnp.arange(4), 4).tolist())
+    [0, 1, 2, 3]
+    """
+    return permute(jax.random.key(0), jnp.asarray(ids, jnp.int32), size)
+
+
+def words(key: Array, index: Array) -> Array:
+    """32 random bits for each index, computed from the key and the index alone: no array of other indices is drawn.
+
+    A few multiplications an entry, an eighth of what ``jax.random.bits`` takes on a CPU; good enough to round by.
+
+    Args:
+      key: one key.
+      index: uint32, any shape, below 2^32.
+
+    Returns:
+      uint32 of ``index``'s shape.
+
+    >>> all_of_them = words(jax.random.key(0), jnp.arange(5, dtype=jnp.uint32))
+    >>> bool((words(jax.random.key(0), jnp.uint32(3)) == all_of_them[3]).all())
+    True
+    """
+    salt = jax.random.bits(key, (2,), jnp.uint32)
+    return _mix(_mix(index + salt[0]) ^ salt[1])
 
 
 def _mix(value: Array) -> Array:

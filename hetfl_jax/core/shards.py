@@ -1,5 +1,7 @@
 """Reading a population: the rows of some clients, and the examples of one as it sees them."""
 
+import jax.numpy as jnp
+
 from hetfl_jax.core.types import Array, Population, Shard, Views
 
 
@@ -16,4 +18,5 @@ def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
         return x, y
     moved = shard.views.pixels[shard.view]
     flat = x.reshape(x.shape[0], moved.shape[0], -1)
-    return flat[:, moved].reshape(x.shape), shard.views.labels[shard.view][y]
+    seen = flat[:, moved].reshape(x.shape)
+    return seen, y if jnp.issubdtype(y.dtype, jnp.floating) else shard.views.labels[shard.view][y]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 Array = jax.Array
 PyTree = Any
@@ -86,12 +88,30 @@ class Tally(NamedTuple):
     examples: Array
 
 
+def _share_of_hits(tally: Tally) -> Array:
+    return tally.correct / jnp.maximum(tally.examples, 1)
+
+
+class Score(NamedTuple):
+    """By what a model is judged: a loss of each example, and one number from the sums over all of them."""
+
+    name: str = "accuracy"  #: in metrics, table and plots; what ends in "accuracy" is a share, shown in percent
+    #: (outputs [B, C], labels [B]) -> [B], the loss that ``Tally.loss`` sums
+    each: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
+    of: Callable[[Tally], Array] = _share_of_hits
+    least: bool = False  #: whether less is better
+
+
+ACCURACY = Score()
+
+
 class Cohort(NamedTuple):
     """The clients of a round."""
 
     ids: Array  #: [K] int32
     valid: Array  #: [K] bool
     stream: Array | int = 0  #: [K] int32, see ``Plan.stream``
+    share: Array | tuple[()] = ()  #: [K] float32, see ``Plan.share``
 
 
 class Plan(NamedTuple):
@@ -105,6 +125,8 @@ class Plan(NamedTuple):
     row: Array | None = None  #: [K] int32 row of the client memory, default ``ids``; no two valid items share one
     notes: PyTree = ()  #: from the plan to the server, past the clients
     asked: "Account | tuple[()]" = ()  #: what a survey cost
+    share: Array | tuple[()] = ()  #: [K] float32 how much a reply counts; ``()`` leaves that to the method
+    known: PyTree = ()  #: leaves [K, ...], what the server weighs a reply with; nothing of it travels
 
 
 class Items(NamedTuple):
@@ -118,6 +140,8 @@ class Items(NamedTuple):
     ticket: PyTree
     shard: Shard  #: x, y, rows and views are ``None`` here: the pool is shared and travels apart
     memory: PyTree
+    share: Array | tuple[()] = ()  #: see ``Plan``
+    known: PyTree = ()  #: see ``Plan``
 
 
 class ClientContext(NamedTuple):
@@ -131,6 +155,8 @@ class ClientContext(NamedTuple):
     sent: PyTree
     memory: PyTree
     received: Tally | tuple[()] = ()  #: of the received model on the client's own data, where a slot asks for it
+    share: Array | tuple[()] = ()  #: how much the reply counts, see ``Plan``; only a merge reads this and the next
+    known: PyTree = ()  #: what the server weighs the reply with, see ``Plan``
 
 
 class Seen(NamedTuple):
@@ -140,6 +166,7 @@ class Seen(NamedTuple):
     work: Array  #: [2, L] int32 examples that went forward and backward through the net of each level
     down: Array  #: [3] int32, bits received, as ``core.bits`` counts them
     up: Array  #: [3] int32, bits sent
+    received: Tally | tuple[()] = ()  #: of the received model before training, where the server weighs replies by it
 
 
 class Account(NamedTuple):
@@ -196,16 +223,28 @@ class Tier(NamedTuple):
     parameters: int
     bytes: int  #: of all its variables
     macs: int  #: multiply-adds of one example's forward pass
+    models: int = 0  #: nets whose outputs are averaged, along a leading axis of its variables; 0: one net, no such axis
 
 
 class Question(NamedTuple):
-    """What evaluation asks of a model. The first of a method is its accuracy; others have a name."""
+    """What evaluation asks of a model. The first of a method is its score; others have a name."""
 
-    name: str  #: before ``accuracy`` in metrics and table, "" of the first
+    name: str  #: before the score's in metrics and table, "" of the first
     variables: Callable[[PyTree, PyTree, Level], PyTree]  #: (server, client memory, tier) -> what is evaluated
-    #: (variables, tier, batch as stored, shard or None) -> logits [B, C] by the name of a reading, "" the first
+    #: (variables, tier, batch as stored, shard or None) -> outputs [B, C] by the name of a reading, "" the first
     read: Callable[[PyTree, Level, Batch, Shard | None], dict[str, Array]]
     memory: bool = False  #: whether ``variables`` needs the client memory
+    #: (variables, memory of one client [memory_rows, ...], its training data, tier) -> what is evaluated on its test
+    #: data; then nothing else is evaluated
+    own: Callable[[PyTree, PyTree, Shard, Level], PyTree] | None = None
+    further: tuple[str, ...] = ()  #: which readings besides the first are scored, of questions after the first
+
+
+class Order(NamedTuple):
+    """Models that are used in an order, which is chosen when they are evaluated."""
+
+    each: Callable[[PyTree], PyTree]  #: server -> leaves [M, ...], each model alone as ``Question.read`` takes it
+    by: Callable[[PyTree, Array], PyTree]  #: (server, numbers [M] of the models in their new order) -> server
 
 
 class Choice(NamedTuple):
@@ -231,6 +270,22 @@ class Shown(NamedTuple):
     warning: Callable[[PyTree], str] = lambda server: ""
 
 
+class Needs(NamedTuple):
+    """What a selection takes at the server, for people."""
+
+    bytes: int = 0  #: of its state and of a round's arrays
+    what: str = ""  #: what they are
+    instead: str = ""  #: what would do with less
+    note: str = ""  #: what else one should know before a run
+
+
+class Gradient(NamedTuple):
+    """The gradient of a client's mean loss before training, over all of its examples."""
+
+    of: Callable[[PyTree, Level, Shard], Array]  #: (sent, level, shard) -> [P] flat, at full shape
+    parameters: np.ndarray  #: [L] entries that a client of each level holds
+
+
 class Price(NamedTuple):
     """What an item of each level is expected to cost before anything runs. On the host."""
 
@@ -238,6 +293,9 @@ class Price(NamedTuple):
     up: np.ndarray  #: [L] int64 bits sent
     compared: int = 0  #: models that go forward through all of a client's examples before training
     note: str = ""  #: what else holds, for people
+    needs: Needs = Needs()  #: of the selection
+    items: float = 1.0  #: that a client of a round has, on average
+    plain: tuple[np.ndarray, np.ndarray] | tuple[()] = ()  #: (down, up), were nothing coded and everything sent
 
 
 class Algorithm(NamedTuple):
@@ -259,12 +317,13 @@ class Algorithm(NamedTuple):
     ``server(server, plan, sent, total, report, ok) -> (server, info)``. Items that are padding, absent or not finite
     add nothing to ``total`` and arrive as ``ok`` false. ``info`` is an ``Info``.
 
-    ``model(server, tier, member=0) -> variables`` and ``predict(variables, tier, x, shard=None) -> [E, B, C]``, of a
-    client's own data if ``shard`` is given; ``statistics(variables, tier, x, valid)`` returns the statistics of one
-    batch where the net collects them only before evaluation, else it is ``None``. ``questions`` are what evaluation
-    asks, the first of them the accuracy. ``tiers`` are the models that are offered, by default the levels.
+    ``model(server, tier, member=0) -> variables``; ``predict(variables, tier, x, shard=None, valid=None)``, [E, B, C],
+    of a client's own data if ``shard`` is given, of rows of which ``valid`` [B] says which are real;
+    ``statistics(variables, tier, x, valid)`` returns the statistics of one batch where the net collects them only
+    before evaluation, else it is ``None``. ``questions`` are what evaluation asks, the first of them the ``score``.
+    ``tiers`` are the models that are offered, by default the levels.
 
-    ``judge(sent, level, shard) -> Tally``: sums over all of a client's examples, before training.
+    ``judge(sent, level, shard) -> Tally``: sums over all of a client's examples before training; ``gradient`` likewise.
 
     ``drawn`` says how often each level is drawn; it is empty where every client has its own level all along.
 
@@ -284,10 +343,13 @@ class Algorithm(NamedTuple):
     model: Callable[..., PyTree]
     predict: Callable[..., Array]
     questions: tuple[Question, ...] = ()
+    score: Score = ACCURACY
     statistics: Callable[..., PyTree] | None = None
     judge: Callable[[PyTree, Level, Shard], Tally] | None = None
+    gradient: Gradient | None = None
     tiers: tuple[Tier, ...] = ()
     choice: Choice | None = None
+    order: Order | None = None
     same_selection: Callable[[PyTree, PyTree], PyTree] = lambda server, other: server
     drawn: tuple[float, ...] = ()
     price: Callable[[], Price] | None = None

@@ -27,6 +27,7 @@ class Partition(NamedTuple):
     test_size: np.ndarray | None = None
     classes: np.ndarray | None = None  #: [N, C] bool where the split itself fixes them
     held_out: bool = False  #: test rows are rows of the training data, split off
+    validation: np.ndarray | None = None  #: rows of the training data, split off from all clients
 
 
 def _need(fine: bool, message: str) -> None:
@@ -369,13 +370,17 @@ def check_levels(level: np.ndarray, levels: int, names: Sequence[str]) -> None:
 
 def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
     """Sizes and classes per client in numbers: what a run prints and saves."""
-    count = class_counts(labels, part)
-    held = (count > 0).sum(1)
     size = np.asarray(part.size)
-    return {
+    about = {
         "clients": int(size.size),
         "examples": int(size.sum()),
         "size": {"min": int(size.min()), "median": float(np.median(size)), "max": int(size.max())},
+    }
+    if labels.dtype.kind == "f":
+        return about
+    count = class_counts(labels, part)
+    held = (count > 0).sum(1)
+    return about | {
         "classes per client": {"min": int(held.min()), "median": float(np.median(held)), "max": int(held.max())},
         "largest class share": round(float((count.max(1) / count.sum(1)).mean()), 4),
     }

@@ -159,7 +159,7 @@ def targets(name: str, y: np.ndarray) -> np.ndarray:
     return float32(name, y)
 
 
-def client_ids(name: str, ids: np.ndarray, rows: int) -> np.ndarray:
+def client_ids(name: str, ids: np.ndarray, rows: int, place: str = "data.writers") -> np.ndarray:
     """[rows] or [rows, 1] client ids of any kind as [rows].
 
     >>> client_ids("writer", np.array([4, 4]), 3)
@@ -168,11 +168,11 @@ def client_ids(name: str, ids: np.ndarray, rows: int) -> np.ndarray:
     """
     ids = _flat(ids)
     if ids.ndim != 1:
-        fail(f"{name} has shape {ids.shape}: need one client id for each of {rows} training rows", "data.writers")
+        fail(f"{name} has shape {ids.shape}: need one client id for each of {rows} training rows", place)
     if len(ids) != rows:
-        fail(f"{name} has {len(ids)} client ids for {rows} training rows: need one each", "data.writers")
+        fail(f"{name} has {len(ids)} client ids for {rows} training rows: need one each", place)
     if ids.dtype.kind == "f" and (wrong := ~np.isfinite(ids)).any():
-        fail(f"{first(name, ids, wrong)}: need a client id in every row", "data.writers")
+        fail(f"{first(name, ids, wrong)}: need a client id in every row", place)
     return ids
 
 
@@ -213,7 +213,8 @@ def class_labels(
     rows = sum(y.size for y in found.values())
     shown = ", ".join(f"{said(label)} -> {new}" for new, label in enumerate(known[:4].tolist()))
     more = ", ..." if known.size > 4 else ""
-    doubt = "; numbers to predict (a regression) are no classes" if numbers and 2 * known.size >= rows > 20 else ""
+    doubtful = numbers and 2 * known.size >= rows > 20
+    doubt = "; numbers to predict (a regression) need objective.name=squared_error" if doubtful else ""
     table = {str(label): new for new, label in enumerate(known.tolist())}
     new = {name: np.searchsorted(known, y).astype(np.int32) for name, y in found.items()}
     return new, table, f"labels were renumbered to 0..{known.size - 1}: {shown}{more}{doubt}"
@@ -245,8 +246,8 @@ def _column(name: str, y: np.ndarray) -> tuple[np.ndarray, int]:
             fail(f"{first(name, y, wrong)}: need a label in every row")
         if (wrong := y != np.floor(y)).any():
             fail(
-                f"{first(name, y, wrong)}: classes are whole numbers; numbers to predict (a regression) are not "
-                "offered by configs yet"
+                f"{first(name, y, wrong)}: classes are whole numbers; numbers to predict (a regression) need "
+                "objective.name=squared_error"
             )
     if (wrong := (y > 2**53) | (y < -(2**53))).any():
         fail(f"{first(name, y, wrong)}: labels are at most 2^53")

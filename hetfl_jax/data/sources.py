@@ -60,7 +60,7 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
         ``text:<path>`` with streams of token ids train and test, ``tfds:<name>`` prepared beforehand, or
         ``synthetic`` (Synthetic(alpha, beta)).
       clients, seed: of ``synthetic`` only.
-      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``, ``hybrid``) and ``text`` (see there) only.
+      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``, ``hybrid``, ``test``) and ``text`` only.
       writers: ``<npz path>:<array>`` with the client id of each training example.
 
     Raises:
@@ -121,6 +121,19 @@ def _npz(path: str) -> Source:
         writer = file.get("writer_train")
         x_train, y_train, x_test, y_test = (file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
     return Source(x_train, y_train, x_test, y_test, writer)
+
+
+def images_of(path: str) -> np.ndarray:
+    """The training images of an .npz file, [M, H, W, C] uint8.
+
+    Raises:
+      ValueError: there are none.
+    """
+    with np.load(_find(path), allow_pickle=False) as file:
+        x = file["x_train"] if "x_train" in file else np.zeros(0)
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise ValueError(f"{path} has no x_train of images stored as whole numbers 0..255 (data.domains)")
+    return x[..., None] if x.ndim == 3 else x
 
 
 def given(data: Any) -> Source:
@@ -221,13 +234,17 @@ def _tfds_records(tfds: Any, name: str, error: Exception) -> list[Any]:
 
 def synthetic(
     clients: int, seed: int, *, alpha: float = 1.0, beta: float = 1.0, sigma: float = 2.0, iid: bool = False,
-    hybrid: int = 0,
+    hybrid: int = 0, test: float = 0.1,
 ) -> Source:  # fmt: skip
     """Synthetic(alpha, beta) of Li et al. (FedProx, q-FFL): 60 features, 10 classes, one linear model per client.
 
     ``linear_clients`` has the equations. The published sets are alpha, beta, sigma = (1, 1, 2), (0.5, 0.5, 2) and
     (0, 0, 2), ``iid`` with sigma 1, and the hybrid set of 100 clients: (1, 1, 1) with ``hybrid`` 50, the first 50 iid.
-    The last tenth of each client is test data.
+    The last tenth of each client is test data, or another share ``test``; with 0 all rows are for the clients to split,
+    and the test set is a copy of them that no score should be taken from.
+
+    Raises:
+      ValueError: a share outside [0, 1), and as ``linear_clients``.
 
     >>> synthetic(3, seed=1).x_train.shape[1]
     60
@@ -238,5 +255,8 @@ def synthetic(
     sizes = np.array([y.size for _, y in parts])
     writer = np.repeat(np.arange(clients), sizes)
     place = np.arange(writer.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    test = place >= np.repeat((0.9 * sizes).astype(int), sizes)
-    return Source(x[~test], y[~test], x[test], y[test], writer[~test])
+    if not 0 <= test < 1:
+        raise ValueError(f"test {test}, allowed 0 <= share < 1 (data.options)")
+    last = place >= np.repeat(((1 - test) * sizes).astype(int), sizes)
+    tested = last if test else ~last
+    return Source(x[~last], y[~last], x[tested], y[tested], writer[~last])

@@ -21,13 +21,11 @@ from hetfl_jax.core.types import (
     Between,
     ClientContext,
     Items,
-    Level,
     Outcome,
     Plan,
     Population,
     PyTree,
     Reply,
-    Shard,
     State,
 )
 from hetfl_jax.engine.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
@@ -225,7 +223,8 @@ def _planned(
         keys = jnp.where(number == 0, keys, jax.vmap(jax.random.fold_in)(keys, number))
     rounds = jnp.broadcast_to(state.round, plan.ids.shape)
     rows = shards(population, plan.ids)
-    return plan, Items(plan.ids, keys, plan.valid, plan.level, rounds, plan.ticket, rows, ()), refused
+    items = Items(plan.ids, keys, plan.valid, plan.level, rounds, plan.ticket, rows, (), plan.share, plan.known)
+    return plan, items, refused
 
 
 def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
@@ -291,7 +290,7 @@ def moved_bytes(
 
 def query(
     executor: Executor,
-    fn: Callable[[Array, PyTree, Level, Shard], tuple[PyTree, PyTree]],
+    fn: Callable[..., tuple[PyTree, PyTree]],
     sent: PyTree,
     population: Population,
     ids: Array,
@@ -299,6 +298,7 @@ def query(
     levels: Array | None = None,
     count: int = 1,
     valid: Array | None = None,
+    own: PyTree = (),
 ) -> Outcome:
     """Ask clients ``ids`` something through the executor: ``fn(key, sent, level, shard) -> (summed, stacked)``.
 
@@ -308,10 +308,12 @@ def query(
       levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
         summed; without it the level is 0.
       valid: [K] who is asked at all; the others answer 0.
+      own: leaves [K, ...], what each of them is told apart from the others, as a last argument of ``fn``.
     """
 
     def client(context: ClientContext) -> Reply:
-        total, report = fn(context.key, context.sent, context.level, context.shard)
+        told = (context.ticket,) if jax.tree.leaves(own) else ()
+        total, report = fn(context.key, context.sent, context.level, context.shard, *told)
         return Reply(total, 0, (), report)
 
     def absent(*_: PyTree) -> PyTree:
@@ -323,7 +325,7 @@ def query(
     )  # fmt: skip
     there = jnp.ones(ids.shape, bool) if valid is None else valid
     at = jnp.zeros_like(ids) if levels is None else levels
-    items = Items(ids, _client_keys(key, ids), there, at, jnp.zeros_like(ids), (), shards(population, ids), ())
+    items = Items(ids, _client_keys(key, ids), there, at, jnp.zeros_like(ids), own, shards(population, ids), ())
     return _execute(executor, asked, sent, _pool(population), items, device_store(), ())[0]
 
 

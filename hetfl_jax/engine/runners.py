@@ -28,7 +28,10 @@ def _run_item(algorithm: Algorithm, sent: PyTree, pool: Pool, item: Items, level
     x, y, rows, views = pool
     shard = item.shard._replace(x=x, y=y, rows=rows, views=views)
     with jax.named_scope("local_training"):
-        reply = algorithm.client(ClientContext(item.key, item.round, level, shard, item.ticket, sent, item.memory))
+        context = ClientContext(
+            item.key, item.round, level, shard, item.ticket, sent, item.memory, share=item.share, known=item.known
+        )
+        reply = algorithm.client(context)
     ok = item.valid & tree.finite((reply.total, reply.memory, reply.report))
     total = tree.select(ok, reply.total, jax.tree.map(jnp.zeros_like, reply.total))
     return total, reply.member, (tree.select(ok, reply.memory, item.memory), reply.report, ok)

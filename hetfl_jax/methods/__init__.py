@@ -78,4 +78,12 @@ def build(name: str, make: Make, family: Family, local: Local, args: Arguments, 
     given = {SLOTS: slots} if SLOTS in inspect.signature(make).parameters else {}
     if slots is not None and not given and any(getattr(slots, part) for part in ("select", "uplink", "downlink")):
         raise ValueError(f"method {name} takes no slots: select, uplink and downlink must be none (method.name)")
-    return make(family, local, **args, **given)
+    made = make(family, local, **args, **given)
+    if getattr(slots, "adversary", None) and "robust" not in [question.name for question in made.questions]:
+        raise ValueError(f"method {name} does not judge models on attacked images: need none (adversary.name)")
+    if (wanted := getattr(slots, "objective", None)) and made.score.name != wanted.score.name:
+        raise ValueError(
+            f"method {name} has an objective of its own, judged by {made.score.name}: leave objective.name as it is by "
+            "default (objective.name)"
+        )
+    return made

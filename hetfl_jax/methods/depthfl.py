@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from hetfl_jax.core.types import Algorithm
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import drift, merge, objective, select, server
-from hetfl_jax.parts.compose import Slots, compose
+from hetfl_jax.parts.compose import Slots, compose, refuse
 from hetfl_jax.parts.local import Local
 
 
@@ -54,6 +54,7 @@ def make(
     Raises:
       ValueError: FedDyn's alpha <= 0, or another value out of range.
     """
+    refuse("depthfl", slots or Slots(), objective=True)
     rule = drift.feddyn(feddyn_alpha) if feddyn else None
     return compose(
         family,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from hetfl_jax.core.types import Algorithm, Arguments
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import merge, objective, select, server
-from hetfl_jax.parts.compose import Slots, compose
+from hetfl_jax.parts.compose import Slots, compose, refuse
 from hetfl_jax.parts.local import Local
 
 ASSIGNMENTS = ("dynamic", "fixed")
@@ -47,12 +47,13 @@ def make(
         raise ValueError(f"assignment {assignment!r} is not one of {', '.join(ASSIGNMENTS)} (method.args.assignment)")
     if len(proportions) != family.levels or min(proportions) <= 0:
         raise ValueError(f"proportions {tuple(proportions)}: need {family.levels} positive numbers (method.args)")
+    refuse("heterofl with mask=True", slots or Slots(), objective=mask)
     return compose(
         family,
         local=local,
         select=select.uniform(cohort),
         capacity_of=select.drawn_level(proportions) if assignment == "dynamic" else select.own_level(),
-        objective=objective.masked_cross_entropy() if mask else objective.cross_entropy(),
+        objective=objective.masked_cross_entropy() if mask else None,
         merge=merge.overlap_mean(family, by_examples=False, class_rows=True),
         server=server.optimizer(**server_optimizer),
         slots=slots,

@@ -28,18 +28,18 @@ import numpy as np
 
 from hetfl_jax import methods
 from hetfl_jax.clusters import report
+from hetfl_jax.core.absent import HIGHEST
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.types import Algorithm, Arguments, Array, Plan, PyTree
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import drift, merge, objective, select, server
+from hetfl_jax.parts import drift, merge, select, server
 from hetfl_jax.parts.bank import Report, Route, bank
 from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local, Tally
 
 ROUNDING = 1e-6  #: losses this close, relatively, are equal
 AVERAGING = ("models", "gradients")
-LOSSES = {"cross_entropy": objective.cross_entropy, "squared_error": objective.squared_error}
 
 
 class Restarts(NamedTuple):
@@ -57,7 +57,6 @@ def make(
     cohort: int,
     clusters: int = 2,
     averaging: str = "models",
-    loss: str = "cross_entropy",
     weighted: bool = False,
     over: str = "",
     over_args: Arguments = MappingProxyType({}),
@@ -79,7 +78,6 @@ def make(
 
     Args:
       averaging: ``models`` or ``gradients``.
-      loss: ``cross_entropy``, or ``squared_error`` for a net with one output.
       weighted: weigh clients by their examples.
       over, over_args: another method inside, e.g. ``heterofl``, with its arguments, in place of plain local training;
         it brings its own loss, weights and server.
@@ -103,10 +101,9 @@ def make(
     Raises:
       ValueError: a value out of range.
     """
-    _check(cohort, clusters, averaging, loss, min_share, family, [*shared, *(redraw if warm_start else ())])
+    _check(cohort, clusters, averaging, min_share, family, [*shared, *(redraw if warm_start else ())])
     if over:
         own = {
-            "loss": loss != "cross_entropy",
             "weighted": weighted,
             "freeze_shared": freeze_shared,
             "server_optimizer": {**server.PLAIN, **server_optimizer} != server.PLAIN,
@@ -120,7 +117,6 @@ def make(
             family,
             local=local,
             select=select.uniform(cohort),
-            objective=LOSSES[loss](),
             drift=drift.frozen(shared) if freeze_shared else None,
             merge=merge.overlap_mean(family, by_examples=weighted),
             server=server.optimizer(**server_optimizer),
@@ -161,15 +157,11 @@ def _inside(
     return methods.build(name, make, family, local, given, slots)
 
 
-def _check(
-    cohort: int, clusters: int, averaging: str, loss: str, min_share: float, family: Family, layers: Sequence[str]
-) -> None:
+def _check(cohort: int, clusters: int, averaging: str, min_share: float, family: Family, layers: Sequence[str]) -> None:
     if not 1 <= clusters <= cohort:
         raise ValueError(f"{clusters} clusters, allowed 1..{cohort}, the clients of a round (method.args.clusters)")
     if averaging not in AVERAGING:
         raise ValueError(f"averaging {averaging!r} is not one of {', '.join(AVERAGING)} (method.args.averaging)")
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} (method.args.loss)")
     if not 0 <= min_share * clusters <= 1:
         raise ValueError(f"min_share {min_share}, allowed 0..1/clusters = {1 / clusters:.4g} (method.args.min_share)")
     known = family.shapes[0]["params"]
@@ -230,13 +222,14 @@ def least_loss(
             state = state._replace(leader=chosen, decided=jnp.asarray(True))
         tiled = lambda v: jnp.tile(v, restarts)  # noqa: E731
         everyone = plan._replace(ids=tiled(plan.ids), valid=tiled(plan.valid), level=tiled(plan.level))
+        everyone = everyone._replace(share=jax.tree.map(tiled, plan.share), known=jax.tree.map(tiled, plan.known))
         ticket = jnp.repeat(jnp.arange(restarts, dtype=jnp.int32), plan.ids.shape[0])
         going = ~state.decided | (ticket == state.leader)
         return everyone._replace(valid=everyone.valid & going, ticket=ticket, stream=ticket), state
 
     def shares(judged: Tally, valid: Array) -> Array:
         """The first start that gives every model its share."""
-        loss = jnp.where(judged.examples > 0, judged.loss, jnp.inf).reshape(-1, restarts, clusters)
+        loss = jnp.where(judged.examples > 0, judged.loss, HIGHEST).reshape(-1, restarts, clusters)
         taken = jax.nn.one_hot(_least(loss), clusters) * valid[:, None, None]
         least = taken.sum(0).min(-1) / valid.sum()
         return jnp.where((least >= min_share).any(), (least >= min_share).argmax(), least.argmax()).astype(jnp.int32)
@@ -254,9 +247,9 @@ def least_loss(
         if restarts == 1:
             return state
         judged = report.judged
-        loss = (judged.loss / judged.examples).min(-1)
+        loss = (judged.loss / jnp.maximum(judged.examples, 1)).min(-1)
         group = jax.nn.one_hot(report.member // clusters, restarts) * ok[:, None]
-        mean = jnp.where(group.sum(0) > 0, jnp.where(ok, loss, 0) @ group / jnp.maximum(group.sum(0), 1), jnp.inf)
+        mean = jnp.where(group.sum(0) > 0, jnp.where(ok, loss, 0) @ group / jnp.maximum(group.sum(0), 1), HIGHEST)
         leader = jnp.where(state.decided, state.leader, mean.argmin().astype(jnp.int32))
         return state._replace(leader=leader, decided=state.decided | (state.rounds > restart_rounds))
 
@@ -276,8 +269,9 @@ def _least(losses: Array) -> Array:
     >>> _least(jnp.array([[3.0, 1.0, 1.0 - 1e-8], [jnp.nan, jnp.inf, 2.0]])).tolist()
     [1, 2]
     """
-    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    return (losses <= losses.min(-1, keepdims=True) * (1 + ROUNDING)).argmax(-1).astype(jnp.int32)
+    losses = jnp.where(jnp.isfinite(losses), losses, HIGHEST)
+    least = jnp.minimum(losses.min(-1, keepdims=True), HIGHEST / 2)
+    return (losses <= least * (1 + ROUNDING)).argmax(-1).astype(jnp.int32)
 
 
 def _warm(init: Callable[..., PyTree], path: str, redraw: Sequence[str]) -> Callable[..., PyTree]:

@@ -29,13 +29,13 @@ from hetfl_jax.core.types import (
     Algorithm,
     Array,
     ClientContext,
+    Gradient,
     Info,
     Level,
     Plan,
     PyTree,
     Reply,
     Seen,
-    Shard,
     Tally,
 )
 from hetfl_jax.models import families, windows
@@ -81,7 +81,7 @@ def make(
         raise ValueError(f"timing {timing!r} is not one of {', '.join(TIMINGS)} (method.args.timing)")
     _check(family)
     slots = slots or Slots()
-    refuse("inclusivefl", slots, capacity=True, downlink=True)
+    refuse("inclusivefl", slots, capacity=True, downlink=True, objective=True)
     depths, count = family.fields["depth"].tolist(), family.levels
     rule = merge.overlap_mean(family)
     chosen = slots.select or select.uniform(cohort)
@@ -98,34 +98,45 @@ def make(
     def send(state: Types, round: Array) -> Sent:
         return Sent(state.variables)
 
-    def own_model(sent: Sent, level: Level) -> Sent:
-        return sent._replace(variables=tree.take(sent.variables, windows.index_of(level)))
-
     def judge(sent: Sent, level: Level, *rest: Any) -> Tally:
         assert base.judge is not None
-        return base.judge(own_model(sent, level), level, *rest)
+        return base.judge(_own_model(sent, level), level, *rest)
 
-    plan = planner(chosen, select.own_level(), send, judge, lambda sent: down_bits(family, own_model(sent, 0)), count)
+    gradient, sizes = _own_gradient(base), lambda sent: down_bits(family, _own_model(sent, 0))
+    plan = planner(chosen, select.own_level(), send, judge, sizes, count, gradient)
 
     def client(context: ClientContext) -> Reply:
-        reply = base.client(context._replace(sent=own_model(context.sent, context.level)))
+        reply = base.client(context._replace(sent=_own_model(context.sent, context.level)))
         return reply._replace(member=windows.index_of(context.level))
 
     def server(state: Types, plan: Plan, sent: Sent, total: merge.Total, seen: Seen, ok: Array) -> tuple[Types, Info]:
         mean, _ = merge.settle_each(rule, total)
         after = _served(state, mean["params"], total.weight.sum(1), depths, beta, timing)
-        return after._replace(select=chosen.update(plan.notes, plan, seen, ok)), round_info(plan, seen, ok)
+        after = after._replace(select=chosen.update(plan.notes, plan, seen, ok))
+        return after, round_info(plan, seen, ok, chosen.info(after.select))
 
     def model(state: Types, level: Level, member: int = 0) -> PyTree:
         return families.view(family, tree.take(state.variables, windows.index_of(level)), level).variables
 
-    def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
-        return base.predict(variables, level, x, shard)[-1:]  # the exits before are nobody's: they were never trained
+    def predict(variables: PyTree, level: Level, x: Array, *seen: Any) -> Array:
+        return base.predict(variables, level, x, *seen)[-1:]  # the exits before are nobody's: they were never trained
 
     return base._replace(
         members=count, predict=predict, init=init, plan=plan, send=send, client=client, server=server, model=model,
-        judge=None, questions=questions_of(model, predict, {}, {}),
+        judge=None, gradient=gradient, questions=questions_of(model, predict, {}, {}),
     )  # fmt: skip
+
+
+def _own_model(sent: Sent, level: Level) -> Sent:
+    """What clients of one level receive."""
+    return sent._replace(variables=tree.take(sent.variables, windows.index_of(level)))
+
+
+def _own_gradient(base: Algorithm) -> Gradient:
+    """The gradient of the method inside, of the client's own model."""
+    assert base.gradient is not None
+    of = base.gradient.of
+    return base.gradient._replace(of=lambda sent, level, shard: of(_own_model(sent, level), level, shard))
 
 
 def _momentum(change: PyTree, depths: Sequence[int], beta: float) -> PyTree:

@@ -15,7 +15,7 @@ each entry over the clients that hold it, which is our extension.
 
 from hetfl_jax.core.types import Algorithm, Arguments, Array, ClientContext, PyTree
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import choose, fair, merge, server
+from hetfl_jax.parts import choose, fair, losses, merge, server
 from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import Local
 
@@ -45,11 +45,12 @@ def make(
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
         return fair.q_ffl(q, local.learning_rate(context.round), fixed_step=static_step_size)(context, delta)
 
+    averaging = server.optimizer(**server_optimizer)
     return compose(
         family,
         local=local,
         select=choose.weighted(cohort),
         merge=merge.overlap_mean(family, weights=merge.Weights(weights, asks_received=True) if q else merge.BY_COUNT),
-        server=server.optimizer(**server_optimizer),
+        server=losses.with_level(averaging, 1.0, losses.largest) if q else averaging,
         slots=slots,
     )

@@ -6,13 +6,16 @@ from typing import Any
 import flax.linen as nn
 
 from hetfl_jax.models.conv import conv, depthwise_conv
+from hetfl_jax.models.digits import AlexNet, DigitsCNN
 from hetfl_jax.models.exits import ExitResNet
-from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, PreResNet, TutorialCNN
+from hetfl_jax.models.lstm import LSTM
+from hetfl_jax.models.nets import CNN, MLP, Conv, LeNet, Logistic, PreResNet, TutorialCNN
+from hetfl_jax.models.resnet import ResNet
 from hetfl_jax.models.transformer import Transformer
 
 __all__ = [
-    "CNN", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "PreResNet", "Transformer", "TutorialCNN",
-    "build", "conv", "depthwise_conv",
+    "CNN", "LSTM", "MLP", "NETS", "Conv", "ExitResNet", "LeNet", "Logistic", "PreResNet", "ResNet", "Transformer",
+    "TutorialCNN", "build", "conv", "depthwise_conv",
 ]  # fmt: skip
 
 
@@ -24,21 +27,31 @@ def _preresnet18(**fields: Any) -> nn.Module:
     return PreResNet(blocks=(2, 2, 2, 2), **fields)
 
 
+def _preresnet18_splitmix(**fields: Any) -> nn.Module:
+    return PreResNet(blocks=(2, 2, 2, 2), scales_convolutions=True, **fields)
+
+
 def _linear(**fields: Any) -> nn.Module:
     return MLP(**{**fields, "hidden": ()})
 
 
 NETS: dict[str, Callable[..., nn.Module]] = {
     "linear": _linear,
+    "logistic": Logistic,
     "mlp": MLP,
     "cnn": CNN,
     "lenet": LeNet,
     "tutorial_cnn": TutorialCNN,
     "conv": Conv,
+    "resnet18": ResNet,
     "resnet18_exits": ExitResNet,
     "transformer": Transformer,
+    "lstm": LSTM,
     "preresnet_1112": _preresnet_1112,
     "preresnet18": _preresnet18,
+    "preresnet18_splitmix": _preresnet18_splitmix,
+    "digits_cnn": DigitsCNN,
+    "alexnet": AlexNet,
 }
 
 

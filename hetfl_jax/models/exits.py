@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
-from hetfl_jax.models.layers import Norm, dense_layer, traced_channels
+from hetfl_jax.models.layers import dense_layer
 from hetfl_jax.models.nets import BaseNet, Capacity
 
 
@@ -41,9 +41,7 @@ class ExitResNet(BaseNet):
             )(x)  # fmt: skip
 
         def norm(x: Array, full: int, name: str) -> Array:
-            width = None if capacity is None else capacity.get("width")
-            active = traced_channels(full, width)
-            return Norm(self.norm, self.groups, name=name)(x, train=train, valid=valid, active=active)
+            return self._scale_norm(x, full, name, train, valid, capacity)
 
         def block(x: Array, before: int, full: int, stride: int, name: str) -> Array:
             y = nn.relu(norm(conv(x, full, 3, stride, f"{name}_conv1"), full, f"{name}_norm1"))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from hetfl_jax.core import jaxprs, tree
 from hetfl_jax.core.types import Arguments, Array, Level, PyTree, Within
@@ -24,11 +25,30 @@ class View(NamedTuple):
 
     #: see ``forward_at``: (variables, x prepared, level=None, stats=None, ...) -> (exits, active, stats)
     forward: Callable[..., tuple[Array, Array | np.ndarray, PyTree]]
+    inside: Callable[..., tuple[Array, PyTree, PyTree]]  #: see ``inside_at``
     apply: Callable[..., tuple[Array, PyTree]]  #: see ``apply_at``
     variables: PyTree
     active: Array | np.ndarray  #: [E] bool, the exits that the level has; a plain NumPy array where it is dense
     cut: Callable[[PyTree], PyTree]  #: a full tree -> the level's (narrowed, or dead entries set to zero)
     put: Callable[[PyTree, PyTree], PyTree]  #: (full tree, the level's) -> the full tree with the window replaced
+
+
+class Forward(NamedTuple):
+    """The net of a view on given variables: what an objective runs."""
+
+    view: View
+    variables: PyTree
+    options: Arguments  #: train, valid, key
+
+    def __call__(self, x: Array, **more: PyTree) -> tuple[Array, Array | np.ndarray, PyTree]:
+        """See ``forward_at``."""
+        return self.view.forward(self.variables, x, **{**self.options, **more})
+
+    def inside(
+        self, x: Array, number: Array, value: Callable[..., tuple[Array, PyTree]], *operands: PyTree, **more: PyTree
+    ) -> tuple[Array, PyTree, PyTree]:
+        """See ``inside_at``."""
+        return self.view.inside(self.variables, x, number, value, *operands, **{**self.options, **more})
 
 
 def _as_stored(x: Array, key: Array | None) -> Array:
@@ -216,21 +236,24 @@ def view(fam: Family, variables: PyTree, level: Level) -> View:
             new = jax.tree.map(jnp.where, mask(fam, level.level, new, base), new, inside)
         return overlay(fam, old, new, base)
 
-    forward = forward_at(fam, level)
-    return View(forward, apply_at(fam, level), cut(variables), active_exits(fam, level), cut, put)
+    forward, inside = forward_at(fam, level), inside_at(fam, level)
+    return View(forward, inside, apply_at(fam, level), cut(variables), active_exits(fam, level), cut, put)
 
 
 def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | np.ndarray, PyTree]]:
-    """``forward(variables, x, level=None, stats=None, train=, valid=, key=, collect=)`` of a level's net.
+    """``forward(variables, x, level=None, stats=None, keep=None, train=, valid=, key=, collect=)`` of a level's net.
 
     ``x`` is prepared. A masked level runs the net of its base, told the level's own fields. ``level`` runs a smaller
     level inside this one, on its part of the variables: a number at its true shape, a traced one, or any inside a
-    masked level, masked. ``stats`` stand in for the statistics in ``variables``.
+    masked level, masked. ``stats`` stand in for the statistics in ``variables``. With ``keep``, a width, only as many
+    units of each layer stay as it has at that width, drawn by ``key``. ``noise`` is the share of the noise branch of
+    norms that have one.
     """
 
     def forward(
-        variables: PyTree, x: Array, *, level: int | Array | None = None, stats: PyTree = None, **options: PyTree
-    ) -> tuple[Array, Array | np.ndarray, PyTree]:
+        variables: PyTree, x: Array, *, level: int | Array | None = None, stats: PyTree = None,
+        keep: Array | None = None, noise: Array | float | None = None, **options: PyTree,
+    ) -> tuple[Array, Array | np.ndarray, PyTree]:  # fmt: skip
         if stats is not None:
             variables = {**variables, "batch_stats": stats}
         where: Level = outer
@@ -240,7 +263,7 @@ def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | 
         elif level is not None:
             where = Within(base_of(outer), jnp.asarray(level, jnp.int32))
             variables = masked_by(fam, where, variables)
-        exits, stats = _call(fam, where)(variables, x, **options)
+        exits, stats = _call(fam, where, keep=keep, noise=noise)(variables, x, **options)
         return exits, active_exits(fam, where), stats
 
     outer = level
@@ -248,14 +271,79 @@ def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | 
     return forward
 
 
-def _call(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:
-    net = fam.nets[base_of(level)]
-    if not isinstance(level, Within):
-        return net.apply
-    if not fam.masked:
-        raise ValueError("this net runs only at its true shape: use executor bucketed or debugging (families.view)")
-    numbers = {name: column for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
-    return partial(net.apply, capacity={name: jnp.asarray(column)[level.level] for name, column in numbers.items()})
+def inside_at(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree, PyTree]]:
+    """``inside(variables, x, number, value, *operands, stats=, ...)``: a loss of a smaller, traced level in this one.
+
+    ``value(exits, active, *operands) -> (loss, aux)`` reads nothing traced but its arguments. Returns the loss, aux and
+    the statistics, ``{}`` or of this level's shapes; other options as ``forward_at``. One client at a time, the level
+    runs at its true shape, by a switch; under vmap it runs masked, since there a switch would run every level.
+
+    The loss has a gradient by ``variables["params"]`` alone, made where the loss is: the derivative of a switch would
+    fill in zeros for what the other levels' derivatives need.
+    """
+    base = base_of(level)
+    forward = forward_at(fam, base)
+
+    def inside(
+        variables: PyTree, x: Array, number: Array, value: Callable[..., tuple[Array, PyTree]], *operands: PyTree,
+        stats: PyTree = None, train: bool = False, **options: PyTree,
+    ) -> tuple[Array, PyTree, PyTree]:  # fmt: skip
+        rest = {name: part for name, part in variables.items() if name != "params"}
+        if stats is not None and "batch_stats" in rest:
+            rest["batch_stats"] = stats
+
+        def at(where: int | Array, params: PyTree, given: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
+            rest, x, operands, options = given
+
+            def loss(params: PyTree) -> tuple[Array, PyTree]:
+                exits, active, after = forward({**rest, "params": params}, x, level=where, train=train, **options)
+                out, aux = value(exits, active, *operands)
+                return out, (aux, _put_back(fam, rest.get("batch_stats", {}), after, where, base))
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        @custom_vmap
+        def run(number: Array, params: PyTree, given: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
+            branches = [partial(at, where) for where in range(base, fam.levels)]
+            return jax.lax.switch(number - base, branches, params, given)
+
+        @run.def_vmap
+        def _(size: int, mapped: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
+            out = jax.vmap(at, jax.tree.map(lambda m: 0 if m else None, mapped), axis_size=size)(*args)
+            return out, jax.tree.map(lambda _: True, out)
+
+        @jax.custom_vjp
+        def valued(params: PyTree, number: Array, given: PyTree) -> tuple[Array, PyTree]:
+            return run(number, params, given)[0]
+
+        def backward(gradient: PyTree, of: tuple[Array, PyTree]) -> tuple[PyTree, None, None]:
+            return jax.tree.map(lambda g: of[0] * g, gradient), None, None
+
+        valued.defvjp(lambda params, number, given: run(number, params, given), backward)
+        out, (aux, after) = valued(variables["params"], number, (rest, x, operands, options))
+        return out, aux, after
+
+    return inside
+
+
+def _put_back(fam: Family, before: PyTree, after: PyTree, level: int | Array, base: int) -> PyTree:
+    """Statistics of the base's shapes, after a smaller level inside it ran at its own shape, or masked."""
+    if not before:
+        return {}
+    old, new = {"batch_stats": before}, {"batch_stats": after}
+    if isinstance(level, int):
+        return overlay(fam, old, new, level)["batch_stats"]
+    return jax.tree.map(jnp.where, mask(fam, level, old, base), new, old)["batch_stats"]
+
+
+def _call(fam: Family, level: Level, **traced: Array | float | None) -> Callable[..., tuple[Array, PyTree]]:
+    net, capacity = fam.nets[base_of(level)], {name: value for name, value in traced.items() if value is not None}
+    if isinstance(level, Within):
+        if not fam.masked:
+            raise ValueError("this net runs only at its true shape: use executor bucketed or debugging (families.view)")
+        numbers = {name: column for name, column in fam.fields.items() if column.dtype.kind in "biuf"}
+        capacity |= {name: jnp.asarray(column)[level.level] for name, column in numbers.items()}
+    return partial(net.apply, capacity=capacity) if capacity else net.apply
 
 
 def apply_at(fam: Family, level: Level) -> Callable[..., tuple[Array, PyTree]]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
 
-NORMS = ("bn", "bn_tracked", "in", "ln", "gn", "none")
+NORMS = ("bn", "bn_batch", "bn_tracked", "bn_tiers", "bn_dual", "bn_dual_shared", "in", "ln", "gn", "none")
+RUNNING = ("bn_tracked", "bn_tiers", "bn_dual", "bn_dual_shared")  #: norms that keep running statistics
 EPSILON = 1e-5
 GROUPS = 4  # of gn, as in HeteroFL
 MOMENTUM = 0.9  # of tracked statistics, PyTorch's 0.1
@@ -34,37 +35,63 @@ def active_channels(full: int, width: float) -> int:
 
 def traced_channels(full: int, width: Array | None) -> Array | None:
     """``active_channels`` for a traced rate; ``None`` (all channels) stays ``None``."""
-    return None if width is None else jnp.maximum(1, jnp.ceil(full * width - _SLACK)).astype(jnp.int32)
+    return None if width is None else channels_at(full, width)
 
 
-def _bias_init(fan_in: int) -> nn.initializers.Initializer:
+def channels_at(full: int, width: float | Array) -> Array:
+    """``active_channels`` of a rate that may be traced, int32."""
+    return jnp.maximum(1, jnp.ceil(full * width - _SLACK)).astype(jnp.int32)
+
+
+def random_units(key: Array, full: int, active: int | Array, kept: int | Array) -> Array:
+    """[full] bool: ``kept`` of the first ``active`` units at random, drawn alike at every ``active`` (random dropout).
+
+    >>> random_units(jax.random.key(0), 8, 6, 4).sum(), random_units(jax.random.key(0), 8, 6, 4)[6:].tolist()
+    (Array(4, dtype=int32), [False, False])
+    """
+    place = jnp.where(jnp.arange(full) < active, jax.random.uniform(key, (full,)), 2.0)
+    return (place.argsort().argsort() < kept) & (place < 2.0)
+
+
+def _kernel_init(rate: float) -> nn.initializers.Initializer:
+    """PyTorch's default, of a layer whose inputs are the share ``rate`` of those of the layer that it is a part of."""
+    return nn.initializers.variance_scaling(rate / 3, "fan_in", "uniform")
+
+
+def _bias_init(fan_in: float) -> nn.initializers.Initializer:
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def conv_layer(
     x: Array, features: int, kernel: int, *, stride: int = 1, bias: bool = True, lowering: str = "auto",
-    padded: bool = True, name: str,
+    padded: bool = True, pad: int | None = None, rate: float = 1.0, name: str,
 ) -> Array:  # fmt: skip
-    """A square convolution padded by ``kernel // 2`` or not at all, with PyTorch's default initialisation."""
-    pad = kernel // 2 if padded else 0
+    """A square convolution padded by ``kernel // 2``, by ``pad`` or not at all, with PyTorch's default initialisation.
+
+    ``rate``: start values as in a layer with ``1 / rate`` times as many inputs.
+    """
+    pad = (kernel // 2 if padded else 0) if pad is None else pad
     return nn.Conv(
         features,
         (kernel, kernel),
         (stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=bias,
-        kernel_init=uniform_fan_in,
-        bias_init=_bias_init(kernel * kernel * x.shape[-1]),
+        kernel_init=_kernel_init(rate),
+        bias_init=_bias_init(kernel * kernel * x.shape[-1] / rate),
         conv_general_dilated=lowered(lowering),
         name=name,
     )(x)
 
 
-def dense_layer(x: Array, features: int, *, zero_bias: bool = False, name: str) -> Array:
-    """A linear layer with PyTorch's default initialisation; HeteroFL's classifiers start with a zero bias."""
-    bias_init = nn.initializers.zeros if zero_bias else _bias_init(x.shape[-1])
-    return nn.Dense(features, kernel_init=uniform_fan_in, bias_init=bias_init, name=name)(x)
+def dense_layer(x: Array, features: int, *, zero_bias: bool = False, rate: float = 1.0, name: str) -> Array:
+    """A linear layer with PyTorch's default initialisation; HeteroFL's classifiers start with a zero bias.
+
+    ``rate``: start values as in a layer with ``1 / rate`` times as many inputs.
+    """
+    bias_init = nn.initializers.zeros if zero_bias else _bias_init(x.shape[-1] / rate)
+    return nn.Dense(features, kernel_init=_kernel_init(rate), bias_init=bias_init, name=name)(x)
 
 
 def scale(x: Array, width: float | Array, *, train: bool) -> Array:
@@ -86,22 +113,29 @@ class Norm(nn.Module):
     ``bn`` is HeteroFL's static batch norm: the biased statistics of the batch while training, nothing tracked. If the
     collection ``batch_stats`` is mutable, it receives the batch mean and the *unbiased* batch variance; evaluation
     uses that collection where it is given and the batch otherwise (which is how statistics are collected).
-    ``bn_tracked`` keeps running statistics. ``in``, ``ln`` and ``gn`` are group norms of one channel a group, one
-    group, and ``groups`` groups of the *active* channels.
+    ``bn_batch`` does so in evaluation too, and nothing is collected. ``bn_tracked`` keeps running statistics; so do the
+    norms of two branches, ``models.dual``. ``bn_tiers`` keeps a set of them for each of ``tiers`` nested nets, the
+    smallest first, [tiers, C], and one affine pair for all; the net that runs is the last of them, or number ``tier``
+    counted from 1. ``in``, ``ln`` and ``gn`` are group norms of one channel a group, one group, and ``groups`` groups
+    of the *active* channels.
     """
 
     kind: str
     groups: int = GROUPS
+    tiers: int = 1
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, valid: Array | None = None, active: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool, valid: Array | None = None, active: Array | None = None,
+        tier: Array | None = None,
+    ) -> Array:  # fmt: skip
         """Normalise [B, H, W, C] or [B, C]; rows that are not ``valid`` do not count in batch statistics."""
         check_norm(self.kind, self.groups, self.groups)
         if self.kind == "none":
             return x
         features = x.shape[-1]
         if self.kind.startswith("bn"):
-            mean, var = self._batch_statistics(x, train, valid)
+            mean, var = self._batch_statistics(x, train, valid, self.tiers if tier is None else tier)
         else:
             mean, var = _group_statistics(x, self.kind, active, self.groups)
         weight = self.param("scale", nn.initializers.ones, (features,))
@@ -109,27 +143,46 @@ class Norm(nn.Module):
         y = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias
         return y if active is None else jnp.where(jnp.arange(features) < active, y, 0.0)
 
-    def _batch_statistics(self, x: Array, train: bool, valid: Array | None) -> tuple[Array, Array]:
-        tracked = self.kind == "bn_tracked"
+    def _batch_statistics(self, x: Array, train: bool, valid: Array | None, tier: int | Array) -> tuple[Array, Array]:
+        tracked, by_tier = self.kind in RUNNING, self.kind == "bn_tiers"
         stored = self.has_variable("batch_stats", "mean")
         if tracked and not stored:
-            self.put_variable("batch_stats", "mean", jnp.zeros(x.shape[-1]))
-            self.put_variable("batch_stats", "var", jnp.ones(x.shape[-1]))
+            shape = (self.tiers,) * by_tier + x.shape[-1:]
+            self.put_variable("batch_stats", "mean", jnp.zeros(shape))
+            self.put_variable("batch_stats", "var", jnp.ones(shape))
+
+        def read(name: str) -> Array:
+            value: Array = self.get_variable("batch_stats", name)
+            return value[tier - 1] if by_tier else value
+
         if stored and not train:
-            return self.get_variable("batch_stats", "mean"), self.get_variable("batch_stats", "var")
-        axes = tuple(range(x.ndim - 1))
-        weight = jnp.ones(x.shape[:1], x.dtype) if valid is None else valid.astype(x.dtype)
-        count = weight.sum() * math.prod(x.shape[1:-1])
-        weight = weight.reshape(-1, *(1 for _ in x.shape[1:]))
-        mean = (x * weight).sum(axes) / count
-        var = (jnp.square(x - mean) * weight).sum(axes) / count
-        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            return read("mean"), read("var")
+        mean, var, count = batch_moments(x, valid)
+        gives = self.kind != "bn_batch" and self.is_mutable_collection("batch_stats")
+        if gives and not self.is_initializing():
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             for name, value in (("mean", mean), ("var", unbiased)):
                 if tracked:
-                    value = MOMENTUM * self.get_variable("batch_stats", name) + (1 - MOMENTUM) * value
+                    value = MOMENTUM * read(name) + (1 - MOMENTUM) * value
+                if by_tier:
+                    here = jnp.arange(self.tiers)[:, None] == tier - 1
+                    value = jnp.where(here, value, self.get_variable("batch_stats", name))
                 self.put_variable("batch_stats", name, value)
         return mean, var
+
+
+def batch_moments(x: Array, valid: Array | None) -> tuple[Array, Array, Array]:
+    """Mean and biased variance of every channel of [B, ..., C] over the valid rows, and how many entries that were.
+
+    >>> [v.tolist() for v in batch_moments(jnp.array([[1.0], [3.0], [9.0]]), jnp.array([True, True, False]))]
+    [[2.0], [1.0], 2.0]
+    """
+    axes = tuple(range(x.ndim - 1))
+    weight = jnp.ones(x.shape[:1], x.dtype) if valid is None else valid.astype(x.dtype)
+    count = weight.sum() * math.prod(x.shape[1:-1])
+    weight = weight.reshape(-1, *(1 for _ in x.shape[1:]))
+    mean = (x * weight).sum(axes) / count
+    return mean, (jnp.square(x - mean) * weight).sum(axes) / count, count
 
 
 def _group_statistics(x: Array, kind: str, active: Array | None, groups: int) -> tuple[Array, Array]:

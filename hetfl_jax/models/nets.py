@@ -5,19 +5,24 @@ Call contract: ``module(x, *, train, valid, capacity) -> logits [B, C]`` (or ``[
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered, max_pool
+from hetfl_jax.models.dual import DualNorm
 from hetfl_jax.models.layers import (
     GROUPS,
+    RUNNING,
     Norm,
     active_channels,
+    channels_at,
     check_norm,
     conv_layer,
     dense_layer,
+    random_units,
     scale,
     traced_channels,
 )
@@ -34,25 +39,77 @@ class BaseNet(nn.Module):
     norm: str = "none"
     scaler: bool = False
     lowering: str = "auto"
+    tiers: int = 1  #: nested nets that this one holds, itself included: of norm ``bn_tiers``
+    init_rate: float = 1.0  #: start values, but for the first layer's, as in a net ``1 / init_rate`` as wide
+    layer_rate: float = 1.0  #: the Scaler divides by it too, with or without ``scaler``
+    rescales: ClassVar[bool] = False  #: whether the two rates do anything
+    drops_units: ClassVar[bool] = True  #: whether units of every layer can be dropped at random
 
     def __post_init__(self) -> None:
         narrowest = min((active_channels(full, self.width) for full in self.hidden), default=0)
         check_norm(self.norm, narrowest, getattr(self, "groups", GROUPS))
         if not 0 <= getattr(self, "depth", 0) <= len(self.hidden):
             raise ValueError(f"depth {self.depth}, allowed 1..{len(self.hidden)}, or 0 for all layers (family.mix)")
+        self._check_rates()
         super().__post_init__()
+
+    def _check_rates(self) -> None:
+        if self.init_rate == self.layer_rate == 1:
+            return
+        if not self.rescales:
+            raise ValueError(f"rescaling in net {type(self).__name__}, which has none: need none (family.rescale)")
+        if self.norm in RUNNING:
+            raise ValueError(
+                f"rescaling with norm {self.norm!r}: running statistics are of rescaled layers and would be used in "
+                "evaluation, where layers are not rescaled: need none (family.rescale)"
+            )
 
     def _channels(self, full: int) -> int:
         return active_channels(full, self.width)
 
+    def _kept(self, full: int, capacity: Capacity | None) -> Array | None:
+        """[C] bool, the units of a layer that are not dropped, where ``capacity`` says how many to ``keep``."""
+        if capacity is None or "keep" not in capacity:
+            return None
+        active, kept = (channels_at(full, w) for w in (capacity.get("width", self.width), capacity["keep"]))
+        return random_units(self.make_rng("dropout"), full, active, kept)[: self._channels(full)]
+
+    def _rate(self, layer: int) -> float:
+        """The rate of a layer's start values; the first one, number 0, has all its inputs at every width."""
+        return self.init_rate if layer else 1.0
+
+    def _scaled(self, x: Array, train: bool, capacity: Capacity | None) -> Array:
+        """The Scaler."""
+        width = (capacity or {}).get("width", self.width) if self.scaler else 1.0
+        return scale(x, width * self.layer_rate, train=train) if self.scaler or self.layer_rate != 1 else x
+
     def _scale_norm(
-        self, x: Array, full: int, name: str, train: bool, valid: Array | None, capacity: Capacity | None
-    ) -> Array:
-        """Scaler, then norm, of a layer with ``full`` channels at width 1."""
-        width = None if capacity is None else capacity.get("width")
-        if self.scaler:
-            x = scale(x, self.width if width is None else width, train=train)
-        return Norm(self.norm, name=name)(x, train=train, valid=valid, active=traced_channels(full, width))
+        self, x: Array, full: int, name: str, train: bool, valid: Array | None, capacity: Capacity | None,
+        kept: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Scaler, then norm, of a layer with ``full`` channels at width 1; without the units that are dropped.
+
+        ``capacity`` has what is traced: ``width`` and ``tiers`` of a masked level, under random dropout ``keep``, the
+        width whose number of units stays, and ``noise``, see ``DualNorm``; ``kept`` says which units, where layers
+        share them.
+        """
+        return self._norm(self._scaled(x, train, capacity), full, name, train, valid, capacity, kept)
+
+    def _norm(
+        self, x: Array, full: int, name: str, train: bool, valid: Array | None, capacity: Capacity | None,
+        kept: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """``_scale_norm`` without the Scaler."""
+        traced = capacity or {}
+        active = traced_channels(full, traced.get("width"))
+        if self.norm.startswith("bn_dual"):
+            dual = DualNorm(self.norm == "bn_dual_shared", name=name)
+            x = dual(x, train=train, valid=valid, active=active, noise=traced.get("noise", 0.0))
+        else:
+            norm = Norm(self.norm, getattr(self, "groups", GROUPS), self.tiers, name=name)
+            x = norm(x, train=train, valid=valid, active=active, tier=traced.get("tiers"))
+        kept = self._kept(full, capacity) if kept is None else kept
+        return x if kept is None else jnp.where(kept, x, 0.0)
 
 
 class MLP(BaseNet):
@@ -65,6 +122,7 @@ class MLP(BaseNet):
     hidden: Sequence[int] = (200,)
     depth: int = 0
     exits: bool = True
+    rescales: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -73,17 +131,38 @@ class MLP(BaseNet):
         """[B, ...] -> [B, C]."""
         x, exits = x.reshape(x.shape[0], -1), []
         for i, full in enumerate(self.hidden[: self.depth or None]):
-            x = dense_layer(x, self._channels(full), name=f"dense_{i}")
+            x = dense_layer(x, self._channels(full), rate=self._rate(i), name=f"dense_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
             if self.depth and self.exits:
-                exits.append(dense_layer(x, self.classes, name=f"head_{i}"))
-        return tuple(exits) if exits else dense_layer(x, self.classes, name="head")
+                exits.append(dense_layer(x, self.classes, rate=self.init_rate, name=f"head_{i}"))
+        return tuple(exits) if exits else dense_layer(x, self.classes, rate=self._rate(len(self.hidden)), name="head")
+
+
+class Logistic(BaseNet):
+    """Logistic regression: the first class has logit 0, the others are linear: (D + 1) (C - 1) parameters, from 0.
+
+    Without ``bias`` D (C - 1).
+    """
+
+    hidden: Sequence[int] = ()
+    classes: int = 2
+    bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
+    ) -> Array:
+        """[B, ...] -> [B, C]."""
+        x, zeros = x.reshape(x.shape[0], -1), nn.initializers.zeros
+        rest = nn.Dense(self.classes - 1, use_bias=self.bias, kernel_init=zeros, name="head")(x)
+        return jnp.concatenate([jnp.zeros_like(rest[:, :1]), rest], -1)
 
 
 class CNN(BaseNet):
     """The FedAvg CNN (McMahan et al. 2017): conv 5x5, pool, conv 5x5, pool, dense; 1,663,370 parameters at 28x28x1."""
 
     hidden: Sequence[int] = (32, 64, 512)
+    rescales: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -91,20 +170,21 @@ class CNN(BaseNet):
     ) -> Array:
         """[B, H, W, I] -> [B, C]."""
         for i, full in enumerate(self.hidden[:-1]):
-            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, name=f"conv_{i}")
+            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, rate=self._rate(i), name=f"conv_{i}")
             x = max_pool(nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity)))
         # Channel-major, so that a prefix of channels is a prefix of the flat axis.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         last = len(self.hidden) - 1
-        x = dense_layer(x, self._channels(self.hidden[-1]), name=f"dense_{last}")
+        x = dense_layer(x, self._channels(self.hidden[-1]), rate=self.init_rate, name=f"dense_{last}")
         x = nn.relu(self._scale_norm(x, self.hidden[-1], f"norm_{last}", train, valid, capacity))
-        return dense_layer(x, self.classes, name="head")
+        return dense_layer(x, self.classes, rate=self.init_rate, name="head")
 
 
 class LeNet(BaseNet):
     """The net of CFL's published code: unpadded conv 5x5, pool, twice, then linear; 18,506 parameters at 62 classes."""
 
     hidden: Sequence[int] = (6, 16)
+    rescales: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -112,11 +192,13 @@ class LeNet(BaseNet):
     ) -> Array:
         """[B, H, W, I] -> [B, C]."""
         for i, full in enumerate(self.hidden):
-            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, padded=False, name=f"conv_{i}")
+            x = conv_layer(
+                x, self._channels(full), 5, lowering=self.lowering, padded=False, rate=self._rate(i), name=f"conv_{i}"
+            )
             x = max_pool(nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity)))
         # Channel-major, so that a prefix of channels is a prefix of the flat axis.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        return dense_layer(x, self.classes, name="head")
+        return dense_layer(x, self.classes, rate=self.init_rate, name="head")
 
 
 class TutorialCNN(BaseNet):
@@ -179,6 +261,7 @@ class Conv(BaseNet):
     scaler: bool = True
     depth: int = 0
     exits: bool = True
+    rescales: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -187,11 +270,15 @@ class Conv(BaseNet):
         """[B, H, W, I] -> [B, C]."""
         exits = []
         for i, full in enumerate(self.hidden[: self.depth or None]):
-            x = conv_layer(max_pool(x) if i else x, self._channels(full), 3, lowering=self.lowering, name=f"conv_{i}")
+            x, rate = max_pool(x) if i else x, self._rate(i)
+            x = conv_layer(x, self._channels(full), 3, lowering=self.lowering, rate=rate, name=f"conv_{i}")
             x = nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
             if self.depth and self.exits:
-                exits.append(dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name=f"head_{i}"))
-        return tuple(exits) if exits else dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
+                exits.append(self._head(x, f"head_{i}"))
+        return tuple(exits) if exits else self._head(x, "head")
+
+    def _head(self, x: Array, name: str) -> Array:
+        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, rate=self.init_rate, name=name)
 
 
 class PreResNet(BaseNet):
@@ -204,6 +291,8 @@ class PreResNet(BaseNet):
     blocks: Sequence[int] = (1, 1, 1, 2)
     norm: str = "bn"
     scaler: bool = True
+    scales_convolutions: bool = False  #: the Scaler is behind every convolution, not before every norm (Split-Mix)
+    rescales: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -212,11 +301,13 @@ class PreResNet(BaseNet):
         """[B, H, W, I] -> [B, C]."""
 
         def conv(x: Array, full: int, kernel: int, stride: int, name: str) -> Array:
-            width = self._channels(full)
-            return conv_layer(x, width, kernel, stride=stride, bias=False, lowering=self.lowering, name=name)
+            width, rate = self._channels(full), self._rate(name != "stem")
+            x = conv_layer(x, width, kernel, stride=stride, bias=False, lowering=self.lowering, rate=rate, name=name)
+            return self._scaled(x, train, capacity) if self.scales_convolutions else x
 
         def activate(x: Array, full: int, name: str) -> Array:
-            return nn.relu(self._scale_norm(x, full, name, train, valid, capacity))
+            norm = self._norm if self.scales_convolutions else self._scale_norm
+            return nn.relu(norm(x, full, name, train, valid, capacity))
 
         x = conv(x, self.hidden[0], 3, 1, "stem")
         before = self.hidden[0]
@@ -231,4 +322,4 @@ class PreResNet(BaseNet):
                 y = conv(activate(y, full, f"{name}_norm2"), full, 3, 1, f"{name}_conv2")
                 x, before = y + shortcut, full
         x = activate(x, before, "norm")
-        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, name="head")
+        return dense_layer(x.mean((1, 2)), self.classes, zero_bias=True, rate=self.init_rate, name="head")

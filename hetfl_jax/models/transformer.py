@@ -70,7 +70,7 @@ class Layer(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(
             jnp.asarray(head if active is None else active, q.dtype)
         )
-        weights = nn.softmax(jnp.where(there[:, None, None], scores, -jnp.inf))
+        weights = nn.softmax(jnp.where(there[:, None, None], scores, jnp.finfo(scores.dtype).min))
         y = linear(jnp.einsum("bhqk,bkhd->bqhd", weights, v), features, 3, "output", axis=(-2, -1))
         x = run.norm(x + run.drop(y, self.embedding, self.make_rng), self.embedding, "norm1")
         y = nn.gelu(linear(x, run.size(self.hidden), 4, "linear1"), approximate=False)
@@ -112,6 +112,7 @@ class Transformer(BaseNet):
     depth: int = 0
     exits: bool = True
     reads_tokens: ClassVar[bool] = True  #: windows of token ids in place of images or features
+    drops_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.norm != "ln":

@@ -103,7 +103,7 @@ def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Arr
 def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
     """The level's own tree: the leading slice of each leaf it has; what the family does not know stays whole.
 
-    ``values`` may be of any level that holds this one.
+    ``values`` may be of any level that holds this one, and lack some leaves.
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
@@ -119,10 +119,17 @@ def narrow(fam: Family, values: PyTree, level: int) -> PyTree:
     def leaf(path: Path, shape: PyTree) -> Array:
         return leaves[path][tuple(slice(0, int(extent)) for extent in shape.shape)]
 
-    known = map_leaves(leaf, {name: fam.shapes[level][name] for name in values if name in fam.shapes[level]})
+    known = map_leaves(leaf, _there(fam.shapes[level], values))
     return {
         name: known.get(name, value) for name, value in values.items() if name in known or name not in fam.shapes[0]
     }
+
+
+def _there(shapes: PyTree, values: PyTree) -> PyTree:
+    """The part of a tree of mappings whose names ``values`` has too."""
+    if not isinstance(shapes, Mapping):
+        return shapes
+    return {name: _there(shape, values[name]) for name, shape in shapes.items() if name in values}
 
 
 def widen(fam: Family, values: PyTree, level: int) -> PyTree:

@@ -170,7 +170,11 @@ def bank(
     def price() -> Price:
         assert base.price is not None
         one = base.price()
-        return one._replace(down=one.down * route.broadcast, compared=route.models if route.broadcast > 1 else 0)
+        needs = one.needs._replace(bytes=one.needs.bytes * size)  # every member keeps the selection's state
+        compared = route.models if route.broadcast > 1 else 0
+        down, up = one.plain or (one.down, one.up)
+        plain = (down * route.broadcast, up)
+        return one._replace(down=one.down * route.broadcast, compared=compared, needs=needs, plain=plain)
 
     choice = Choice(
         route.models,

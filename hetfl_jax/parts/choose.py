@@ -10,29 +10,57 @@ import math
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core.absent import HIGHEST, LOWEST
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
-from hetfl_jax.parts.select import Ask, Select, stateless
+from hetfl_jax.parts.select import Ask, Select, per_client, stateless
 
 CANDIDATES, FIRST, PICK, FILL, ABSENT = range(5)  #: what a key is for
 
 KINDS = ("pow", "cpow", "rpow", "adapow")
+LOSS = 32  #: bits of a loss that an item sends
+LARGE = 4096  #: clients from which on a draw reads their weights once
 
 
 def draw_without_replacement(key: Array, weight: Array, count: int) -> Array:
     """[count] distinct clients drawn one after the other, each in proportion to its weight among those that are left.
 
     The clients with the largest ``log(weight_k) + Gumbel_k`` in descending order are such a draw, in its order. The
-    noise of client k depends on the key and k only. Clients of weight 0 come last.
+    noise of client k depends on the key and k only. Of a large population, draws with replacement are made until there
+    are enough different clients, which is the same law and reads the weights once. Clients of weight 0 come last.
 
     Args:
-      weight: [N] numbers >= 0.
+      weight: [N] numbers >= 0; whole ones with a sum below 2^31.
 
     >>> draw_without_replacement(jax.random.key(0), jnp.array([0, 5, 0, 1]), 2).sort().tolist()
     [1, 3]
     """
+    clients = weight.shape[0]
+    large = clients >= LARGE and 16 * count <= clients and not jnp.issubdtype(weight.dtype, jnp.floating)
+    return _different(key, weight, count) if large else _by_noise(key, weight, jnp.zeros(clients, bool), count)
+
+
+def _by_noise(key: Array, weight: Array, taken: Array, count: int) -> Array:
+    """The ``count`` of largest noisy weight, those without weight last, and the ``taken`` ones after them."""
     noise = jax.random.gumbel(key, weight.shape, jnp.float32, mode="high")
-    return jax.lax.top_k(jnp.log(weight.astype(jnp.float32)) + noise, count)[1]
+    some = weight > 0
+    chance = jnp.log(jnp.where(some, weight, 1).astype(jnp.float32)) + noise
+    return jax.lax.top_k(jnp.where(taken, LOWEST, jnp.where(some, chance, LOWEST / 2)), count)[1]
+
+
+def _different(key: Array, weight: Array, count: int) -> Array:
+    """The first ``count`` different clients of draws with replacement; where these are too few, the rest by noise."""
+    drawn = draw_with_replacement(key, weight, 2 * count + 16)
+    first = repetitions(drawn) == 0
+    ids, found = drawn[jnp.argsort(~first, stable=True)[:count]], first.sum()
+
+    def completed() -> Array:
+        taken = jnp.zeros(weight.shape, bool).at[drawn].set(True)
+        rest = _by_noise(jax.random.fold_in(key, 1), weight, taken, count)
+        place = jnp.arange(count)
+        return jnp.where(place < found, ids, rest[jnp.maximum(place - found, 0)])
+
+    return jax.lax.cond(found >= count, lambda: ids, completed)
 
 
 def draw_with_replacement(key: Array, weight: Array, count: int) -> Array:
@@ -44,13 +72,20 @@ def draw_with_replacement(key: Array, weight: Array, count: int) -> Array:
     >>> draw_with_replacement(jax.random.key(0), jnp.array([0, 7, 0]), 3).tolist()
     [1, 1, 1]
     """
-    end = jnp.cumsum(weight.astype(jnp.int32))
+    clients = weight.shape[0]
+    block = math.isqrt(clients)  # sums of blocks first: a running sum over all would be many passes
+    rows = jnp.pad(weight.astype(jnp.int32), (0, -clients % block)).reshape(-1, block)
+    each = rows.sum(1)
+    end = jnp.cumsum(each)
     draw = jax.random.randint(key, (count,), 0, jnp.maximum(end[-1], 1))
-    return jnp.minimum(jnp.searchsorted(end, draw, side="right"), weight.shape[0] - 1).astype(jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(end, draw, side="right"), end.size - 1)
+    inside = jnp.cumsum(rows[row], 1)
+    place = (inside <= (draw - end[row] + each[row])[:, None]).sum(1)
+    return jnp.minimum(row * block + place, clients - 1).astype(jnp.int32)
 
 
 def largest(ids: Array, score: Array, count: int) -> Cohort:
-    """The ``count`` clients of largest score; of equal scores the earlier ones; NaN and -inf are not valid.
+    """The ``count`` clients of largest score; of equal scores the earlier ones; ``LOWEST`` and NaN are not valid.
 
     Args:
       ids: [d] candidates in the order in which they were drawn.
@@ -60,9 +95,9 @@ def largest(ids: Array, score: Array, count: int) -> Cohort:
     >>> best.ids.tolist(), best.valid.tolist()
     ([3, 4, 7, 9], [True, True, True, False])
     """
-    score = jnp.where(jnp.isnan(score), -jnp.inf, score)
+    score = jnp.where(score > LOWEST, score, LOWEST)
     place = jnp.argsort(score, stable=True, descending=True)[:count]
-    return Cohort(ids[place], score[place] > -jnp.inf)
+    return Cohort(ids[place], score[place] > LOWEST)
 
 
 def repetitions(ids: Array) -> Array:
@@ -79,8 +114,8 @@ def repetitions(ids: Array) -> Array:
 
 
 def mean_loss(tally: Tally) -> Array:
-    """Loss per example; NaN where there is no example."""
-    return jnp.where(tally.examples > 0, tally.loss / jnp.maximum(tally.examples, 1), jnp.nan)
+    """Loss per example; ``LOWEST`` where there is no example."""
+    return jnp.where(tally.examples > 0, tally.loss / jnp.maximum(tally.examples, 1), LOWEST)
 
 
 def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
@@ -125,7 +160,7 @@ def weighted(cohort: int) -> Select:
         ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), population.size, cohort)
         return Cohort(ids, population.size[ids] > 0)
 
-    return stateless(choose)
+    return stateless(choose, per_client(2))
 
 
 def random_with_replacement(cohort: int) -> Select:
@@ -148,7 +183,7 @@ def random_with_replacement(cohort: int) -> Select:
         ids = jnp.where(round == 0, first, later)
         return Cohort(ids, some[ids], repetitions(ids)), state
 
-    return Select(lambda clients: (), choose, repeats=True)
+    return Select(lambda clients: (), choose, repeats=True, needs=per_client(2))
 
 
 def power_of_choice(
@@ -163,7 +198,7 @@ def power_of_choice(
     | --- | --- |
     | pow | mean loss of the current model on all its training examples |
     | cpow | the same on ``examples`` of them |
-    | rpow | mean loss of its latest local training; +inf before it took part, so new clients come first |
+    | rpow | mean loss of its latest local training; ``HIGHEST`` before it took part, so new clients come first |
     | adapow | as pow, of the first ``max(cohort, floor(candidates / shrink^(round // every)))`` candidates only |
 
     Except for rpow, all ``candidates`` clients are asked in every round, and pay for it: also in the first round, and
@@ -197,18 +232,21 @@ def power_of_choice(
     allowed = ">= 1 with kind adapow" if kind == "adapow" else f"0 with kind {kind}"
     need(every >= 1 if kind == "adapow" else every == 0, f"every {every} rounds, allowed {allowed}", "every")
     need(shrink > 1, f"shrink {shrink}, allowed > 1", "shrink")
+    # What divides to below 1 divides no further: powers stay finite.
+    factor = jnp.float32(min(shrink, candidates + 1))
+    most = math.ceil(math.log(candidates + 1) / math.log(factor))
 
     def init(clients: int) -> PyTree:
-        return jnp.full(clients, jnp.inf, jnp.float32) if kind == "rpow" else ()
+        return jnp.full(clients, HIGHEST, jnp.float32) if kind == "rpow" else ()
 
     def score(ids: Array, there: Array, round: Array, table: PyTree, ask: Ask) -> Array:
         if kind == "rpow":
-            return jnp.where(there, table[ids], -jnp.inf)
+            return jnp.where(there, table[ids], LOWEST)
         asked = there & (round > 0)  # the first cohort is drawn without a score
         if kind == "adapow":
-            number = jnp.maximum(cohort, jnp.floor(candidates / jnp.power(jnp.float32(shrink), round // every)))
+            number = jnp.maximum(cohort, jnp.floor(candidates / jnp.power(factor, jnp.minimum(round // every, most))))
             asked &= jnp.arange(candidates) < number
-        return jnp.where(asked, mean_loss(ask(ids, level, examples, asked)), -jnp.inf)
+        return jnp.where(asked, mean_loss(ask(ids, level, examples, asked)), LOWEST)
 
     def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
         size, clients = population.size, population.size.shape[0]
@@ -220,7 +258,9 @@ def power_of_choice(
         ids = jnp.where(round == 0, first, best.ids)
         return Cohort(ids, jnp.where(round == 0, size[first] > 0, best.valid)), state
 
-    return Select(init, choose, remembered) if kind == "rpow" else Select(init, choose)
+    if kind == "rpow":
+        return Select(init, choose, remembered, hears=LOSS, needs=per_client(3))
+    return Select(init, choose, needs=per_client(2))
 
 
 def intermittent(select: Select, absent: float = 0.2) -> Select:

@@ -11,44 +11,33 @@ shape, filled up with zeros, as random draws are: so a masked client sends what 
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import bits as counts
-from hetfl_jax.core import tree
-from hetfl_jax.core.types import Array, ClientContext, PyTree, Shard
+from hetfl_jax.core.types import Array, ClientContext, PyTree
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family, Path
-from hetfl_jax.parts import sparse
+from hetfl_jax.parts import message, sparse
 
-
-class Codec(NamedTuple):
-    """A rule for what is sent instead of a change of the parameters.
-
-    Shapes are those of the client's level, dense or masked; dead entries of a masked change are zero and stay so.
-    Random draws are taken at the full shape of a leaf and cut, so that masked equals dense.
-    """
-
-    init: Callable[[PyTree], PyTree]  #: full parameters -> memory, ``{name: {"params": tree}}``, ``{}`` for none
-    #: (key, delta, context, memory) -> (what the receiver gets, memory, [3] int32 bits by ``core.bits``);
-    #: ``delta`` is a tree of parameters
-    encode: Callable[[Array, PyTree, ClientContext, PyTree], tuple[PyTree, PyTree, Array]]
+Codec = message.Codec
 
 
 def _leafwise(family: Family, code: Callable[[sparse.Part], Array], length: Callable[[int], int]) -> Codec:
     """A codec without memory: ``code`` of each leaf, ``length`` bits for a leaf of which a level has d > 0 entries."""
     of_leaves = [[length(int(d)) if d else 0 for d in entries] for entries in sparse.sizes(family).values()]
-    fixed = counts.digits(np.sum(of_leaves, 0))
+    bits = np.asarray(of_leaves, np.int64).sum(axis=0)
+    fixed = counts.digits(bits)
 
     def encode(key: Array, delta: PyTree, context: ClientContext, memory: PyTree) -> tuple[PyTree, PyTree, Array]:
         parts = sparse.parts(family, key, delta, context.level)
         sent = windows.map_leaves(lambda path, value: parts[path].only(code(parts[path])), delta)
         return sent, memory, jnp.asarray(fixed)[windows.index_of(context.level)]
 
-    return Codec(lambda params: {}, encode)
+    return Codec(lambda params: {}, encode, bits)
 
 
 def _check(right: bool, value: str, allowed: str, key: str) -> None:
@@ -65,7 +54,7 @@ def none(family: Family) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, none(fam))
+    >>> message.bits(fam, none(fam))
     [2112, 1216]
     """
     return _leafwise(family, lambda part: part.value, lambda d: 32 * d)
@@ -91,7 +80,7 @@ def qsgd(family: Family, levels: int, scope: str = "tensor", scaling: str = "l2"
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, qsgd(fam, 5)), message_bits(fam, qsgd(fam, 5, scope="whole"))
+    >>> message.bits(fam, qsgd(fam, 5)), message.bits(fam, qsgd(fam, 5, scope="whole"))
     ([392, 280], [296, 184])
     """
     _check(_whole(levels) and 1 <= levels <= 2**24, f"quantisation levels {levels}", "1..2^24", "levels")
@@ -123,7 +112,7 @@ def qsgd(family: Family, levels: int, scope: str = "tensor", scaling: str = "l2"
         for path, part in parts.items():
             group, x = path[: scopes[scope]], part.value
             scale = sums[group] if scaling == "max" else jnp.sqrt(sums[group])
-            level = sparse.stochastic_levels(x, scale, levels, part.draw(jax.random.uniform))
+            level = sparse.stochastic_levels(x, scale, levels, part.uniform())
             factor = part.at(shrink(sizes[group])) if scaling == "shrunk" else 1.0
             sent[path] = scale * factor * jnp.sign(x) * (level / levels)
             if length == "elias":
@@ -131,7 +120,7 @@ def qsgd(family: Family, levels: int, scope: str = "tensor", scaling: str = "l2"
                 whole = whole + own
         return windows.map_leaves(lambda path, value: sent[path], delta), memory, whole
 
-    return Codec(lambda params: {}, encode)
+    return Codec(lambda params: {}, encode, None if length == "elias" else np.sum(bits, 0))
 
 
 def uniform(family: Family, bits: int) -> Codec:
@@ -147,7 +136,7 @@ def uniform(family: Family, bits: int) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, uniform(fam, 8))
+    >>> message.bits(fam, uniform(fam, 8))
     [784, 560]
     """
     _check(_whole(bits) and 1 <= bits <= 16, f"bits {bits}", "1..16", "bits")
@@ -155,9 +144,10 @@ def uniform(family: Family, bits: int) -> Codec:
 
     def code(part: sparse.Part) -> Array:
         present = part.at(part.entries > 0)
-        low = jnp.where(present, part.only(part.value, jnp.inf).min(), 0)
-        high = jnp.where(present, part.only(part.value, -jnp.inf).max(), 0)
-        level = sparse.stochastic_levels(part.value - low, high - low, steps, part.draw(jax.random.uniform))
+        most = float(jnp.finfo(part.value.dtype).max)
+        low = jnp.where(present, part.only(part.value, most).min(), 0)
+        high = jnp.where(present, part.only(part.value, -most).max(), 0)
+        level = sparse.stochastic_levels(part.value - low, high - low, steps, part.uniform())
         return low + (high - low) * (level / steps)
 
     return _leafwise(family, code, lambda d: bits * d + 64)
@@ -170,7 +160,7 @@ def signs(family: Family) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, signs(fam))
+    >>> message.bits(fam, signs(fam))
     [194, 166]
     """
 
@@ -193,7 +183,7 @@ def top_k(family: Family, fraction: float) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, top_k(fam, 0.1))
+    >>> message.bits(fam, top_k(fam, 0.1))
     [294, 178]
     """
     return _sparsifier(family, fraction, lambda part: jnp.abs(part.value), False)
@@ -211,13 +201,13 @@ def random_k(family: Family, fraction: float, unbiased: bool = True) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, random_k(fam, 0.5))
+    >>> message.bits(fam, random_k(fam, 0.5))
     [1224, 688]
     """
 
     def score(part: sparse.Part) -> Array:
-        # 30 random bits as a normal positive float, in the same order: floats are ranked much faster.
-        return jax.lax.bitcast_convert_type((part.draw(jax.random.bits) >> 2) + (1 << 23), jnp.float32)
+        # 30 random bits as a normal positive float, in the same order.
+        return jax.lax.bitcast_convert_type((part.words() >> 2) + (1 << 23), jnp.float32)
 
     return _sparsifier(family, fraction, score, unbiased)
 
@@ -246,7 +236,7 @@ def drive(family: Family, unbiased: bool = True) -> Codec:
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, drive(fam))
+    >>> message.bits(fam, drive(fam))
     [228, 186]
     """
     code = lambda part: sparse.rotated_signs(part, unbiased)  # noqa: E731
@@ -261,16 +251,19 @@ def low_rank(family: Family, rank: int) -> Codec:
     Q^T lies in r rows of each leaf. It starts with normal numbers, the same for all clients. Biased.
 
     Raises:
-      ValueError: a rank below 1 or larger than the number of rows that all levels which send factors have in common.
+      ValueError: a rank below 1, above that of every leaf, or larger than the number of rows that all levels which
+        send factors have in common.
 
     Source: Vogels, Karimireddy, Jaggi 2019 (NeurIPS), algorithm 1.
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, low_rank(fam, 1))  # kernels of [3, 4] and [4, 10], at level 1 [3, 2] and [2, 10]
+    >>> message.bits(fam, low_rank(fam, 1))  # kernels of [3, 4] and [4, 10], at level 1 [3, 2] and [2, 10]
     [1120, 928]
     """
-    _check(_whole(rank) and rank >= 1, f"rank {rank}", ">= 1", "rank")
+    full = [window.extents[0] for path, window in family.windows.items() if path[0] == "params"]
+    most = max((int(min(shape[:-1].prod(), shape[-1])) for shape in full if shape.size > 1), default=1)
+    _check(_whole(rank) and 1 <= rank <= most, f"rank {rank}", f"1..{most}, the highest of a leaf", "rank")
     how = {path: sparse.factors(family, path, rank) for path in sparse.sizes(family)}
     bits = np.zeros(family.levels, np.int64)
     for path, d in sparse.sizes(family).items():
@@ -297,7 +290,7 @@ def low_rank(family: Family, rank: int) -> Codec:
         whole = jnp.asarray(fixed)[windows.index_of(context.level)]
         return windows.map_leaves(lambda path, value: sent[path], delta), new, whole
 
-    return Codec(lambda params: {"factor": {"params": windows.map_leaves(start, params)}}, encode)
+    return Codec(lambda params: {"factor": {"params": windows.map_leaves(start, params)}}, encode, bits)
 
 
 def error_feedback(codec: Codec, ef21: bool = False) -> Codec:
@@ -330,7 +323,7 @@ def error_feedback(codec: Codec, ef21: bool = False) -> Codec:
             kept = jax.tree.map(jnp.subtract, wanted, sent)
         return sent, {**inner, name: {"params": kept}}, bits
 
-    return Codec(init, encode)
+    return Codec(init, encode, codec.length)
 
 
 #: factories by name: ``CODECS[name](family, **args)``
@@ -342,7 +335,10 @@ _CONTRACTION = {"qsgd": {"scaling": "shrunk"}, "random_k": {"unbiased": False}, 
 _remembering = error_feedback
 
 
-def make(name: str, family: Family, error_feedback: bool | str = False, **args: Any) -> Codec:
+def make(
+    name: str, family: Family, error_feedback: bool | str = False, statistics: bool = False, extra: bool = False,
+    **args: Any,
+) -> Codec:  # fmt: skip
     """A codec by name, with its arguments.
 
     With error feedback, qsgd is "shrunk" and random_k and drive are not ``unbiased``, unless the arguments say
@@ -350,16 +346,18 @@ def make(name: str, family: Family, error_feedback: bool | str = False, **args: 
 
     Args:
       error_feedback: True, or "ef21", see ``error_feedback``.
+      statistics: whether the changes of batch statistics are coded too; else they travel as they are, 32 bits each.
+      extra: likewise what a method sends besides the model, such as SCAFFOLD's variate.
 
     Raises:
       ValueError: an unknown name or argument, a missing one, or a value that the codec does not allow.
 
     Warns:
-      UserWarning: a sparsifier or signs without error feedback.
+      UserWarning: a sparsifier or signs without error feedback, or of batch statistics.
 
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
-    >>> message_bits(fam, make("top_k", fam, error_feedback=True, fraction=0.1))
+    >>> message.bits(fam, make("top_k", fam, error_feedback=True, fraction=0.1))
     [294, 178]
     >>> make("qsgd", fam, bits=3)
     Traceback (most recent call last):
@@ -376,25 +374,21 @@ def make(name: str, family: Family, error_feedback: bool | str = False, **args: 
         _check(not missing, f"{name} without {parameter.name}", names, parameter.name)
     if error_feedback not in (False, True, "ef21"):
         raise ValueError(f"error feedback {error_feedback}, allowed false, true, ef21 (uplink.error_feedback)")
-    if error_feedback:
-        return _remembering(CODECS[name](family, **_CONTRACTION.get(name, {}) | args), error_feedback == "ef21")
-    codec = CODECS[name](family, **args)
+    if statistics and "batch_stats" not in family.shapes[0]:
+        raise ValueError("statistics true, but the net tracks none: need false (uplink.statistics)")
+
+    def of(what: str) -> Codec:
+        mine = message.family_of(family, what)
+        if not error_feedback:
+            return CODECS[name](mine, **args)
+        return _remembering(CODECS[name](mine, **_CONTRACTION.get(name, {}) | args), error_feedback == "ef21")
+
+    also = ["batch_stats"] * statistics + ["extra"] * extra
+    made = of("params")._replace(also={what: of(what) for what in also})
     if name in ("top_k", "random_k", "signs"):
-        text = f"{name} without error feedback loses a part of every change (uplink.error_feedback)"
-        warnings.warn(text, stacklevel=2)
-    return codec
-
-
-def message_bits(family: Family, codec: Codec) -> list[int]:
-    """Bits of a message of each level; for codecs whose length depends on the change, of one that is zero."""
-    memory, found = codec.init(tree.zeros(family.shapes[0]["params"])), []
-    for level, shapes in enumerate(family.shapes):
-
-        def count(key: Array, level: int = level, shapes: PyTree = shapes) -> Array:
-            own = {name: windows.narrow(family, part, level) for name, part in memory.items()}
-            context = ClientContext(key, jnp.int32(0), level, cast(Shard, None), (), (), own)
-            return codec.encode(key, tree.zeros(shapes["params"]), context, own)[2]
-
-        # A loop is one program, and of this one nothing but the count is left.
-        found.append(int(counts.total(np.asarray(jax.lax.map(count, jax.random.split(jax.random.key(0), 1))))[0]))
-    return found
+        if not error_feedback:
+            text = f"{name} without error feedback loses a part of every change (uplink.error_feedback)"
+            warnings.warn(text, stacklevel=2)
+        if statistics:
+            warnings.warn(f"statistics through {name}: a variance may fall below 0 (uplink.statistics)", stacklevel=2)
+    return made

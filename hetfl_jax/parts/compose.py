@@ -1,15 +1,16 @@
 """``compose``: a method from parts. A slot exists only where two methods fill it differently."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hetfl_jax.core import bits, tree
 from hetfl_jax.core.types import (
+    ACCURACY,
     Account,
     Algorithm,
     Array,
@@ -22,6 +23,7 @@ from hetfl_jax.core.types import (
     PyTree,
     Question,
     Reply,
+    Score,
     Seen,
     Shard,
     Tally,
@@ -34,9 +36,14 @@ from hetfl_jax.parts import merge as merges
 from hetfl_jax.parts import objective as objectives
 from hetfl_jax.parts import select as selects
 from hetfl_jax.parts import server as servers
-from hetfl_jax.parts.codec import Codec, message_bits
+from hetfl_jax.parts.adversary import Adversary, adversarial, judged
+from hetfl_jax.parts.gradient import full_gradient
 from hetfl_jax.parts.local import Local, Trained, examples_trained, memory_of, tally, train
-from hetfl_jax.parts.survey import planner
+from hetfl_jax.parts.message import Codec
+from hetfl_jax.parts.private import Private, checked
+from hetfl_jax.parts.survey import ANSWER, first_receipt, planner
+from hetfl_jax.parts.traffic import down_bits, encoded, price_of
+from hetfl_jax.parts.traffic import memory_of as codec_memory
 
 
 class Slots(NamedTuple):
@@ -46,6 +53,8 @@ class Slots(NamedTuple):
     capacity: selects.Capacity | None = None  #: at which level
     uplink: Codec | None = None  #: what is sent in place of a change
     downlink: Codec | None = None  #: what is sent in place of the model's change since it was last sent
+    objective: objectives.Objective | None = None  #: the local loss
+    adversary: Adversary | None = None  #: who perturbs images, in training and evaluation
     clients: int = 0  #: in the population; wanted by a selection that remembers
 
 
@@ -82,7 +91,8 @@ def refuse(method: str, slots: Slots, **fixed: bool) -> None:
     """
     for name, own in fixed.items():
         if own and getattr(slots, name) is not None:
-            raise ValueError(f"{method} fixes its {name} itself: {name}.name must be none ({name}.name)")
+            default = "cross_entropy" if name == "objective" else "none"
+            raise ValueError(f"{method} fixes its {name} itself: {name}.name must be {default} ({name}.name)")
 
 
 def compose(
@@ -95,6 +105,7 @@ def compose(
     drift: drifts.Drift | None = None,
     merge: merges.Merge | None = None,
     server: servers.Server | None = None,
+    private: Private | None = None,
     slots: Slots | None = None,
 ) -> Algorithm:
     """A federated method over ``family``; the defaults are FedAvg.
@@ -103,10 +114,11 @@ def compose(
       local: local training.
       select: who takes part.
       capacity_of: the level of an item in this round (default: the client's own).
-      objective: the local loss (default: cross-entropy).
+      objective: the local loss, which ``slots`` may not replace then (default: cross-entropy).
       drift: a client-side correction and its memory (default: none).
       merge: how replies become a mean (default: example-weighted over the clients that hold an entry).
       server: what is done with the mean (default: add it).
+      private: leaves that stay on the client (default: none); no codec then.
       slots: what is chosen apart from the method; it replaces ``select`` and ``capacity_of``, and says what travels.
 
     Returns:
@@ -119,29 +131,36 @@ def compose(
     slots = slots or Slots()
     select = slots.select or select
     capacity_of = slots.capacity or capacity_of or selects.own_level()
-    objective = objective or objectives.cross_entropy()
+    refuse("this method", slots, objective=objective is not None)
+    objective = objective or slots.objective or objectives.cross_entropy()
     drift = drift or drifts.none()
     merge = merge or merges.overlap_mean(family)
     server = server or servers.optimizer()
+    private = checked(private, coded=bool(slots.uplink or slots.downlink))
+    _tell_of_memory(slots, capacity_of, family)
     asks_received = objective.asks_received or drift.asks_received or merge.asks_received
     trains = trained_leaves(family, objective, drift)
-    model, judge, predict, statistics = _reading(family, local, objective)
+    model, judge, predict, statistics, outputs = _reading(family, local, objective)
+    gradient = full_gradient(family, local, objective)
+    objective = adversarial(objective, slots.adversary, family) if slots.adversary else objective
+    told = select.hears + ANSWER * merge.asks_received  #: bits that an item sends besides its change
 
     def init(key: Array) -> tuple[ServerState, PyTree]:
         variables = families.init(family, key)
         params = variables["params"]
-        memory = {**drift.init(params), **memory_of(local, params)}
+        memory = {**drift.init(params), **memory_of(local, params), **private.memory(variables)}
         if slots.uplink:
-            memory |= slots.uplink.init(params)
+            memory |= codec_memory(slots.uplink, variables)
         _check_selection(select, slots.clients, memory)
         down = Downlink(jax.random.fold_in(key, 1), params, slots.downlink.init(params)) if slots.downlink else ()
         return ServerState(variables, server.init(variables), select.init(slots.clients), down), memory
 
     def send(state: ServerState, round: Array) -> Sent:
-        context = server.context(state.slot)
-        if not slots.downlink:
-            return Sent(state.variables, context)
-        return _coded(family, slots.downlink, state, round, context)
+        sent = Sent(state.variables, server.context(state.slot))
+        return _coded(family, slots.downlink, state, round, sent.context) if slots.downlink else sent
+
+    def travels(sent: Sent) -> Sent:
+        return sent._replace(variables=private.without(sent.variables))
 
     def client(context: ClientContext) -> Reply:
         level, sent, memory = context.level, context.sent, dict(context.memory or {})
@@ -152,17 +171,17 @@ def compose(
         )
         if asks_received:
             own = own._replace(received=judge(sent, level, context.shard))
-        done = train(local, view, family.prepare, objective, drift, own, lambda path: trains(path, level))
+        run = lambda v: train(local, v, family.prepare, objective, drift, own, lambda p: trains(p, level))  # noqa: E731
+        done = private.trained(run, view, own.memory)
         delta = jax.tree.map(jnp.subtract, done.variables, view.variables)
-        delta, kept, coded = _encoded(slots.uplink, delta, own, done.memory)
-        total = merge.lift(delta, own)._replace(extra=done.extra)
+        leaving = travels(sent).variables
+        delta, extra, kept, up = encoded(family, slots.uplink, delta, done.extra, leaving, own, done.memory)
+        total = merge.lift(delta, own)._replace(extra=extra)
         put = {name: view.put(part, kept[name]) for name, part in memory.items()} if memory else context.memory
-        number = windows.index_of(level)
-        apart = {k: v for k, v in sent.variables.items() if coded is None or k != "params"}
-        plainly = jnp.asarray(bits.digits(_bits(family, {"model": apart, "extra": done.extra})))[number]
-        up = plainly if coded is None else plainly + coded
+        number, up = windows.index_of(level), up + jnp.asarray(bits.digits(told))
         work = _work(local, done, own, family.levels, number)
-        return Reply(total, 0, put, Seen(done.tally, work, down_bits(family, sent)[number], up))
+        heard = own.received if merge.asks_received else ()
+        return Reply(total, 0, put, Seen(done.tally, work, down_bits(family, travels(sent))[number], up, heard))
 
     def widen(total: merges.Total, level: int) -> merges.Total:
         return total._replace(
@@ -173,27 +192,37 @@ def compose(
         whole = tree.take(total, 0)
         mean, coverage = merge.settle(whole)
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any(), whole.extra)
-        chosen = select.update(plan.notes, plan, seen, ok)
+        slot, chosen = server.learn(slot, plan, seen, ok), select.update(plan.notes, plan, seen, ok)
         down = state.downlink
         if slots.downlink:
             down = down._replace(params=sent.variables["params"], memory=sent.kept)
-        info = round_info(plan, seen, ok, server.info(slot, variables))
+        numbers = {**server.info(slot, variables), **select.info(chosen)}
+        info = round_info(plan, seen, ok, numbers, objective.score)
         return ServerState(variables, slot, chosen, down), info
 
     def price() -> Price:
-        return _price(family, slots, drift, init, send)
+        price = price_of(family, (slots.uplink, slots.downlink), drift, init, send, travels)
+        down, up = price.plain or (price.down, price.up)
+        return price._replace(up=price.up + told, plain=(down, up + told), needs=select.needs(slots.clients))
 
-    plan = planner(select, capacity_of, send, judge, lambda sent: down_bits(family, sent), family.levels)
-    questions = questions_of(model, predict, server.models, drift.models)
+    plan = planner(
+        select, capacity_of, send, judge, lambda sent: down_bits(family, travels(sent)), family.levels, gradient,
+        lambda state, ids: server.known(state.slot, ids),
+    )  # fmt: skip
+    questions = judged(slots.adversary, family, outputs, questions_of(model, predict, server.models, drift.models))
     return Algorithm(
-        family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions, statistics, judge,
-        same_selection=lambda server, other: server._replace(select=other.select), drawn=capacity_of.drawn,
-        price=price,
+        family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions,
+        statistics=statistics, judge=judge, drawn=capacity_of.drawn, price=price,
+        same_selection=lambda server, other: server._replace(select=other.select),
+        score=objective.score, gradient=gradient,
     )  # fmt: skip
 
 
 def _reading(family: Family, local: Local, objective: objectives.Objective) -> tuple[PyTree, ...]:
-    """``model``, ``judge``, ``predict`` and ``statistics`` of an algorithm; ``None`` where nothing is collected."""
+    """``model``, ``judge``, ``predict``, ``statistics`` (``None`` where nothing is collected), and ``outputs``.
+
+    ``outputs(variables, level, x prepared, shard=None, valid=None, noise=None)`` is [E, B, C], as ``predict``.
+    """
 
     def model(state: ServerState, level: Level, member: int = 0) -> PyTree:
         return families.view(family, state.variables, level).variables
@@ -202,52 +231,27 @@ def _reading(family: Family, local: Local, objective: objectives.Objective) -> t
         view = families.view(family, sent.variables, level)
 
         def logits(batch: Batch) -> Array:
-            exits, _ = view.apply(view.variables, batch.x)
+            exits, _ = view.apply(view.variables, batch.x, valid=batch.valid)
             return objectives.last_exit(objective.local(exits, shard), view.active)
 
-        return tally(logits, objective.each, local.batch_size, shard, key=key, examples=examples)
+        return tally(logits, objective.score.each, local.batch_size, shard, key=key, examples=examples)
 
-    def predict(variables: PyTree, level: Level, x: Array, shard: Shard | None = None) -> Array:
-        exits, _ = families.apply_at(family, level)(variables, x)
+    def outputs(
+        variables: PyTree, level: Level, x: Array, shard: Shard | None = None, valid: Array | None = None,
+        noise: Array | float | None = None,
+    ) -> Array:  # fmt: skip
+        exits, _, _ = families.forward_at(family, level)(variables, x, valid=valid, noise=noise)
         return exits if shard is None else objective.local(exits, shard)
+
+    def predict(
+        variables: PyTree, level: Level, x: Array, shard: Shard | None = None, valid: Array | None = None
+    ) -> Array:
+        return outputs(variables, level, family.prepare(x, None), shard, valid)
 
     def statistics(variables: PyTree, level: Level, x: Array, valid: Array) -> PyTree:
         return families.apply_at(family, level)(variables, x, valid=valid, collect=True)[1]
 
-    return model, judge, predict, statistics if families.collects_statistics(family) else None
-
-
-def down_bits(family: Family, sent: Sent) -> Array:
-    """[L, 3] bits that a client of each level receives, see ``core.bits``."""
-    whole = _bits(family, {"variables": sent.variables, "context": sent.context})
-    if isinstance(sent.coded, tuple):
-        return jnp.asarray(bits.digits(whole))
-    plainly = _bits(family, {"variables": {"params": sent.variables["params"]}})
-    return jnp.asarray(bits.digits(whole - plainly)) + sent.coded
-
-
-def _price(
-    family: Family, slots: Slots, drift: drifts.Drift, init: Callable[..., PyTree], send: Callable[..., PyTree]
-) -> Price:
-    """Bits of an item at each level, from shapes; of a codec on a change of zero."""
-    key, now = jax.random.key(0), jnp.int32(0)
-    server, memory = jax.eval_shape(init, key)
-    sent = jax.eval_shape(send, server, now)
-    params = sent.variables["params"]
-
-    def extra(params: PyTree, sent: Sent, memory: PyTree) -> PyTree:
-        shard = Shard((), (), (), now, now, now)
-        return drift.update(params, ClientContext(key, now, 0, shard, (), sent, memory), jnp.int32(1))[1]
-
-    plainly = _bits(family, {"params": {"params": params}})
-    whole = _bits(family, {"variables": sent.variables})
-    down = whole + _bits(family, {"context": sent.context})
-    up = whole + _bits(family, {"extra": jax.eval_shape(extra, params, sent, memory)})
-    if slots.downlink:
-        down = down - plainly + np.asarray(message_bits(family, slots.downlink))
-    if slots.uplink:
-        up = up - plainly + np.asarray(message_bits(family, slots.uplink))
-    return Price(down, up)
+    return model, judge, predict, statistics if families.collects_statistics(family) else None, outputs
 
 
 def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, PyTree]) -> None:
@@ -259,6 +263,18 @@ def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, 
             f"a selection in which a client may come twice, with client memory {', '.join(memory)}, of which it has "
             "one row: need a selection without repetition (select.name)"
         )
+
+
+def _tell_of_memory(slots: Slots, capacity_of: selects.Capacity, family: Family) -> None:
+    """Say what becomes of what a codec's client remembers, where its level is drawn anew."""
+    if slots.uplink and capacity_of.drawn and family.levels > 1:
+        kept = jax.eval_shape(slots.uplink.init, family.shapes[0]["params"])
+        if kept:
+            warnings.warn(
+                f"a codec's memory ({', '.join(kept)}) under levels drawn anew: what a client keeps outside the level "
+                "of a round stays until it has it again (uplink.error_feedback, capacity.name=fixed)",
+                stacklevel=4,
+            )
 
 
 def trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> PyTree:
@@ -274,24 +290,6 @@ def trained_leaves(family: Family, objective: objectives.Objective, drift: drift
         return bool(table[level]) if isinstance(level, int) else jnp.asarray(table)[windows.index_of(level)]
 
     return trains
-
-
-def _bits(family: Family, parts: Mapping[str, PyTree]) -> np.ndarray:
-    """[L] int64 bits of trees of collections as they are at every level."""
-    extents = windows.memory_extents(family, parts)
-    sizes = [8 * leaf.dtype.itemsize for leaf in windows.flat(parts).values()]
-    return np.asarray([sum(size * int(np.prod(e)) for size, e in zip(sizes, level)) for level in extents], np.int64)
-
-
-def _encoded(
-    uplink: Codec | None, delta: PyTree, context: ClientContext, memory: PyTree
-) -> tuple[PyTree, PyTree, Array | None]:
-    """(what the server gets, memory, bits of the coded parameters); statistics travel as they are."""
-    if uplink is None:
-        return delta, memory, None
-    key = jax.random.fold_in(context.key, (1 << 19) + 1)  # apart from epochs and steps
-    params, kept, coded = uplink.encode(key, delta["params"], context, memory)
-    return {**delta, "params": params}, {**memory, **kept}, coded
 
 
 def _coded(family: Family, downlink: Codec, state: ServerState, round: Array, context: PyTree) -> Sent:
@@ -324,10 +322,10 @@ def questions_of(
     of_server: Mapping[str, Callable[[PyTree, PyTree], PyTree]],
     of_memory: Mapping[str, Callable[[PyTree], PyTree]],
 ) -> tuple[Question, ...]:
-    """The accuracy of the model, and of what server and clients remember of others."""
+    """The score of the model, and of what server and clients remember of others."""
 
     def read(variables: PyTree, tier: Level, batch: Batch, shard: Shard | None) -> dict[str, Array]:
-        return objectives.readings(predict(variables, tier, batch.x, shard))
+        return objectives.readings(predict(variables, tier, batch.x, shard, batch.valid))
 
     def at(server: ServerState, tier: Level, changed: PyTree) -> PyTree:
         return model(server._replace(variables={**server.variables, **changed}), tier)
@@ -346,15 +344,16 @@ def questions_of(
     return (Question("", own, read), *more)
 
 
-def round_info(plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None) -> Info:
-    """What a human wants of a round: training loss and accuracy, failures, and what every item did."""
+def round_info(
+    plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None, score: Score = ACCURACY
+) -> Info:
+    """What a human wants of a round: loss and score of the training, failures, and what every item did."""
     there = lambda v: plan.valid.reshape(-1, *[1] * (v.ndim - 1))  # noqa: E731
-    seen = jax.tree.map(lambda v: jnp.where(there(v), v, 0), seen)
+    seen = jax.tree.map(lambda v: jnp.where(there(v), v, 0), first_receipt(plan, seen))
     total = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), seen.tally)
-    examples = jnp.maximum(total.examples, 1)
     found = {
-        "train_loss": total.loss / examples,
-        "train_accuracy": total.correct / examples,
+        "train_loss": total.loss / jnp.maximum(total.examples, 1),
+        f"train_{score.name}": score.of(total),
         "clients": ok.sum(),
         "failed": (plan.valid & ~ok).sum(),
     }

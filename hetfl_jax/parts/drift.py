@@ -65,6 +65,15 @@ def proximal(weight: float) -> Drift:
     return none()._replace(gradient=gradient)
 
 
+def summed(l2: float = 0.0) -> Drift:
+    """The gradient of a sum over the client's examples in place of a mean's: ``n_k gradient + l2 params``."""
+
+    def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
+        return jax.tree.map(lambda g, p: context.shard.size * g + l2 * p, gradient, params)
+
+    return none()._replace(gradient=gradient)
+
+
 def feddyn(alpha: float, mean_examples: float = 0.0) -> Drift:
     """FedDyn (Acar et al., ICLR 2021): the client's running sum of its changes, s_k, pulls it.
 

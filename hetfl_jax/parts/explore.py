@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetfl_jax.core.absent import HIGHEST, LOWEST, quantile_among
 from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen
-from hetfl_jax.parts.choose import FILL, PICK, need, need_cohort, remembered, round_off
-from hetfl_jax.parts.select import Ask, Select
+from hetfl_jax.parts.choose import FILL, LOSS, PICK, need, need_cohort, remembered, round_off
+from hetfl_jax.parts.select import Ask, Select, per_client
 
 
 def active(cohort: int, *, dropped: float = 0.75, sharpness: float = 0.01, explored: float = 0.1) -> Select:
     """Active FL as Power-of-Choice's supplement codes it: distinct clients by their loss in their latest training.
 
-    1. The value v_k of a client is its mean loss in its latest local training, -inf before.
-    2. The ``floor(dropped * N)`` smallest values become -inf, and stay so until the client takes part again.
+    1. The value v_k of a client is its mean loss in its latest local training, none (``LOWEST``) before.
+    2. The ``floor(dropped * N)`` smallest values are dropped, until the client takes part again.
     3. ``floor((1 - explored) * cohort)`` clients are drawn without replacement, with probabilities in proportion to
        ``exp(sharpness * v_k)``; the others, also where fewer have a value, uniformly among the remaining clients.
 
@@ -33,8 +34,8 @@ def active(cohort: int, *, dropped: float = 0.75, sharpness: float = 0.01, explo
 
     Source: Goetz et al., "Active Federated Learning", 2019, in the form of the supplement of Cho, Wang, Joshi 2022.
 
-    >>> active(3).init(2).tolist()
-    [-inf, -inf]
+    >>> (active(3).init(2) == LOWEST).tolist()
+    [True, True]
     """
     need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
     need(0 <= dropped < 1, f"dropped {dropped}, allowed 0 <= d < 1", "dropped")
@@ -46,22 +47,24 @@ def active(cohort: int, *, dropped: float = 0.75, sharpness: float = 0.01, explo
         there, clients = population.size > 0, population.size.shape[0]
         need_cohort(cohort, clients)
         smallest = jnp.argsort(table, stable=True)[: int(round_off(dropped * clients))]
-        table = table.at[smallest].set(-jnp.inf)
+        table = table.at[smallest].set(LOWEST)
         noise = [
             jax.random.gumbel(jax.random.fold_in(key, purpose), (clients,), jnp.float32, mode="high")
             for purpose in (PICK, FILL)
         ]
-        drawn = jnp.where(there & (table > -jnp.inf), sharpness * table + noise[0], -jnp.inf)
+        known = there & (table > LOWEST)
+        drawn = jnp.where(known, sharpness * jnp.where(known, table, 0) + noise[0], LOWEST)
         value, ids = jax.lax.top_k(drawn, by_value)
-        taken = jnp.zeros(clients, bool).at[ids].set(value > -jnp.inf)
-        value, ids = jax.lax.top_k(jnp.where(taken, jnp.inf, jnp.where(there, noise[1], -jnp.inf)), cohort)
-        return Cohort(ids, value > -jnp.inf), table
+        taken = jnp.zeros(clients, bool).at[ids].set(value > LOWEST)
+        value, ids = jax.lax.top_k(jnp.where(taken, HIGHEST, jnp.where(there, noise[1], LOWEST)), cohort)
+        return Cohort(ids, value > LOWEST), table
 
     def update(table: PyTree, plan: Plan, seen: Seen, ok: Array) -> PyTree:
         new = remembered(table, plan, seen, ok)
-        return jnp.where(jnp.isnan(new), -jnp.inf, new)
+        return jnp.where(jnp.isnan(new), LOWEST, new)
 
-    return Select(lambda clients: jnp.full(clients, -jnp.inf, jnp.float32), choose, update)
+    init = lambda clients: jnp.full(clients, LOWEST, jnp.float32)  # noqa: E731
+    return Select(init, choose, update, hears=LOSS, needs=per_client(4))
 
 
 class Known(NamedTuple):
@@ -121,9 +124,9 @@ def oort(
     def value_of(state: Known, size: Array, known: Array) -> Array:
         """[N] v_k; of the clients that are not known, anything."""
         raw = state.loss * jnp.minimum(size, cap) if by_size else state.loss
-        among = jnp.where(known, raw, jnp.nan)
-        low = jnp.where(known, raw, jnp.inf).min()
-        high = jnp.nanquantile(among, clip)
+        raw = jnp.where(known, raw, 0)
+        low = jnp.where(known.any(), jnp.where(known, raw, HIGHEST).min(), 0)
+        high = quantile_among(raw, known, clip)
         value = (jnp.minimum(raw, high) - low) / jnp.maximum(high - low, 1e-12)
         value += jnp.sqrt(bonus * jnp.log(state.now.astype(jnp.float32)) / jnp.maximum(state.last, 1))
         return value if speed is None else value * speed
@@ -136,15 +139,15 @@ def oort(
         state = state._replace(now=jnp.asarray(round, jnp.int32) + 1)
         known = (size > 0) & (state.last > 0) & jnp.isfinite(state.loss)
         new = (size > 0) & (state.last == 0)
-        value = jnp.where(known, value_of(state, size, known), -jnp.inf)
+        value = jnp.where(known, value_of(state, size, known), LOWEST)
         share = 1 - jnp.maximum(least, explored * jnp.power(jnp.float32(decay), round))
         by_value = jnp.floor(cohort * share + 1e-6).astype(jnp.int32)
         by_value = jnp.minimum(jnp.maximum(by_value, cohort - new.sum()), known.sum())
         next_best = -jnp.sort(-value)[jnp.minimum(by_value, clients - 1)]
-        threshold = jnp.where(next_best > -jnp.inf, cut * next_best, -jnp.inf)
+        threshold = jnp.where(next_best > LOWEST, cut * next_best, LOWEST)
         keys = jax.random.fold_in(key, PICK), jax.random.fold_in(key, FILL)
         noise = [jax.random.gumbel(k, (clients,), jnp.float32, mode="high") for k in keys]
-        drawn = jnp.where(known & (value >= threshold), jnp.log(jnp.maximum(value, 1e-4)) + noise[0], -jnp.inf)
+        drawn = jnp.where(known & (value >= threshold), jnp.log(jnp.maximum(value, 1e-4)) + noise[0], LOWEST)
         rank = jnp.zeros(clients, jnp.int32).at[jnp.argsort(-drawn)].set(jnp.arange(clients))
         group = jnp.where(known & (rank < by_value), 0, jnp.where(new, 1, 2))
         ids = jnp.lexsort((noise[1], -jnp.minimum(size, cap), group))[:cohort].astype(jnp.int32)
@@ -156,7 +159,8 @@ def oort(
             loss=remembered(state.loss, plan, seen, ok), last=jnp.where(took_part, state.now, state.last)
         )
 
-    return Select(init, choose, update)
+    note = "" if speed is not None else "no client has a speed here, so Oort's term for slow clients is off"
+    return Select(init, choose, update, hears=LOSS, needs=per_client(6, note))
 
 
 def _speed(durations: Sequence[float] | None, preferred: float, penalty: float) -> np.ndarray | None:

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from hetfl_jax.core.types import Array, ClientContext, PyTree, Tally
+from hetfl_jax.parts.merge import share_of
+
+MOST = 60.0  #: largest power of e in a weight: e^60 = 1e26, whose products stay inside float32
 
 
 def numerator_and_denominator(
@@ -74,7 +77,9 @@ def q_ffl(
     Args:
       floor: a smaller loss counts as this. Without it, a client of loss 0 and 0 < q < 1 adds about
         ``q epsilon^(q - 1) ||g||^2`` to the denominator and stops training.
-      q, learning_rate, epsilon, scale, fixed_step: see ``numerator_and_denominator``.
+      scale: what the server knows of the losses (``context.known``) stands in its place; F beyond a factor of
+        ``exp(60 / q)`` from it counts as that, so that no power overflows in float32.
+      q, learning_rate, epsilon, fixed_step: see ``numerator_and_denominator``.
 
     Raises:
       ValueError: q below 0, a learning rate or scale not above 0.
@@ -84,13 +89,22 @@ def q_ffl(
             raise ValueError(f"{name} {value}, allowed {fine} (method.args.{name})")
 
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
-        received = context.received
-        assert isinstance(received, Tally), "q-FFL's weights need Weights(..., asks_received=True)"
-        loss = jnp.maximum(received.loss / received.examples, floor)
+        unit = scale if isinstance(context.known, tuple) else context.known
+        farthest = jnp.exp(MOST / jnp.maximum(q, 1.0))
+        loss = jnp.clip(jnp.maximum(received_loss(context), floor), unit / farthest, unit * farthest)
         norm = squared_norm(delta["params"]) / jnp.square(learning_rate)
-        return numerator_and_denominator(loss, norm, q, learning_rate, epsilon, scale=scale, fixed_step=fixed_step)
+        pair = numerator_and_denominator(loss, norm, q, learning_rate, epsilon, scale=unit, fixed_step=fixed_step)
+        share = share_of(context, jnp.float32(1))
+        return share * pair[0], share * pair[1]
 
     return weights
+
+
+def received_loss(context: ClientContext) -> Array:
+    """F_k: the client's mean loss of the model as it came."""
+    received = context.received
+    assert isinstance(received, Tally), "these weights need Weights(..., asks_received=True)"
+    return received.loss / jnp.maximum(received.examples, 1)
 
 
 def project_to_simplex(v: Array) -> Array:
@@ -142,3 +156,27 @@ def tilted_weights(loss: Array, tilt: Array | float, share: Array | None = None)
     [0.25, 0.75]
     """
     return jax.nn.softmax(tilt * loss + (0 if share is None else jnp.log(share)))
+
+
+def tilted(tilt: Array | float, by_examples: bool = True) -> Callable[[ClientContext, PyTree], tuple[Array, Array]]:
+    """TERM's weights of a reply: ``share_k exp(tilt (F_k - R))`` with R what the server knows of the losses.
+
+    R is the same for all clients and cancels; near the losses, it keeps the power finite (beyond 60 it is cut).
+
+    Args:
+      by_examples: the share of a client is n_k, else 1.
+    """
+
+    def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
+        own = context.shard.size.astype(jnp.float32) if by_examples else jnp.float32(1)
+        power = jnp.clip(tilt * (received_loss(context) - context.known), -MOST, MOST)
+        weight = share_of(context, own) * jnp.exp(power)
+        return weight, weight
+
+    return weights
+
+
+def agnostic(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
+    """AFL's weight of a reply: lambda_k, which the server keeps."""
+    weight = share_of(context, jnp.float32(1)) * context.known
+    return weight, weight

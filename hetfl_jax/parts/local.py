@@ -12,10 +12,10 @@ import optax
 from hetfl_jax.core.random import permute
 from hetfl_jax.core.shards import examples as examples_of
 from hetfl_jax.core.types import Arguments, Array, Batch, ClientContext, PyTree, Shard, Tally
-from hetfl_jax.models.families import View
+from hetfl_jax.models.families import Forward, View
 from hetfl_jax.models.windows import Path, Prepare, map_leaves
 from hetfl_jax.parts.drift import Drift
-from hetfl_jax.parts.objective import Objective, by_label
+from hetfl_jax.parts.objective import Objective, by_label, hits
 
 #: optimisers of clients, by their name in optax
 OPTIMIZERS = (
@@ -205,8 +205,25 @@ def tally(
 
 
 def _count(logits: Array, loss: Array, labels: Array, valid: Array) -> Tally:
-    hits = valid & (logits.argmax(-1) == labels)
-    return Tally(jnp.where(valid, loss, 0).sum(-1), hits.sum(), valid.sum())
+    return Tally(jnp.where(valid, loss, 0).sum(-1), (valid & hits(logits, labels)).sum(), valid.sum())
+
+
+def client_statistics(collect: Callable[[Array, Array], PyTree], shard: Shard, batch: int, passes: int) -> PyTree:
+    """Batch statistics of one client's data: plain means over the batches of several passes in different orders.
+
+    Args:
+      collect: (x [B, ...] as stored, valid [B]) -> statistics of one batch.
+    """
+    reader = _reader(jax.random.key(0), shard, batch, True)
+    steps = -(-shard.size // batch) * passes
+
+    def of(step: Array) -> PyTree:
+        rows, valid = reader(step)
+        return collect(examples_of(shard, rows)[0], valid)
+
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, jnp.int32(0)))
+    total = jax.lax.fori_loop(0, steps, lambda i, t: jax.tree.map(jnp.add, t, of(i)), zero)
+    return jax.tree.map(lambda t: t / steps, total)
 
 
 def local_steps(settings: Local, size: Array) -> Array:
@@ -231,17 +248,16 @@ def examples_trained(settings: Local, size: Array) -> Array:
     return (steps // per_epoch * size + rest).astype(jnp.int32)
 
 
-def _reader(settings: Local, context: ClientContext) -> Callable[[Array], tuple[Array, Array]]:
+def _reader(key: Array, shard: Shard, batch: int, shuffle: bool) -> Callable[[Array], tuple[Array, Array]]:
     """``rows(step)``: pool rows [B] of a step's batch, and which of them are real."""
-    shard, batch = context.shard, settings.batch_size
     per_epoch = -(-shard.size // batch)
 
     def rows(step: Array) -> tuple[Array, Array]:
         position = step % per_epoch * batch + jnp.arange(batch)
         valid = position < shard.size
         position = jnp.minimum(position, shard.size - 1)
-        if settings.shuffle:
-            position = permute(jax.random.fold_in(context.key, step // per_epoch), position, shard.size)
+        if shuffle:
+            position = permute(jax.random.fold_in(key, step // per_epoch), position, shard.size)
         return shard.rows[shard.offset + position], valid
 
     return rows
@@ -279,7 +295,7 @@ def train(
     """
     start, shard = view.variables, context.shard
     transform = settings.optimizer(settings.learning_rate(context.round), drift.decay(context))
-    rows_of = _reader(settings, context)
+    rows_of = _reader(context.key, shard, settings.batch_size, settings.shuffle)
     first = rows_of(jnp.int32(0))
     whole = (*examples_of(shard, first[0]), first[1]) if settings.full_batch else None
 
@@ -291,7 +307,8 @@ def train(
         batch = Batch(prepare(x, augment), labels, valid)
 
         def loss(params: PyTree) -> tuple[Array, PyTree]:
-            forward = partial(view.forward, {**variables, "params": params}, train=True, valid=valid, key=dropout)
+            options = {"train": True, "valid": valid, "key": dropout}
+            forward = Forward(view, {**variables, "params": params}, options)
             return objective.loss(forward, batch, context._replace(key=jax.random.fold_in(step_key, 2)))
 
         params = variables["params"]
@@ -303,8 +320,8 @@ def train(
         after = {**variables, "params": _where_trained(trains, optax.apply_updates(params, update), params)}
         if "batch_stats" in variables:
             after["batch_stats"] = view.cut({"batch_stats": aux.stats})["batch_stats"]
-        hits, count = (n.astype(dtype) for n in (aux.correct, aux.examples))
-        seen = Tally(seen.loss + value.astype(dtype) * count, seen.correct + hits, seen.examples + count)
+        right, count = (n.astype(dtype) for n in (aux.correct, aux.examples))
+        seen = Tally(seen.loss + value.astype(dtype) * count, seen.correct + right, seen.examples + count)
         work = work + aux.work if objective.work_levels else work
         # The next batch's rows are carried: XLA would repeat the shuffle in everything that reads from the batch.
         return after, slot, seen, work, rows if whole else rows_of(i + 1)

@@ -46,8 +46,13 @@ def _same(weight: Array) -> tuple[Array, Array]:
     return weight, weight
 
 
-BY_EXAMPLES = Weights(lambda context, delta: _same(context.shard.size.astype(jnp.float32)))
-BY_COUNT = Weights(lambda context, delta: _same(jnp.float32(1)))
+def share_of(context: ClientContext, own: Array) -> Array:
+    """How much a reply counts as the selection says, or ``own`` where it leaves that to the method."""
+    return own if isinstance(context.share, tuple) else context.share
+
+
+BY_EXAMPLES = Weights(lambda context, delta: _same(share_of(context, context.shard.size.astype(jnp.float32))))
+BY_COUNT = Weights(lambda context, delta: _same(share_of(context, jnp.float32(1))))
 
 
 def overlap_mean(
@@ -107,7 +112,12 @@ def overlap_mean(
 
 
 def padded(rows: Array, size: int) -> Array:
-    """[..., C] as [..., size]: rows beyond the classes (the token that hides others) are nobody's."""
+    """[..., C] as [..., size]: rows beyond the classes (the token that hides others) are nobody's.
+
+    A net whose first classes have no entries of their own has fewer rows: those of the last classes.
+    """
+    if size < rows.shape[-1]:
+        return rows[..., rows.shape[-1] - size :]
     return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, size - rows.shape[-1])])
 
 

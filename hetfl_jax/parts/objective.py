@@ -1,6 +1,6 @@
 """What a client minimises, and how its own test data is judged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetfl_jax.core.types import Array, Batch, ClientContext, PyTree, Shard
+from hetfl_jax.core.types import ACCURACY, Array, Batch, ClientContext, PyTree, Score, Shard, Tally
+from hetfl_jax.models.families import Forward
 
 Active = Array | np.ndarray  #: [E] bool, which exits there are
-#: ``forward(x, level=None, stats=None) -> (exits [E, B, C], active [E], statistics)``, see ``families.forward_at``
-Forward = Callable[..., tuple[Array, Active, PyTree]]
 
 
 class Aux(NamedTuple):
@@ -32,11 +31,11 @@ class Objective(NamedTuple):
     loss: Callable[[Forward, Batch, ClientContext], tuple[Array, Aux]]
     #: (exits, shard) -> exits as the client's own evaluation sees them
     local: Callable[[Array, Shard], Array] = lambda exits, shard: exits
-    #: (logits [B, C], labels [B]) -> [B], the loss by which a model is judged
-    each: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
+    score: Score = ACCURACY  #: by what its models are judged
     all_exits: bool = False  #: whether all exits are trained, or a client's deepest one alone
     work_levels: int = 0  #: L where ``Aux.work`` is given; else all work is at the client's own level
     asks_received: bool = False  #: whether it reads ``context.received``
+    numbers: bool = False  #: whether labels are numbers to predict, of a net with one output, and not classes
 
 
 def of_exits(
@@ -49,10 +48,20 @@ def of_exits(
     def loss(forward: Forward, batch: Batch, context: ClientContext) -> tuple[Array, Aux]:
         exits, active, stats = forward(batch.x)
         exits, labels, counts = by_label(exits, batch.labels, batch.valid)
-        hits = counts & (last_exit(local(exits, context.shard), active).argmax(-1) == labels)
-        return value(exits, active, labels, counts, context), Aux(stats, hits.sum(), counts.sum())
+        right = counts & hits(last_exit(local(exits, context.shard), active), labels)
+        return value(exits, active, labels, counts, context), Aux(stats, right.sum(), counts.sum())
 
     return Objective(loss, local, **options)
+
+
+def hits(outputs: Array, labels: Array) -> Array:
+    """[..., B] bool: whether the largest of outputs [..., B, C] is the label's; of a number to predict, never.
+
+    >>> hits(jnp.eye(2), jnp.array([0, 0])).tolist(), hits(jnp.eye(2), jnp.array([0.0, 0.0])).tolist()
+    ([True, False], [False, False])
+    """
+    right = outputs.argmax(-1) == labels
+    return jnp.zeros_like(right) if jnp.issubdtype(labels.dtype, jnp.floating) else right
 
 
 def last_exit(exits: Array, active: Active) -> Array:
@@ -105,17 +114,26 @@ def cross_entropy() -> Objective:
     return of_exits(value)
 
 
-def squared_error() -> Objective:
-    """Mean of ``(f(x) - y)^2`` (no 1/2) of a net with one output; the labels are numbers."""
+def _squares(outputs: Array, labels: Array) -> Array:
+    return jnp.square(outputs[:, 0] - labels)
 
-    def each(logits: Array, labels: Array) -> Array:
-        return jnp.square(logits[:, 0] - labels)
+
+def _root_of_mean(tally: Tally) -> Array:
+    return jnp.sqrt(tally.loss / jnp.maximum(tally.examples, 1))
+
+
+#: root of the mean of ``(f(x) - y)^2``, in units of the labels
+RMSE = Score("rmse", _squares, _root_of_mean, least=True)
+
+
+def squared_error() -> Objective:
+    """Mean of ``(f(x) - y)^2`` (no 1/2) of a net with one output; the labels are numbers, the score is ``RMSE``."""
 
     def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
-        errors = each(last_exit(exits, active), labels)
+        errors = _squares(last_exit(exits, active), labels)
         return jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
-    return of_exits(value, each=each)
+    return of_exits(value, score=RMSE, numbers=True)
 
 
 def all_exits(
@@ -175,6 +193,19 @@ def ramp(round: Array, rounds: int, power: float) -> Array:
     return jnp.exp(-power * jnp.square(1 - jnp.clip(round, 0, rounds) / rounds))
 
 
+def batch_masked_cross_entropy() -> Objective:
+    """Split-Mix's loss for clients of few classes: logits of classes that the BATCH does not hold become zero.
+
+    Unlike ``masked_cross_entropy``, which asks what the client holds; evaluation sees the logits as they are.
+    """
+
+    def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
+        held = (jax.nn.one_hot(labels, exits.shape[-1], dtype=bool) & valid[:, None]).any(0)
+        return mean_cross_entropy(last_exit(jnp.where(held, exits, 0.0), active), labels, valid)
+
+    return of_exits(value)
+
+
 def masked_cross_entropy() -> Objective:
     """HeteroFL's masked loss: logits of classes that the client does not hold are set to ZERO before the softmax.
 
@@ -189,3 +220,7 @@ def masked_cross_entropy() -> Objective:
         return mean_cross_entropy(last_exit(held(exits, context.shard), active), labels, valid)
 
     return of_exits(value, held)
+
+
+#: objectives by name, as a config chooses them
+OBJECTIVES: Mapping[str, Callable[[], Objective]] = {"cross_entropy": cross_entropy, "squared_error": squared_error}

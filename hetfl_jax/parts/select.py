@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.random import permute
-from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
+from hetfl_jax.core.types import Array, Cohort, Needs, Plan, Population, PyTree, Seen, Tally
 
 
 class Capacity(NamedTuple):
@@ -28,6 +28,16 @@ class Ask(Protocol):
         """
         ...
 
+    def gradients(
+        self, ids: Array, valid: Array | None = None, of: Callable[[Array], PyTree] | None = None, numbers: int = 0
+    ) -> PyTree:
+        """[K, P] gradients of the clients' mean losses, flat and at full shape; see ``parts.gradient``.
+
+        With ``of`` a client sends ``of(row [P])`` instead, which has so many ``numbers``. Who is not ``valid`` is not
+        asked and answers 0.
+        """
+        ...
+
 
 class Select(NamedTuple):
     """A rule for who takes part; its state is part of the server's."""
@@ -38,11 +48,31 @@ class Select(NamedTuple):
     #: (state after ``choose``, plan, what every item did, ok) -> state
     update: Callable[[PyTree, Plan, Seen, Array], PyTree] = lambda state, plan, seen, ok: state
     repeats: bool = False  #: whether a client may come several times in one round
+    hears: int = 0  #: bits that each item sends for ``update`` besides its reply, e.g. 32 of a loss
+    info: Callable[[PyTree], dict[str, Array]] = lambda state: {}  #: state -> numbers to watch, by name
+    needs: Callable[[int], Needs] = lambda clients: Needs()  #: (clients) -> memory at the server, and what to know
 
 
-def stateless(choose: Callable[[Array, Population], Cohort]) -> Select:
+def stateless(
+    choose: Callable[[Array, Population], Cohort], needs: Callable[[int], Needs] = lambda clients: Needs()
+) -> Select:
     """A selection from (key, population) alone."""
-    return Select(lambda clients: (), lambda key, round, state, population, ask: (choose(key, population), state))
+    rule = lambda key, round, state, population, ask: (choose(key, population), state)  # noqa: E731
+    return Select(lambda clients: (), rule, needs=needs)
+
+
+def per_client(numbers: int, note: str = "") -> Callable[[int], Needs]:
+    """What a selection needs that holds so many numbers of 4 bytes for every client in a round.
+
+    >>> per_client(2)(1000).bytes
+    8000
+    """
+
+    def needs(clients: int) -> Needs:
+        what = f"{numbers} numbers for each of {clients:,} clients"
+        return Needs(4 * numbers * clients, what, "uniform, which needs none", note)
+
+    return needs
 
 
 def uniform(cohort: int) -> Select:
@@ -61,6 +91,16 @@ def uniform(cohort: int) -> Select:
         if cohort > clients:
             raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
         return Cohort(permute(key, jnp.arange(cohort), clients), jnp.ones(cohort, bool))
+
+    return stateless(choose)
+
+
+def everyone() -> Select:
+    """All clients, in the order of their ids."""
+
+    def choose(key: Array, population: Population) -> Cohort:
+        clients = population.size.shape[0]
+        return Cohort(jnp.arange(clients), jnp.ones(clients, bool))
 
     return stateless(choose)
 

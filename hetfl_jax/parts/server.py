@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.types import Array, PyTree
+from hetfl_jax.core.types import Array, Plan, PyTree, Seen
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family
 
@@ -27,6 +27,10 @@ class Server(NamedTuple):
     models: Mapping[str, Callable[[PyTree, PyTree], PyTree]] = MappingProxyType({})
     #: (slot, variables) -> numbers to watch, by name
     info: Callable[[PyTree, PyTree], dict[str, Array]] = lambda slot, variables: {}
+    #: (slot, ids) -> what replies of these clients are weighed with, leaves [K, ...]: see ``Plan.known``
+    known: Callable[[PyTree, Array], PyTree] = lambda slot, ids: ()
+    #: (slot after ``update``, plan, what every item did, ok) -> slot
+    learn: Callable[[PyTree, Plan, Seen, Array], PyTree] = lambda slot, plan, seen, ok: slot
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -140,7 +144,8 @@ def feddyn(
         return {"params": jax.tree.map(jnp.subtract, variables["params"], slot)}
 
     def info(slot: PyTree, variables: PyTree) -> dict[str, Array]:
-        return {"correction": optax.tree.norm(slot) / optax.tree.norm(variables["params"])}
+        size = optax.tree.norm(variables["params"])
+        return {"correction": optax.tree.norm(slot) / jnp.where(size > 0, size, 1)}
 
     return Server(_zeros, update, models={"sel": participants}, info=info)
 

@@ -1,15 +1,16 @@
-"""The plan of a round: a selection, which may ask clients for the model's loss before; what asking costs is counted."""
+"""The plan of a round: a selection, which may ask clients before it chooses; what asking costs is counted."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax.core import bits
-from hetfl_jax.core.types import Account, Array, Level, Plan, Population, PyTree, Seen, Shard, Tally
-from hetfl_jax.parts.select import Ask, Capacity, Select
+from hetfl_jax.core.types import Account, Array, Gradient, Level, Plan, Population, PyTree, Seen, Shard, Tally
+from hetfl_jax.parts.select import Capacity, Select
 
-ANSWER = 32  #: bits of a loss that a client sends back
+ANSWER = 32  #: bits of a number that a client sends back
 
 
 def planner(
@@ -19,68 +20,109 @@ def planner(
     judge: Callable[..., Tally],
     down_bits: Callable[[PyTree], Array],
     levels: int,
+    gradient: Gradient | None = None,
+    known: Callable[[PyTree, Array], PyTree] = lambda state, ids: (),
 ) -> Callable[..., Plan]:
-    """``Algorithm.plan`` of a server whose field ``select`` is the selection's state; arguments as in ``_asker``."""
+    """``Algorithm.plan`` of a server whose field ``select`` is the selection's state.
+
+    Args:
+      send: (state, round) -> what clients receive.
+      judge: (sent, level, shard, key, examples) -> ``Tally``.
+      down_bits: (sent) -> [L, 3] bits of the model at each level.
+      gradient: for selections that ask for it.
+      known: (state, ids) -> what the server weighs the replies of these clients with, see ``Plan``.
+    """
 
     def plan(key: Array, round: Array, state: PyTree, population: Population, survey: Callable[..., PyTree]) -> Plan:
         who, how = jax.random.split(key)
-        ask, cost = _asker(
-            survey,
-            judge,
-            lambda: send(state, round),
-            lambda ids: capacity_of.of(how, ids, population),
-            down_bits,
-            levels,
-            population,
-        )
+        level_of = lambda ids: capacity_of.of(how, ids, population)  # noqa: E731
+        ask = Asker(survey, judge, gradient, lambda: send(state, round), level_of, down_bits, levels, population)
         cohort, chosen = select.choose(who, round, state.select, population, ask)
-        level = capacity_of.of(how, cohort.ids, population)
-        return Plan(cohort.ids, cohort.valid, level, stream=cohort.stream, notes=chosen, asked=cost())
+        return Plan(
+            cohort.ids, cohort.valid, level_of(cohort.ids), stream=cohort.stream, notes=chosen, asked=ask.cost(),
+            share=cohort.share, known=known(state, cohort.ids),
+        )  # fmt: skip
 
     return plan
 
 
-def _asker(
-    survey: Callable[..., PyTree],
-    judge: Callable[..., Tally],
-    send: Callable[[], PyTree],
-    level_of: Callable[[Array], Array],
-    down_bits: Callable[[PyTree], Array],
-    levels: int,
-    population: Population,
-) -> tuple[Ask, Callable[[], Account | tuple[()]]]:
-    """The ``ask`` of a selection, and a function that says what all asking cost.
+class Asker:
+    """The ``Ask`` of one round, which writes down what all asking cost.
 
-    A client that is asked receives the model at its level, goes forward through its examples, and sends one number.
-
-    Args:
-      survey: see ``Algorithm``.
-      judge: (sent, level, shard, key, examples) -> ``Tally``.
-      send: what clients receive.
-      level_of: (ids) -> [K] the level at which each client is asked.
-      down_bits: (sent) -> [L, 3] bits of the model at each level.
+    A client that is asked receives the model at its level, goes through its examples, and sends its answer.
     """
-    accounts: list[Account] = []
 
-    def ask(ids: Array, level: int | None = None, examples: int = 0, valid: Array | None = None) -> Tally:
-        sent = send()
+    def __init__(
+        self, survey: Callable[..., PyTree], judge: Callable[..., Tally], gradient: Gradient | None,
+        send: Callable[[], PyTree], level_of: Callable[[Array], Array], down_bits: Callable[[PyTree], Array],
+        levels: int, population: Population,
+    ) -> None:  # fmt: skip
+        """As ``planner``; ``survey`` is what ``Algorithm.plan`` gets."""
+        self._survey, self._judge, self._gradient, self._send = survey, judge, gradient, send
+        self._level_of, self._down_bits, self._levels, self._population = level_of, down_bits, levels, population
+        self._accounts: list[Account] = []
+
+    def __call__(self, ids: Array, level: int | None = None, examples: int = 0, valid: Array | None = None) -> Tally:
+        """See ``Ask``."""
+        sent = self._send()
 
         def one(key: Array, sent: PyTree, at: Level, shard: Shard) -> Tally:
-            return judge(sent, at if level is None else level, shard, key, examples)
+            return self._judge(sent, at if level is None else level, shard, key, examples)
 
-        at = level_of(ids) if level is None else jnp.full(ids.shape, level, jnp.int32)
+        at = self._level_of(ids) if level is None else jnp.full(ids.shape, level, jnp.int32)
         there = jnp.ones(ids.shape, bool) if valid is None else valid
-        found = survey(one, sent, ids, at if level is None else None, there)
-        number = population.size[ids]
+        found: Tally = self._survey(one, sent, ids, at if level is None else None, there)
+        number = self._population.size[ids]
         number = jnp.minimum(number, examples) if examples else number
-        work = jnp.zeros((*ids.shape, 2, levels), jnp.int32).at[jnp.arange(ids.size), 0, at].set(number)
         up = jnp.broadcast_to(jnp.asarray(bits.digits(ANSWER)), (*ids.shape, 3))
-        accounts.append(Account(ids, at, there, there, Seen(found, work, down_bits(sent)[at], up)))
+        self._note(sent, ids, at, there, found, number, 0 * number, up)
         return found
 
-    def cost() -> Account | tuple[()]:
-        if not accounts:
-            return ()
-        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *accounts)
+    def gradients(
+        self, ids: Array, valid: Array | None = None, of: Callable[[Array], PyTree] | None = None, numbers: int = 0
+    ) -> PyTree:
+        """See ``Ask``."""
+        if self._gradient is None:
+            raise ValueError("this method has no gradients for a selection: need another one (select.name)")
+        sent, rows = self._send(), self._gradient.of
 
-    return ask, cost
+        def one(key: Array, sent: PyTree, at: Level, shard: Shard) -> PyTree:
+            row = rows(sent, at, shard)
+            return row if of is None else of(row)
+
+        at = self._level_of(ids)
+        there = jnp.ones(ids.shape, bool) if valid is None else valid
+        found = self._survey(one, sent, ids, at, there)
+        size, zero = self._population.size[ids], jnp.zeros(ids.shape)
+        per_level = [ANSWER * (numbers or entries) for entries in self._gradient.parameters.tolist()]
+        up = jnp.asarray(bits.digits(np.asarray(per_level)))[at]
+        self._note(sent, ids, at, there, Tally(zero, zero, zero), size, size, up)
+        return found
+
+    def _note(
+        self, sent: PyTree, ids: Array, at: Array, there: Array, tally: Tally, forward: Array, backward: Array,
+        up: Array,
+    ) -> None:  # fmt: skip
+        empty, place = jnp.zeros((*ids.shape, 2, self._levels), jnp.int32), jnp.arange(ids.size)
+        work = empty.at[place, 0, at].set(forward).at[place, 1, at].set(backward)
+        self._accounts.append(Account(ids, at, there, there, Seen(tally, work, self._down_bits(sent)[at], up)))
+
+    def cost(self) -> Account | tuple[()]:
+        """What all asking so far cost; nothing where nobody was asked."""
+        if not self._accounts:
+            return ()
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *self._accounts)
+
+
+def first_receipt(plan: Plan, seen: Seen) -> Seen:
+    """``seen`` without the bits of a model that a survey of the same round had already brought to the client.
+
+    A client that was asked at the level at which it then trains has the model; it is not sent again.
+    """
+    if not isinstance(plan.asked, Account):
+        return seen
+    asked, levels = plan.asked, seen.work.shape[-1]
+    code = jnp.where(asked.valid, asked.ids * levels + asked.level, -1)
+    order, own = jnp.argsort(code), plan.ids * levels + plan.level
+    place = order[jnp.minimum(jnp.searchsorted(code[order], own), code.size - 1)]
+    return seen._replace(down=seen.down - jnp.where((code[place] == own)[:, None], asked.seen.down[place], 0))

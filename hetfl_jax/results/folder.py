@@ -154,7 +154,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         """Open (or create) ``folder/checkpoints``."""
         self._folder = folder
-        policies, score = ocp.checkpoint_managers, lambda metrics: metrics["accuracy"]
+        policies, score = ocp.checkpoint_managers, lambda metrics: metrics["accuracy"]  # so called on disk
         options = ocp.CheckpointManagerOptions(
             best_fn=score,  # without it orbax calls the latest the best, and writes no metrics
             best_mode="max",
@@ -165,10 +165,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
-    def save(self, round: int, state: State, extra: Arguments, accuracy: float) -> None:
-        """Save a state after ``round`` rounds with JSON values beside it."""
+    def save(self, round: int, state: State, extra: Arguments, goodness: float) -> None:
+        """Save a state after ``round`` rounds with JSON values beside it; the largest ``goodness`` is the best."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
-        self._manager.save(round, args=args, metrics={"accuracy": float(accuracy)})
+        self._manager.save(round, args=args, metrics={"accuracy": float(goodness)})
         self._manager.wait_until_finished()
 
     def restore(self, like: State, round: int | None = None) -> tuple[State, Line] | None:

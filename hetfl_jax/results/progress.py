@@ -1,4 +1,4 @@
-"""The progress bar: round, loss, accuracy, rounds/s and ETA; a line an evaluation where there is no terminal."""
+"""The progress bar: round, loss, score, rounds/s and ETA; a line an evaluation where there is no terminal."""
 
 import sys
 from typing import Any
@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from hetfl_jax.core.types import Line
+from hetfl_jax.results.scores import evaluated, is_share, score_of
 
 
 class Progress:
@@ -46,8 +47,10 @@ class Progress:
         if line is not None:
             loss = line["train_loss"]
             scores = "loss -" if loss is None else f"loss {loss:.3f}"
-            share = next(iter(line["accuracy"].values())) if "accuracy" in line else None
-            scores += "" if share is None else f" accuracy {100 * share:.1f}%"
+            name = score_of([line])
+            value = next(iter(line[name].values())) if name in line else None
+            if value is not None:
+                scores += f" {name} {100 * value:.1f}%" if is_share(name) else f" {name} {value:.4g}"
         self._bar.update(self._task, completed=round, scores=scores, rate=rate)
-        if self._lines and line is not None and "accuracy" in line:
+        if self._lines and line is not None and evaluated([line]):
             print(f"round {round} of {task.total:g}: {scores}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hetfl_jax.core.types import Arguments, Config, Line, Tier
+from hetfl_jax.results import fairness
+from hetfl_jax.results.scores import evaluated, is_share, score_of, written
 
 
 def say(text: str, quiet: bool) -> None:
@@ -36,23 +39,22 @@ def environment(devices: int) -> Line:
     }
 
 
-def headline(config: Config, clients: int) -> str:
-    """One line on what is about to run."""
+def headline(config: Config, named: Arguments, clients: int) -> str:
+    """One line on what is about to run; ``named`` are the names of method, source, net and split."""
     active = config.method.args.get("cohort", "?")
     return (
-        f"{config.method.name} on {config.data.source}: {config.family.net} {config.family.mix}, "
-        f"{clients} clients ({config.data.split}), {active} a round, {config.train.rounds} rounds"
+        f"{named['method']} on {named['source']}: {named['net']} {config.family.mix}, "
+        f"{clients} clients ({named['split']}), {active} a round, {config.train.rounds} rounds"
     )
 
 
 def describe(about: Arguments) -> str:
     """One line on the partition."""
-    size, held = about["size"], about["classes per client"]
-    return (
-        f"partition: {about['examples']} examples, {size['min']} to {size['max']} a client "
-        f"(median {size['median']:g}), "
-        f"{held['min']} to {held['max']} classes (median {held['median']:g})"
+    size, held = about["size"], about.get("classes per client")
+    text = (
+        f"partition: {about['examples']} examples, {size['min']} to {size['max']} a client (median {size['median']:g})"
     )
+    return text + (f", {held['min']} to {held['max']} classes (median {held['median']:g})" if held else "")
 
 
 def warn_failures(lines: Sequence[Line]) -> None:
@@ -67,22 +69,25 @@ def warn_failures(lines: Sequence[Line]) -> None:
             )
 
 
-def _evaluated(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if "accuracy" in line]
-
-
-#: scores that the table shows in columns of their own, in this order; further ``*_accuracy`` follow by name
-_HIDDEN = ("accuracy", "local_accuracy", "validation_accuracy", "client_accuracy")
+#: what the column is, said where it stands below the one of the whole test set
+_LOCAL = (
+    "local: on each client's own test data, as the client sees it; a method that masks the classes a client does not "
+    "hold\nis scored with the mask, and test examples of those classes count as wrong"
+)
+#: before the score's name: what the table shows in columns of its own, or not at all; others follow by name
+_APART = ("", "local_", "validation_", "client_")
 
 
 def table(
     tiers: Sequence[Tier], sizes: Mapping[str, tuple[float, int | None]], lines: Sequence[Line], best: int | None
 ) -> list[Line]:
-    """One row a tier: accuracies at start, best and last round, what else was scored, size and cost."""
-    points = _evaluated(lines)
+    """One row a tier: scores at start, best and last round, what else was scored, size and cost."""
+    points, score = evaluated(lines), score_of(lines)
     first, last = points[0], points[-1]
     chosen = next((p for p in points if p["round"] == best), last)
-    scored = [k for k, v in last.items() if isinstance(v, dict) and k not in (*_HIDDEN, "loss", "items")]
+    apart = {f"{place}{score}" for place in _APART} | {"loss", "items"}
+    scored = [k for k, v in last.items() if isinstance(v, dict) and k not in apart]
+    shares = [name.removesuffix("_accuracy") for name in scored if is_share(name)]
     rows = []
     for tier in tiers:
         width, depth = sizes.get(tier.name, (None, None))
@@ -90,12 +95,12 @@ def table(
             "level": tier.name,
             "width": width,
             "depth": depth,
-            "start": first["accuracy"][tier.name],
-            "last": last["accuracy"][tier.name],
-            "best": chosen["accuracy"][tier.name],
-            "local": last.get("local_accuracy", {}).get(tier.name),
-            **{name.removesuffix("_accuracy"): last[name].get(tier.name) for name in scored},
-            "shares": [n.removesuffix("_accuracy") for n in scored if n.endswith(("_accuracy", "_recovery"))],
+            "start": first[score][tier.name],
+            "last": last[score][tier.name],
+            "best": chosen[score][tier.name],
+            "local": last.get(f"local_{score}", {}).get(tier.name),
+            **{name.removesuffix(f"_{score}"): last[name].get(tier.name) for name in scored},
+            "shares": [*(("start", "last", "best", "local") if is_share(score) else ()), *shares],
             "parameters": tier.parameters,
             "macs": tier.macs,
             "bytes": tier.bytes,
@@ -106,25 +111,23 @@ def table(
 
 def totals(lines: Sequence[Line], best: int | None, sentence: str) -> Line:
     """Traffic and work of the whole run, against an all-full-size FedAvg with the same cohorts."""
-    last = lines[-1]
+    last, score, scored = lines[-1], score_of(lines), evaluated(lines)[-1]
     full = max(last["full_size_bytes"], 1)
     return {
         "rounds": last["round"],
+        "score": score,
         "best_round": best,
-        "best_by": "validation" if "validation_accuracy" in _evaluated(lines)[-1] else "test",
+        "best_by": "validation" if f"validation_{score}" in scored else "test",
         "down_bytes": last["down_bytes"],
         "up_bytes": last["up_bytes"],
+        **{name: last[name] for name in ("down_ratio", "up_ratio") if name in last},
         "full_size_bytes": last["full_size_bytes"],
         "traffic_ratio": last["down_bytes"] / full,
         "client_macs": last["client_macs"],
-        "client_accuracy": _evaluated(lines)[-1].get("client_accuracy"),
+        f"client_{score}": scored.get(f"client_{score}"),
         "failed": sum(line.get("failed", 0) for line in lines),
         "sentence": sentence,
     }
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
 
 
 def _size(row: Line) -> str:
@@ -133,32 +136,32 @@ def _size(row: Line) -> str:
     return f" (x{row['width']:g})" if not row["depth"] or row["width"] != 1 else f" (depth {row['depth']})"
 
 
-def _score(name: str, value: float | None, row: Line) -> str:
-    """A share in percent; what is no accuracy, a perplexity or a user's metric, as a number."""
-    shares = ("start", "last", "best", "local")
-    if name in shares or name in row["shares"]:
-        return _percent(value)
-    return "-" if value is None else f"{value:.4g}"
-
-
 def _megabytes(value: float) -> str:
     return f"{value / 1e6:,.2f} MB"
 
 
-def over_clients(spread: Mapping[str, float]) -> str:
-    """One line on the distribution of the global model's accuracy over clients."""
-    worst, best = _percent(spread["worst_tenth"]), _percent(spread["best_tenth"])
+def over_clients(spread: Mapping[str, Any], score: str = "accuracy") -> str:
+    """One line on the distribution of the global model's score over clients."""
+    share = is_share(score)
+    mean, worst, best = (written(spread[name], share) for name in ("mean", "worst_tenth", "best_tenth"))
+    deviation = f"{100 * spread['deviation']:.2f} points" if share else written(spread["deviation"], share)
     return (
-        f"global model on the clients' own test data: mean {_percent(spread['mean'])}, deviation "
-        f"{100 * spread['deviation']:.2f} points, worst tenth {worst}, best tenth {best}"
+        f"global model on the clients' own test data: mean {mean}, deviation {deviation}, worst tenth {worst}, best "
+        f"tenth {best}"
     )
+
+
+def _of_float32(ratio: float | None) -> str:
+    """What is said of coded messages."""
+    return "" if ratio is None else f" ({ratio:.3g} of float32)"
 
 
 def render(rows: Sequence[Line], summary: Line) -> str:
     """The final table as text."""
-    out = Table(
-        title=f"after {summary['rounds']} rounds (best by {summary['best_by']} accuracy: round {summary['best_round']})"
-    )
+    score, by = summary["score"], summary["best_by"]
+    heading = "" if is_share(score) else f"test {score} "
+    rounds, best_round = summary["rounds"], summary["best_round"]
+    out = Table(title=f"{heading}after {rounds} rounds (best by {by} {score}: round {best_round})")
     fixed = ("level", "width", "depth", "start", "last", "best", "local", "parameters", "macs", "bytes", "shares")
     shown = ["start", "last", *(k for k, v in rows[0].items() if k not in fixed and v is not None), "best"]
     shown += ["local"] if rows[0]["local"] is not None else []
@@ -167,18 +170,24 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         out.add_column(name, justify="left" if name == "model" else "right")
     for i, row in enumerate(rows):
         name = row["level"] + _size(row) + (" global" if i == 0 else "")
-        scores = (_score(key, row[key], row) for key in shown)
+        scores = (written(row[key], key in row["shares"]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
-    Console(file=buffer, width=130).print(out)
+    Console(file=buffer, width=max(130, 16 * len(out.columns))).print(out)
     ratio = summary["traffic_ratio"]
+    ways = ("down", "up")
+    down, up = (_megabytes(summary[f"{way}_bytes"]) + _of_float32(summary.get(f"{way}_ratio")) for way in ways)
     text = (
-        f"down {_megabytes(summary['down_bytes'])}, up {_megabytes(summary['up_bytes'])}; "
+        f"down {down}, up {up}; "
         f"all-full-size FedAvg: {_megabytes(summary['full_size_bytes'])} each way (ratio {ratio:.3f}); "
         f"client work {summary['client_macs'] / 1e9:,.1f} GMACs"
     )
-    spread = f"\n{over_clients(summary['client_accuracy'])}" if summary["client_accuracy"] else ""
+    own = summary[f"client_{score}"]
+    told = [over_clients(own, score), fairness.sentence(own)] if own else []
+    spread = "".join(f"\n{line}" for line in told if line)
     spread += f"\n{summary['sentence']}" if summary["sentence"] else ""
+    if is_share(score) and any(row["local"] is not None and row["local"] < row["last"] for row in rows):
+        spread += f"\n{_LOCAL}"
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
     return buffer.getvalue() + text + spread + failures + "\n"
 
@@ -207,12 +216,12 @@ def _flat(line: Line, prefix: str = "") -> dict[str, float]:
 
 
 def seed_table(tables: Sequence[Sequence[Line]]) -> list[Line]:
-    """Mean and sample deviation over seeds of each level's last and best accuracy."""
+    """Mean and sample deviation over seeds of each level's last and best score; of a score that is none, none."""
     rows = []
     for level in zip(*tables):
-        row: Line = {"level": level[0]["level"], "seeds": len(level)}
+        row: Line = {"level": level[0]["level"], "seeds": len(level), "share": "last" in level[0]["shares"]}
         for key in ("last", "best"):
-            values = np.array([r[key] for r in level])
+            values = np.array([np.nan if r[key] is None else r[key] for r in level])
             row[key] = float(values.mean())
             row[f"{key}_deviation"] = float(values.std(ddof=1)) if len(level) > 1 else 0.0
         rows.append(row)
@@ -225,7 +234,9 @@ def render_seeds(rows: Sequence[Line]) -> str:
     for name in ("level", "last", "best round"):
         out.add_column(name, justify="right")
     for row in rows:
-        cells = (f"{100 * row[k]:.2f} +- {100 * row[k + '_deviation']:.2f}%" for k in ("last", "best"))
+        share = row["share"]
+        pairs = ((row[k], row[k + "_deviation"]) for k in ("last", "best"))
+        cells = (f"{written(mean, share).rstrip('%')} +- {written(apart, share)}" for mean, apart in pairs)
         out.add_row(row["level"], *cells)
     buffer = StringIO()
     Console(file=buffer, width=80).print(out)

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         if name != "plot":
             sub.add_argument("--round", type=int, help="which checkpoint (default: the best)")
         if name == "export":
-            sub.add_argument("--level", required=True, help="level name, e.g. c")
+            sub.add_argument("--tier", "--level", required=True, help="a level or another model offered: c, x0.5")
             sub.add_argument("--model", type=int, help="which of several models, from 0")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
     return parser
@@ -179,9 +179,11 @@ def _config(given: argparse.Namespace, rest: list[str]) -> None:
 def _list(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax import methods
     from hetfl_jax.models import NETS
+    from hetfl_jax.models.layers import NORMS
     from hetfl_jax.parts.codec import CODECS
     from hetfl_jax.parts.local import OPTIMIZERS
-    from hetfl_jax.run.slots import SELECTIONS
+    from hetfl_jax.run.selections import SELECTIONS
+    from hetfl_jax.run.slots import ADVERSARIES
     from hetfl_jax.run.splits import SPLITS
 
     sources = ("digits", "synthetic", "npz:<path>", "text:<path>", "tfds:<name>")
@@ -189,10 +191,12 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
         "configs": config_names(),
         "methods": methods.names(),
         "nets": NETS,
+        "norms": NORMS,
         "sources": sources,
         "splits": SPLITS,
         "selections": SELECTIONS,
         "codecs": CODECS,
+        "adversaries": ADVERSARIES,
         "optimizers": OPTIMIZERS,
     }.items():
         print(f"{name:12s}{', '.join(values)}")
@@ -213,7 +217,7 @@ def _plot(given: argparse.Namespace, rest: list[str]) -> None:
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.run.export import export_level
 
-    print(export_level(given.folder, given.level, given.round, given.output, given.model))
+    print(export_level(given.folder, given.tier, given.round, given.output, given.model))
 
 
 if __name__ == "__main__":

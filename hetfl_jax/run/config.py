@@ -16,11 +16,13 @@ import hetfl_jax
 from hetfl_jax import methods
 from hetfl_jax.core.types import Arguments, Config, Line
 from hetfl_jax.run.keys import KEYS, defaults
+from hetfl_jax.run.values import fitted
 
 #: what a method is told by the federation, and no config says
-TOLD = ("proportions", "clients", "clients_per_level")
+TOLD = ("proportions", "clients", "clients_per_level", "base_width", "population")
 FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict
-ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "train.optimizer_args")  #: dicts of anything
+#: dicts of anything
+ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "adversary.args", "train.optimizer_args")
 
 
 def changed(**blocks: Arguments) -> Config:
@@ -38,13 +40,18 @@ def changed(**blocks: Arguments) -> Config:
 def _with(blocks: Mapping[str, Arguments]) -> Config:
     """The default config with the values of some keys."""
     config = defaults()
+    if not isinstance(blocks, Mapping):
+        raise ValueError(
+            f"config is a {type(blocks).__name__}: allowed a name, a file, a ConfigDict or a dict of blocks"
+        )
     for block, values in blocks.items():
         if block not in KEYS:
             raise ValueError(f"config block {block!r} is not one of {', '.join(KEYS)}")
-        for key, value in values.items():
+        for key, value in fitted(values, {}, block).items():
             if key not in KEYS[block]:
                 raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
-            config[block][key] = ml_collections.ConfigDict(dict(value)) if key in FREE else value
+            value = fitted(value, KEYS[block][key].default, f"{block}.{key}")
+            config[block][key] = ml_collections.ConfigDict(value) if key in FREE else value
     return config
 
 
@@ -76,13 +83,13 @@ def parse_arg(arg: str, **defaults: Any) -> Config:
 
 
 def shrink(config: ml_collections.ConfigDict, **train: Config) -> Config:
-    """The ``quick`` version of a config: the same code paths on few clients and rounds, for a smoke run on a CPU."""
+    """The ``quick`` version of a config: the same code on few clients, images and rounds; it learns in seconds."""
     config.data.clients = min(config.data.clients, 10)
-    config.data.examples = 400
-    config.family.hidden = tuple(min(16, width) for width in config.family.hidden)
-    config.method.args.cohort = min(config.method.args.cohort, 4)
-    config.train.update(dict(rounds=2, epochs=1, **train))
-    config.run.update(dict(name=f"{config.run.name}_quick", eval_every=1, checkpoint_every=1))
+    config.data.examples = 2_000
+    config.family.hidden = tuple(min(32, width) for width in config.family.hidden)
+    config.method.args.cohort = min(config.method.args.cohort, 5)
+    config.train.update(dict(rounds=10, epochs=2, milestones=()) | train)
+    config.run.update(dict(name=f"{config.run.name}_quick", eval_every=2, checkpoint_every=5))
     return config
 
 
@@ -91,21 +98,36 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complete(config: Config, tell: Callable[[str], None] = say) -> Config:
+def complete(config: Config, tell: Callable[[str], None] = say, method: Any = None) -> Config:
     """A config with every key there is, and with the arguments of its method: what it lacks takes its default.
 
     Arguments of another method are dropped and told in one line. A config of an older version, or a plain dict, is
     completed likewise.
+
+    Args:
+      method: in place of the config's: a name or a ``make``; an ``Algorithm`` has no arguments.
+
+    Raises:
+      ValueError: a block or key that there is not, or a value of another kind.
     """
     whole = _with(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
-    if isinstance(whole.method.name, str):
-        known = method_defaults(methods.find(whole.method.name))
+    make = methods.find(method or whole.method.name) if isinstance(method, str | None) else method
+    if callable(make):
+        known = method_defaults(make)
         args = whole.method.args.to_dict()
         if dropped := [name for name in args if name not in known]:
-            tell(f"hetfl: {whole.method.name} has no argument {', '.join(dropped)}: dropped (method.args)")
-        args = {name: args.get(name, default) for name, default in known.items()}
+            tell(f"hetfl: {method_name(whole, method)} has no argument {', '.join(dropped)}: dropped (method.args)")
+        args = {name: fitted(args.get(name, v), v, f"method.args.{name}") for name, v in known.items()}
         whole.method.args = ml_collections.ConfigDict(args)
     return whole.lock()
+
+
+def method_name(config: Config, method: Any = None) -> str:
+    """What the method is called: a ``make`` of the user's by its module, unless that is the program itself."""
+    if method is None or isinstance(method, str):
+        return str(method or config.method.name)
+    module = getattr(method, "__module__", "") if callable(method) else ""
+    return module if module not in ("", "__main__") else "your method"
 
 
 def method_defaults(make: methods.Make) -> Line:

@@ -15,6 +15,7 @@ from hetfl_jax.run.federation import Federation, Own
 from hetfl_jax.run.lab import Lab, prepare
 from hetfl_jax.run.ledger import BACKWARD
 from hetfl_jax.run.mix import parse_buckets
+from hetfl_jax.run.selections import sentences
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
 ASSUMED_EFFICIENCY = 0.4
@@ -32,7 +33,7 @@ def describe(config: Config, own: Own | None = None) -> str:
     state = _shapes(lab)
     price = fed.algorithm.price() if fed.algorithm.price else Price(8 * fed.costs.bytes, 8 * fed.costs.bytes)
     share = expected_shares(fed)
-    cohort = config.method.args.get("cohort", fed.partition.size.size)
+    cohort = config.method.args.get("cohort", fed.partition.size.size) * price.items
     size = float(np.mean(fed.partition.size))
     examples = config.train.steps * config.train.batch_size if config.train.steps else config.train.epochs * size
     macs = float(share @ fed.costs.macs) * cohort * (examples * (1 + BACKWARD) + price.compared * size)
@@ -44,6 +45,7 @@ def describe(config: Config, own: Own | None = None) -> str:
     between = ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in moved.items())
     rows = {
         **_memory(lab, state),
+        **({"selection": "; ".join(known)} if (known := sentences(price.needs, least=1)) else {}),
         "programs": _programs(lab),
         "client work a round": f"{macs / 1e9:,.2f} GMACs expected" + (f", {price.note}" if price.note else ""),
         "bytes a round": f"{down:,.2f} MB down, {up:,.2f} MB up expected",
@@ -55,7 +57,7 @@ def describe(config: Config, own: Own | None = None) -> str:
     }
     text = "\n".join(f"{name:22s}{value}" for name, value in rows.items())
     about = tables.describe(partition.summary(fed.labels, fed.partition))
-    return f"{tables.headline(config, fed.partition.size.size)}\n{about}\n{text}"
+    return f"{tables.headline(config, fed.named, fed.partition.size.size)}\n{about}\n{text}"
 
 
 def _shapes(lab: Lab) -> State:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hetfl_jax.core import tree
-from hetfl_jax.core.shards import examples
+from hetfl_jax.core.shards import examples, shards
 from hetfl_jax.core.types import (
     Algorithm,
     Array,
@@ -17,6 +16,7 @@ from hetfl_jax.core.types import (
     Population,
     PyTree,
     Question,
+    Score,
     Shard,
     State,
     Tally,
@@ -26,7 +26,7 @@ from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.rounds import compiled, query
 from hetfl_jax.parts.local import tally
 
-#: (logits [B, C], labels [B], valid [B]) -> [B], a value for each example; its mean over examples is the score
+#: (outputs [B, C], labels [B], valid [B]) -> [B], a value for each example; its mean over examples is shown
 Metric = Callable[[Array, Array, Array], Array]
 Scores = dict[str, Array]
 
@@ -34,9 +34,9 @@ Scores = dict[str, Array]
 class Asked:
     """How a question's answers are read: their sums, and the names of the readings, known once it was traced."""
 
-    def __init__(self, question: Question, metrics: Mapping[str, Metric]):
-        """Read ``question``, with further ``metrics`` of its first reading."""
-        self.question, self.metrics = question, metrics
+    def __init__(self, question: Question, score: Score, metrics: Mapping[str, Metric]):
+        """Read ``question``, judged by ``score``, with further ``metrics`` of its first reading."""
+        self.question, self.score, self.metrics = question, score, metrics
         self.names: list[str] = [""]
 
     def logits(self, variables: PyTree, tier: Level, batch: Batch, shard: Shard) -> Array:
@@ -46,8 +46,8 @@ class Asked:
         return jnp.stack(list(found.values())) if len(found) > 1 else next(iter(found.values()))
 
     def each(self, logits: Array, labels: Array) -> Array:
-        """[B] cross-entropies, or [M, B] with the further metrics below them."""
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        """[B] losses, or [M, B] with the further metrics below them."""
+        loss = self.score.each(logits, labels)
         if not self.metrics:
             return loss
         everyone = jnp.ones(labels.shape, bool)
@@ -58,7 +58,7 @@ def tallies(
     algorithm: Algorithm, executor: Executor, server: PyTree, tier: Level, data: Population, batch: int
 ) -> Tally:
     """Loss and hits on every client's examples, leaves [N]; [N, models] where there is a choice of models."""
-    asked = Asked(algorithm.questions[0], {})
+    asked = Asked(algorithm.questions[0], algorithm.score, {})
     if algorithm.choice is None:
         return _tallies(asked, executor, asked.question.variables(server, (), tier), tier, data, batch)
     models = jax.vmap(lambda m: algorithm.model(server, tier, m))(jnp.arange(algorithm.choice.models))
@@ -119,13 +119,13 @@ def _at_tier(variables: PyTree, tier: Level) -> tuple[PyTree, Callable[[PyTree],
     return (variables, tier.level), lambda sent: Within(base, sent[1])
 
 
-def over_clients(accuracy: np.ndarray) -> dict[str, float]:
-    """How accuracy is distributed over clients: mean, population deviation, means of the worst and the best tenth.
+def over_clients(scores: np.ndarray, least: bool = False) -> dict[str, float]:
+    """How a score is distributed over clients: mean, population deviation, means of the worst and the best tenth.
 
     >>> over_clients(np.array([0.5, 1.0]))
     {'mean': 0.75, 'deviation': 0.25, 'worst_tenth': 0.5, 'best_tenth': 1.0}
     """
-    ordered = np.sort(np.asarray(accuracy, np.float64))
+    ordered = np.sort(np.asarray(scores, np.float64))[:: -1 if least else 1]
     tenth = max(1, ordered.size // 10)
     return {
         "mean": float(ordered.mean()),
@@ -149,11 +149,11 @@ def evaluator(
 ) -> Callable[..., Scores]:
     """``evaluate(question, tier, server, memory, train, train_batches, test) -> scores by name``, jitted.
 
-    ``question`` is the number of one of the algorithm's questions. Scores are scalars, but for ``client_accuracy``
-    [clients with test data] and, where clients choose among several models, ``placed`` [batches], which model a batch
-    was judged by. There a batch is judged by the model that is best on it (its labels are used: a client that only
-    tests), and a client's own test share by the model that its training data puts it with. What does not apply is
-    absent.
+    ``question`` is the number of one of the algorithm's questions. Scores are scalars, but for ``client_accuracy`` (or
+    by the name of another score) [clients with test data] and, where clients choose among several models, ``placed``
+    [batches], which model a batch was judged by. There a batch is judged by the model that is best on it (its labels
+    are used: a client that only tests), and a client's own test share by the model that its training data puts it with.
+    What does not apply is absent.
 
     Args:
       owners: [clients with test data of their own] their ids, where there are several models.
@@ -170,13 +170,18 @@ def evaluator(
     shared = test_batches + validation_batches
     if algorithm.choice is not None and algorithm.statistics is not None:
         raise ValueError("static batch norm has one set of statistics: several models need another norm (family.norm)")
+    if any(question.own for question in algorithm.questions) and (owners is None or not owners.size):
+        raise ValueError("models of clients' own: need test data of theirs, e.g. data.own_test=0.2 (data.split)")
 
     @jax.named_scope("evaluation")
     def evaluate(
         number: int, tier: Level, server: PyTree, memory: PyTree, train: Population, batches: Population,
         test: Population,
     ) -> Scores:  # fmt: skip
-        asked = Asked(algorithm.questions[number], metrics or {})
+        asked = Asked(algorithm.questions[number], algorithm.score, metrics or {})
+        if asked.question.own is not None:
+            state, data = (server, memory), (train, test, jnp.asarray(owners), shared)
+            return _own_scores(asked, _of_own_data(asked, algorithm, executor, tier, state, data, eval_batch))
         if algorithm.choice is None:
             variables = asked.question.variables(server, memory, tier)
             variables = with_statistics(algorithm, executor, variables, tier, batches, statistics_batch)
@@ -189,10 +194,10 @@ def evaluator(
     def _of_own_model(tier: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
         assert algorithm.choice is not None
         every = tallies(algorithm, executor, server, tier, test, eval_batch)
-        placed = algorithm.choice.place(server, (every.loss / every.examples)[:shared], None)
+        placed = algorithm.choice.place(server, _mean_loss(every)[:shared], None)
         if owners is not None and owners.size:
             fitted = tallies(algorithm, executor, server, tier, train, eval_batch)
-            home = algorithm.choice.place(server, (fitted.loss / fitted.examples)[owners], owners)
+            home = algorithm.choice.place(server, _mean_loss(fitted)[owners], owners)
             placed = jnp.concatenate([placed, home])
         return jax.tree.map(lambda v: jnp.take_along_axis(v, placed[:, None], 1)[:, 0], every), placed
 
@@ -202,31 +207,78 @@ def evaluator(
     return lambda number, tier, *data: run(number, jnp.int32(tier), *data)
 
 
+def _of_own_data(
+    asked: Asked, algorithm: Algorithm, executor: Executor, tier: Level, state: tuple[PyTree, PyTree],
+    data: tuple[Population, Population, Array, int], batch: int,
+) -> Tally:  # fmt: skip
+    """Each client's test data by a model made for it, from its memory and training data; leaves [clients].
+
+    Args:
+      state: server, and the memory of all clients.
+      data: training data, test data, the clients that have any of their own, and where theirs begin.
+    """
+    (server, memory), (train, test, owners, first) = state, data
+    rows = jax.tree.map(lambda v: v.reshape(-1, algorithm.memory_rows, *v.shape[1:])[owners], memory)
+    sent, tier_of = _at_tier((asked.question.variables(server, memory, tier), train.rows), tier)
+
+    def one(key: Array, sent: PyTree, level: Level, shard: Shard, own: PyTree) -> tuple[PyTree, Tally]:
+        assert asked.question.own is not None
+        (variables, train_rows), at, (row, held) = sent[0], tier_of(sent), own
+        held = held._replace(x=shard.x, y=shard.y, rows=train_rows, views=shard.views)
+        variables = asked.question.own(variables, row, held, at)
+        return (), tally(lambda batch: asked.logits(variables, at, batch, shard), asked.each, batch, shard)
+
+    tested = first + jnp.arange(owners.size)
+    return query(executor, one, sent, test, tested, jax.random.key(0), own=(rows, shards(train, owners))).report
+
+
+def _own_scores(asked: Asked, seen: Tally) -> Scores:
+    """Means over clients of the scores on their own test data, each of its own model."""
+    name, of = asked.score.name, asked.score.of
+    several, found = len(asked.names) > 1, dict[str, Array]()
+    if asked.metrics:
+        first = seen.loss[:, 0] if several else seen.loss
+        examples = seen.examples[:, 0] if several else seen.examples
+        found |= {m: (first[:, place] / examples).mean() for place, m in enumerate(asked.metrics, 1)}
+        seen = seen._replace(loss=seen.loss[..., 0])
+    if several:
+        found |= {f"{reading}_{name}": of(seen)[:, place].mean() for place, reading in enumerate(asked.names[1:], 1)}
+        seen = tree.take(seen, (slice(None), 0))
+    found |= {name: of(seen).mean(), "loss": _mean_loss(seen).mean(), f"client_{name}": of(seen)}
+    return found | {f"local_{name}": of(jax.tree.map(lambda v: v.sum(0), seen))}
+
+
+def _mean_loss(seen: Tally) -> Array:
+    return seen.loss / jnp.maximum(seen.examples, 1)
+
+
 def _scores(asked: Asked, seen: Tally, test_batches: int, shared: int, sequences: bool) -> Scores:
     """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares."""
     found: Scores = {}
-    if len(asked.names) > 1:  # several readings: the first one is the model, the others have a name
-        test = jax.tree.map(lambda v: v[:test_batches].sum(0), seen)
-        for place, name in enumerate(asked.names[1:], 1):
-            found[f"{name}_accuracy"] = test.correct[place] / test.examples[place]
-        seen = tree.take(seen, (slice(None), 0))
+    name, of = asked.score.name, asked.score.of
+
+    def summed(first: int, end: int | None) -> Tally:
+        return jax.tree.map(lambda v: v[first:end].sum(0), seen)
+
+    several = len(asked.names) > 1  # readings: the first one is the model, the others have a name
     if asked.metrics:
-        sums = seen.loss[:test_batches].sum(0) / seen.examples[:test_batches].sum()
-        found |= {name: sums[place] for place, name in enumerate(asked.metrics, 1)}
+        losses, examples = seen.loss[:test_batches].sum(0), seen.examples[:test_batches].sum(0)
+        means = losses[0] / examples[0] if several else losses / examples
+        found |= {metric: means[place] for place, metric in enumerate(asked.metrics, 1)}
         seen = seen._replace(loss=seen.loss[..., 0])
+    if several:
+        each = of(summed(0, test_batches))
+        found |= {f"{reading}_{name}": each[place] for place, reading in enumerate(asked.names[1:], 1)}
+        seen = tree.take(seen, (slice(None), 0))
     if test_batches:
-        everyone = jax.tree.map(lambda v: v[:test_batches].sum(), seen)
-        found["accuracy"] = everyone.correct / everyone.examples
-        found["loss"] = everyone.loss / everyone.examples
+        found[name], found["loss"] = of(summed(0, test_batches)), _mean_loss(summed(0, test_batches))
         if sequences:
-            found["perplexity"] = jnp.exp(tree.take(seen.loss / seen.examples, slice(test_batches))).mean()
+            found["perplexity"] = jnp.exp(_mean_loss(tree.take(seen, slice(test_batches)))).mean()
     if shared > test_batches:
-        validation = jax.tree.map(lambda v: v[test_batches:shared].sum(), seen)
-        found["validation_accuracy"] = validation.correct / validation.examples
+        found[f"validation_{name}"] = of(summed(test_batches, shared))
     if seen.loss.shape[0] > shared:
-        own = jax.tree.map(lambda v: v[shared:], seen)
-        found["local_accuracy"] = own.correct.sum() / own.examples.sum()
-        found["client_accuracy"] = own.correct / own.examples
+        found[f"local_{name}"] = of(summed(shared, None))
+        found[f"client_{name}"] = of(tree.take(seen, slice(shared, None)))
     return found
 
 

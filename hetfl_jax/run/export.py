@@ -10,13 +10,14 @@ from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.engine.rounds import compiled
 from hetfl_jax.models import windows
-from hetfl_jax.results import plots, tables
+from hetfl_jax.results import fairness, plots, tables
 from hetfl_jax.results.folder import Checkpoints, read_metrics
+from hetfl_jax.results.scores import evaluated
 from hetfl_jax.run.config import complete
 from hetfl_jax.run.evaluate import with_statistics
-from hetfl_jax.run.federation import net_fields
 from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, models_in_use, prepare
-from hetfl_jax.run.mix import level_fields, parse_mix
+from hetfl_jax.run.mix import level_fields, parse_mix, sizes
+from hetfl_jax.run.nets import net_fields
 from hetfl_jax.run.train import bind
 
 
@@ -52,11 +53,12 @@ def evaluate_run(folder: Path, round: int | None = None) -> str:
     scores = evaluate_tiers(lab, state)
     lines = [f"{folder}, round {chosen}"]
     for tier in lab.federation.tiers:
-        named = {name: value[tier.name] for name, value in scores.items() if tier.name in value}
+        named = {k: v[tier.name] for k, v in scores.items() if isinstance(v, dict) and tier.name in v}
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in named.items() if value is not None]
         lines.append(f"level {tier.name}: " + ", ".join(parts))
-    if "client_accuracy" in scores:
-        lines.append(tables.over_clients(scores["client_accuracy"]))
+    score = lab.federation.algorithm.score.name
+    if spread := scores.get(f"client_{score}"):
+        lines += [tables.over_clients(spread, score), *filter(None, [fairness.sentence(spread)])]
     return "\n".join(lines)
 
 
@@ -67,9 +69,10 @@ def plot_run(folder: Path) -> list[Path]:
         part = Partition(file["index"], file["size"])
         labels = file["labels"]
     lines = read_metrics(folder)
-    if not any("accuracy" in line for line in lines):
+    if not evaluated(lines):
         raise ValueError(f"{folder} ({config.run.name}) has no evaluated round yet")
-    files = plots.plot(folder, lines, partition.class_counts(labels, part))
+    levels, held = sizes(parse_mix(config.family.mix)), partition.class_counts(labels, part)
+    files = plots.plot(folder, lines, held, levels, title=config.run.name)
     saved = Checkpoints(folder, keep=1_000_000)
     last = max(saved.rounds(), default=None)
     saved.close()
@@ -80,23 +83,25 @@ def plot_run(folder: Path) -> list[Path]:
 
 
 def export_level(
-    folder: Path, level: str, round: int | None = None, output: Path | None = None, model: int | None = None
+    folder: Path, tier: str, round: int | None = None, output: Path | None = None, model: int | None = None
 ) -> Path:
-    """Write one level's variables as a .npz of plain arrays named ``params/layer/leaf``; returns the file.
+    """Write one tier's variables as a .npz of plain arrays named ``params/layer/leaf``; returns the file.
 
     Statistics that the net collects before evaluation are collected and written too, and ``net`` holds the net's
-    fields and the normalisation as JSON: the file evaluates without the training code, see ``load_exported``.
+    fields and the normalisation as JSON: the file evaluates without the training code, see ``load_exported``. A tier
+    that is a mean of several nets has them along a leading axis, and their number as ``models``.
 
     Raises:
-      ValueError: a level or a model that the run lacks, none of several models, or no such checkpoint.
+      ValueError: a tier or a model that the run lacks, none of several models, or no such checkpoint.
     """
     config = open_config(folder)
     mix = parse_mix(config.family.mix)
-    if level not in mix.names:
-        raise ValueError(f"level {level!r} is not one of {', '.join(mix.names)} of {folder} (--level)")
     lab, state, chosen = _restored(folder, round)
     fed = lab.federation
-    number, count = mix.names.index(level), models_in_use(lab, state)
+    names = [each.name for each in fed.tiers]
+    if tier not in names:
+        raise ValueError(f"tier {tier!r} is not one of {', '.join(names)} of {folder} (--tier)")
+    number, count = names.index(tier), models_in_use(lab, state)
     if model not in (range(count) if count > 1 else (None, 0)):
         allowed = f"name one of 0..{count - 1}" if count > 1 else "it is none of several"
         raise ValueError(f"model {model}: {folder} holds {count} model(s) at round {chosen}, {allowed} (--model)")
@@ -106,10 +111,12 @@ def export_level(
         batch = config.run.statistics_batch_size
         return with_statistics(fed.algorithm, lab.executor, variables, number, data, batch)
 
-    variables = compiled(with_its_statistics, lab.executor)(state.server, lab.place(fed.train_batches))
+    variables = compiled(with_its_statistics, lab.executor)(lab.ordered(state.server), lab.place(fed.train_batches))
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in windows.flat(variables).items()}
-    net = net_fields(config, mix, fed.train.classes.shape[1]) | level_fields(mix, number)
-    path = output or folder / (f"level_{level}.npz" if model is None else f"level_{level}_model_{model}.npz")
+    level, models = (number if len(names) == len(mix.names) else 0), fed.tiers[number].models
+    net = net_fields(config, mix, fed.train.classes.shape[1]) | level_fields(mix, level, config.family.norm)
+    net |= {"models": models} if models else {}
+    path = output or folder / (f"level_{tier}.npz" if model is None else f"level_{tier}_model_{model}.npz")
     arrays["net"] = np.asarray(json.dumps({**net, "mean": config.data.mean, "std": config.data.std}))
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path

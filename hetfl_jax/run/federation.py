@@ -1,40 +1,40 @@
 """From a config to a federation: data, capacity levels and method, all checked before anything compiles."""
 
 import inspect
-from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax import methods
 from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
 from hetfl_jax.data import door, partition, preprocess, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import batches, held_classes, joined, population
-from hetfl_jax.data.views import renamings, rotations
-from hetfl_jax.models import build as build_net
+from hetfl_jax.data.population import batches, joined, population
 from hetfl_jax.models import families
 from hetfl_jax.models.costs import Costs, costs
-from hetfl_jax.models.layers import active_channels
 from hetfl_jax.models.windows import Family, Prepare
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import Local, local
-from hetfl_jax.run.mix import Mix, level_fields, parse_mix
+from hetfl_jax.run.domains import check_pixels
+from hetfl_jax.run.given import (
+    Own,
+    brought,
+    classes_of,
+    held_of,
+    is_population,
+    named_of,
+    notes_of,
+    partition_of,
+    pool_of,
+    source_of,
+    views_of,
+)
+from hetfl_jax.run.mix import Mix, assigned, level_fields, parse_mix
+from hetfl_jax.run.nets import net_of
 from hetfl_jax.run.slots import slots_of
-from hetfl_jax.run.splits import split
-
-
-class Own(NamedTuple):
-    """What the user brings in place of what a config names; ``None`` leaves it to the config."""
-
-    net: Any = None  #: a linen module
-    data: Config = None  #: (x_train, y_train, x_test, y_test), a ``Source``, or (Population, (x_test, y_test))
-    split: Any = None  #: (labels, clients, seed) -> Partition, a ``Partition``, or a client id a training example
-    method: Any = None  #: a ``make``, an ``Algorithm``, or a name
+from hetfl_jax.run.splits import tested_rows
 
 
 class Federation(NamedTuple):
@@ -56,6 +56,7 @@ class Federation(NamedTuple):
     fingerprint: Line  #: of data and partition
     labels_table: dict[str, int] | None  #: old label -> new one, where labels were renumbered
     notes: tuple[str, ...]  #: what was understood of the data that one may not expect
+    named: dict[str, str]  #: what method, source, net and split are called
     groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
@@ -69,14 +70,14 @@ def build(config: Config, own: Own | None = None) -> Federation:
     own = own or Own()
     make = _method(config, own)
     mix = parse_mix(config.family.mix)
-    source, found = _source(config, own)
+    source, found = source_of(config, own)
     seed = config.run.seed if config.data.seed < 0 else config.data.seed
-    part = _partition(config.data, source, seed, own)
+    part = partition_of(config.data, source, seed, own)
     clients = part.size.size
     cohort = config.method.args.get("cohort", 1)
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
-    classes = _classes(source, config.family.outputs)
+    classes = classes_of(source, config.family.outputs)
     fam = _family(config, mix, source, classes, own.net)
     settings = local_training(config.train, fam)
     if settings.full_batch and part.size.max() > settings.batch_size:
@@ -87,18 +88,19 @@ def build(config: Config, own: Own | None = None) -> Federation:
     # What is beyond the largest client would be padding in every step.
     settings = settings._replace(batch_size=min(settings.batch_size, int(part.size.max())))
     _check_padding(fam, part.size, settings.batch_size)
-    level = (partition.levels_by_id if mix.depths else partition.levels_fixed)(mix.proportions, clients)
-    if _of_population(own.data) and np.asarray(own.data[0].level).any():
+    level = assigned(mix, clients, config.capacity.order)
+    if is_population(own.data) and np.asarray(own.data[0].level).any():
         level = np.asarray(own.data[0].level)
-    algorithm = _algorithm(config, make, fam, settings, mix, level, float(part.size.mean()))
+    check_pixels(config, source)
+    views, groups = views_of(config.data.groups, source, clients, classes)
+    held = held_of(source, part, classes, views, groups)
+    train = population(
+        *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
+    )
+    algorithm = _algorithm(config, make, fam, settings, mix, level, train)
     if not algorithm.drawn:
         partition.check_levels(level, fam.levels, mix.names)
-    views, groups = views_of(config.data.groups, source, clients, classes)
-    held = _held(source, part, classes, views, groups)
-    train = population(
-        *_pool(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
-    )
-    test, batched = _test(train, source, part, held, config.run.eval_batch_size)
+    test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
     price = costs(fam)
     return Federation(
         algorithm=algorithm,
@@ -117,21 +119,13 @@ def build(config: Config, own: Own | None = None) -> Federation:
         validation_batches=batched[1],
         labels=source.y_train,
         partition=part,
-        fingerprint=door.fingerprint(source, part),
+        fingerprint={**door.fingerprint(source, part), "run": brought(own)},
         labels_table=found.labels_table,
-        notes=tuple(found.notes),
+        notes=(*found.notes, *notes_of(config.data, source, part, own)),
+        named=named_of(config, own),
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
     )  # fmt: skip
-
-
-def _pool(source: sources.Source) -> tuple[jax.Array, jax.Array]:
-    """All examples and labels: one pool on the device serves training, the statistics pass and all evaluation."""
-    empty = source.x_test[:0], source.y_test[:0]
-    x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
-    x = np.concatenate([source.x_train, source.x_test, x_validation])
-    y = np.concatenate([source.y_train, source.y_test, y_validation])
-    return jnp.asarray(x), jnp.asarray(y)
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
@@ -153,7 +147,7 @@ def _method(config: Config, own: Own) -> methods.Make | Algorithm:
 
 def _algorithm(
     config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
-    mean_examples: float,
+    train: Population,
 ) -> Algorithm:  # fmt: skip
     """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
     if isinstance(make, Algorithm):
@@ -164,10 +158,12 @@ def _algorithm(
     told = {
         "proportions": mix.proportions,
         "clients": level.size,
+        "base_width": mix.global_rate,
         "clients_per_level": np.bincount(level, minlength=fam.levels).tolist(),
+        "population": train,
     }
     if args.get("mean_examples"):  # a switch in configs, a number for the method
-        args["mean_examples"] = mean_examples
+        args["mean_examples"] = float(np.mean(train.size))
     if "cohort" in known and "cohort" not in args:
         args["cohort"] = min(10, level.size)
     args = {name: value for name, value in args.items() if name in known}
@@ -178,54 +174,6 @@ def _algorithm(
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
     return {} if views is None else {"view": groups, "views": views}
-
-
-def _held(source: sources.Source, part: Partition, classes: int, views: Views | None, groups: np.ndarray) -> np.ndarray:
-    """[N, C] which classes each client holds, as it sees them."""
-    if views is not None:
-        seen_as = np.asarray(views.labels)[np.repeat(groups, part.size), source.y_train[part.rows]]
-        return held_classes(seen_as, part.size, classes)
-    if part.classes is None:
-        return held_classes(source.y_train[part.rows], part.size, classes)
-    return np.pad(part.classes, ((0, 0), (0, classes - part.classes.shape[1])))
-
-
-def views_of(text: str, source: sources.Source, clients: int, classes: int) -> tuple[Views | None, np.ndarray]:
-    """How groups of consecutive clients see their examples, and the group of each client.
-
-    Args:
-      text: ``none``, ``rotation:<k>`` or ``labels:<k>``.
-
-    Raises:
-      ValueError: another text, or examples that cannot be seen so.
-    """
-    kind, _, number = text.partition(":")
-    count = int(number) if number.isdigit() else 0
-    allowed = {"none": (0,), "rotation": (1, 2, 4), "labels": range(1, clients + 1)}
-    if count not in allowed.get(kind, ()) or (text != "none" and not 1 <= count <= clients):
-        raise ValueError(
-            f"groups {text!r}: allowed none, rotation:1, 2 or 4, or labels:K with K <= {clients} clients (data.groups)"
-        )
-    groups = np.arange(clients) * max(count, 1) // clients
-    shape = source.x_train.shape[1:]
-    if kind == "rotation":
-        if len(shape) != 3 or shape[0] != shape[1]:
-            raise ValueError(f"groups {text!r} of examples of shape {shape}: need square images (data.groups)")
-        return rotations(shape[0], [turn * 4 // count for turn in range(count)], classes), groups
-    if kind == "labels":
-        if source.y_train.ndim > 1:
-            raise ValueError(f"groups {text!r} of sequences: need one label an example (data.groups)")
-        rng, used = np.random.default_rng(0), int(source.y_train.max()) + 1
-        names = np.tile(np.arange(classes), (count, 1))
-        names[1:, :used] = [rng.permutation(used) for _ in range(count - 1)]
-        return renamings(int(np.prod(shape[:2])), names), groups
-    return None, groups
-
-
-def _classes(source: sources.Source, outputs: int) -> int:
-    """Of all labels; a net may have more outputs than the data has classes (the published nets of EMNIST have 62)."""
-    labels = [y for y in (source.y_train, source.y_test, source.y_validation) if y is not None and y.size]
-    return max(max(int(y.max()) for y in labels) + 1, outputs)
 
 
 def local_training(train: Config, fam: Family) -> Local:
@@ -242,74 +190,6 @@ def local_training(train: Config, fam: Family) -> Local:
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
 
 
-def _source(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
-    """The data set, through the door, sampled, with a validation set held out."""
-    data = config.data
-    if _of_population(own.data):
-        pop, (x_test, y_test) = own.data
-        raw = sources.Source(np.asarray(pop.x), np.asarray(pop.y), np.asarray(x_test), np.asarray(y_test))
-    elif own.data is None:
-        seed = config.run.seed if data.seed < 0 else data.seed
-        raw = sources.load(data.source, clients=data.clients, seed=seed, writers=data.writers, **data.options.to_dict())
-    else:
-        raw = sources.given(own.data)
-    known = sources.SYNTHETIC_CLASSES if own.data is None and data.source == "synthetic" else 0
-    admitted = door.admit(raw, classes=config.family.outputs or known, mean=data.mean, std=data.std)
-    source = door.sample(admitted.source, data.examples) if data.examples else admitted.source
-    return sources.hold_out(source, data.validation), admitted
-
-
-def _of_population(data: Config) -> bool:
-    """Whether the user's data is a population with a test set."""
-    if isinstance(data, Population):
-        raise ValueError("a Population alone has no test set: give (population, (x_test, y_test)) (data)")
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Population)
-
-
-def _partition(data: Config, source: sources.Source, seed: int, own: Own) -> Partition:
-    if _of_population(own.data):
-        return Partition(np.asarray(own.data[0].rows), np.asarray(own.data[0].size))
-    if own.split is None:
-        return split(data, source, seed)
-    if isinstance(own.split, Partition):
-        return own.split
-    if isinstance(own.split, Callable):  # type: ignore[arg-type]
-        return own.split(source.y_train, data.clients, seed)
-    ids = np.asarray(own.split)
-    if ids.shape != (len(source.y_train),):
-        raise ValueError(f"split has ids of shape {ids.shape} for {len(source.y_train)} training examples (split)")
-    return partition.natural(ids, seed, data.test_fraction)
-
-
-def net_fields(config: Config, mix: Mix, classes: int) -> Line:
-    """Fields of the global model's net, by name; its hidden sizes are cut to the global level."""
-    family = config.family
-    fields: Line = {name: family[name] for name in ("net", "norm", "scaler", "lowering")}
-    if family.hidden:
-        fields["hidden"] = tuple(active_channels(width, mix.global_rate) for width in family.hidden)
-    if family.embedding:
-        fields["embedding"] = active_channels(family.embedding, mix.global_rate)
-    fields |= {name: family[name] for name in ("heads", "length") if family[name]}
-    fields |= {"dropout": family.dropout} if family.dropout >= 0 else {}
-    fields |= {} if family.exits else {"exits": False}
-    return {**fields, "classes": classes}
-
-
-def _net(config: Config, mix: Mix, classes: int, given: PyTree) -> nn.Module:
-    """The global model's net: the user's, or by name."""
-    if given is not None:
-        return given
-    fields = net_fields(config, mix, classes)
-    name = fields.pop("net")
-    if ":" not in name:
-        return build_net(name, **fields)
-    module, _, cls = name.partition(":")
-    found = methods.load(module, cls)
-    if found is None:
-        raise ValueError(f"net {name!r}: no {cls} in a module {module} (family.net)")
-    return found(**{field: value for field, value in fields.items() if field in found.__dataclass_fields__})
-
-
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
     prepare: Prepare = preprocess.features
     if source.x_train.ndim == 4:
@@ -317,11 +197,15 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
     elif source.y_train.ndim > 1:
         prepare = preprocess.tokens(config.data.augment, classes)
     example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
-    module = _net(config, mix, classes, given)
+    module = net_of(config, mix, classes, given)
     if given is None and (source.y_train.ndim > 1) != getattr(type(module), "reads_tokens", False):
         kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
         raise ValueError(f"net {config.family.net!r} on a source with {kind}: see `hetfl list` (family.net)")
-    levels: list[Arguments] = [level_fields(mix, i) for i in range(len(mix.names))]
+    if config.data.augment.startswith("corrupt") and not getattr(type(module), "hides_tokens", True):
+        kind = type(module).__name__
+        raise ValueError(f"augmentation {config.data.augment!r}: net {kind} has no hidden token (data.augment)")
+    norm = getattr(module, "norm", "none")
+    levels: list[Arguments] = [level_fields(mix, i, norm) for i in range(len(mix.names))]
     for field in dict.fromkeys(name for level in levels for name in level):
         if field not in type(module).__dataclass_fields__:
             if len(levels) > 1 or mix.depths:
@@ -337,24 +221,39 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
         ) from error
     if len(levels) > 1 and (given is not None or ":" in config.family.net):
         fam = families.checked(fam)
-    outputs = fam.nets[0].outputs(fam.shapes[0], jax.eval_shape(lambda v: prepare(v, None), example))
-    if outputs < classes:
-        raise ValueError(f"labels 0..{classes - 1}, but the net has {outputs} outputs (family.net, family.outputs)")
+    _check_outputs(fam, source, classes)
     return fam
 
 
+def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:
+    """The net must have an output for every label, or one where labels are numbers."""
+    kind, ready = type(fam.nets[0].module).__name__, jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
+    shape = jax.eval_shape(fam.nets[0].each_exit, fam.shapes[0], ready)[-1].shape
+    wanted = (1, *source.y_train.shape[1:])
+    if shape[:-1] != wanted:
+        raise ValueError(
+            f"net {kind} returns {shape} for labels of shape {wanted}: need {(*wanted, classes)}; several exits are a "
+            "tuple of these (family.net)"
+        )
+    if source.y_train.dtype.kind == "f" and shape[-1] != 1:
+        raise ValueError(f"labels are numbers to predict, but net {kind} has {shape[-1]} outputs: need 1 (family.net)")
+    if shape[-1] < classes:
+        raise ValueError(f"labels 0..{classes - 1}, but the net has {shape[-1]} outputs (family.net, family.outputs)")
+
+
 def _test(
-    train: Population, source: sources.Source, part: Partition, held: np.ndarray, batch: int
-) -> tuple[Population, tuple[int, int]]:
+    train: Population, source: sources.Source, part: Partition, held: np.ndarray | None, batch: int,
+    common: np.ndarray | None = None,
+) -> tuple[Population, tuple[int, int]]:  # fmt: skip
     """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is.
 
-    Also how many batches there are of either; where there are views, both sets are seen in each of them.
+    Also how many batches there are of either; where there are views, both sets are seen in each of them. ``common`` are
+    rows of the training data that make the test set in place of the source's.
     """
-    first, end, classes = len(source.y_train), len(source.y_train) + len(source.y_test), held.shape[1]
+    first, end = len(source.y_train), len(source.y_train) + len(source.y_test)
+    classes = None if held is None else held.shape[1]
 
-    def in_batches(start: int, stop: int) -> Population:
-        rows = np.arange(start, stop)
-
+    def in_batches(rows: np.ndarray) -> Population:
         def seen(view: int) -> Population:
             size, how = np.array([rows.size]), _seen(views, np.array([view]))
             whole = population(train.x, train.y, rows, size, classes=classes, **how)
@@ -363,14 +262,16 @@ def _test(
         return reduce(joined, map(seen, range(1) if views is None else range(views.pixels.shape[0])))
 
     views = train.views if isinstance(train.views, Views) else None
-    test = in_batches(first, end)
+    test = in_batches(np.arange(first, end) if common is None else common)
     counts = (test.size.shape[0], 0)
-    if len(train.y) > end:
-        validation = in_batches(end, len(train.y))
+    own = np.zeros(0, int) if part.validation is None else part.validation
+    if len(rows := np.concatenate([np.arange(end, len(train.y)), own])):
+        validation = in_batches(rows)
         test, counts = joined(test, validation), (counts[0], validation.size.shape[0])
     if part.test_index is None or part.test_size is None or not part.test_size.any():
         return test, counts
     some = part.test_size > 0
     own = part.test_index if part.held_out else part.test_index + first
     how = {} if views is None else _seen(views, np.asarray(train.view)[some])
-    return joined(test, population(train.x, train.y, own, part.test_size[some], classes=held[some], **how)), counts
+    theirs = None if held is None else held[some]
+    return joined(test, population(train.x, train.y, own, part.test_size[some], classes=theirs, **how)), counts

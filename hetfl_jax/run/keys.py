@@ -16,18 +16,29 @@ class Key(NamedTuple):
 KEYS = {
     "data": {
         "source": Key("digits", "digits, synthetic, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
-        "options": Key({}, "further arguments of the source, e.g. alpha=0.5 of synthetic, length=64 of text"),
+        "options": Key(
+            {},
+            "further arguments of the source, e.g. alpha=0.5 of synthetic (its seed too: then data.seed "
+            "is of the split alone), length=64 of text",
+        ),
         "writers": Key("", "<npz path>:<array> with a client id for every training example, for split=natural"),
         "examples": Key(0, "training and test examples that are used, a random sample; 0 for all"),
         "validation": Key(0.0, "share of the training examples held out to choose the best round, 0 <= f < 1"),
         "clients": Key(100, "how many; split=natural takes one for each id instead"),
         "first_clients": Key(0, "use only so many of them, 0 for all"),
-        "split": Key("iid", "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group"),
-        "classes_per_client": Key(2, "of split=shards"),
+        "split": Key(
+            "iid",
+            "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group, domains, "
+            "lognormal_counts, lognormal_shares",
+        ),
+        "domains": Key((), "of clients: plain, inverted, blended:<npz>, rotated, noisy, downscaled, npz:<path>"),
+        "classes_per_client": Key(2, "of split=shards and the lognormal ones"),
         "concentration": Key(0.5, "of Dirichlet splits, > 0; small is uneven: at 0.1 most clients have 1 or 2 classes"),
         "least": Key(0, "examples that dirichlet_per_class draws until every client has; 0: 10, or half a fair share"),
         "test_fraction": Key(0.2, "of split=natural: share of each client's rows that are its own test data"),
         "own_test": Key(0.0, "of other splits: the same"),
+        "own_validation": Key(0.0, "share of each client's rows, test rows counted, that goes to one validation set"),
+        "tested_on": Key("source", "the test set of the scores: of the source, or the clients' own rows (clients)"),
         "mean": Key((0.0,), "of pixels in 0..1: one number, or one a channel"),
         "std": Key((1.0,), "likewise, > 0"),
         "augment": Key("none", "while training: none, flip, crop_flip, window:<n>; of text corrupt:<p>"),
@@ -38,8 +49,9 @@ KEYS = {
         "net": Key("conv", "see `hetfl list`; or <module>:<Class> of yours"),
         "hidden": Key((), "sizes of the hidden layers at width 1; () for the net's own"),
         "mix": Key("a1", "levels and how often each occurs: a1-b1 (widths 1, 1/2), w1x2-w0.75x1, 4x1-2x1 (depths)"),
-        "norm": Key("none", "none, bn (statistics collected before evaluation), bn_tracked, in, ln, gn"),
+        "norm": Key("none", "none, in, ln, gn, or bn, with statistics: see `hetfl list`"),
         "scaler": Key(False, "divide by the width while training (HeteroFL)"),
+        "rescale": Key("none", "a base net, of a mix such as w0.125x1, by its width: none, init, layer, both"),
         "lowering": Key("auto", "how convolutions run: auto, canonical, rows, lax"),
         "outputs": Key(0, "of the net, if more than the data has classes"),
         "embedding": Key(0, "of the transformer; 0 for its own 256"),
@@ -52,6 +64,9 @@ KEYS = {
         "name": Key("fedavg", "see `hetfl list`; or a module of yours with a make"),
         "args": Key({"cohort": 10}, "of the method's make; cohort: clients a round"),
     },
+    "objective": {
+        "name": Key("cross_entropy", "local loss: cross_entropy in the form of the method; squared_error, of numbers"),
+    },
     "select": {
         "name": Key("none", "who takes part, in place of the method's own rule; see `hetfl list`"),
         "args": Key({}, "of the selection"),
@@ -60,14 +75,23 @@ KEYS = {
         "name": Key("none", "codec of what clients send; see `hetfl list`"),
         "args": Key({}, "of the codec"),
         "error_feedback": Key(False, "keep what the codec left out, and send it later"),
+        "ef21": Key(False, "error feedback by EF21: both ends keep an estimate of the change, and its error is coded"),
+        "statistics": Key(False, "code the changes of batch statistics too; else they travel as float32"),
+        "extra": Key(False, "code what a method sends besides the model too, as SCAFFOLD does"),
     },
     "downlink": {
         "name": Key("none", "codec of what the server sends: the change of the model since it was last sent"),
         "args": Key({}, "of the codec"),
         "error_feedback": Key(False, "keep what the codec left out, and send it later"),
+        "ef21": Key(False, "error feedback by EF21"),
+    },
+    "adversary": {
+        "name": Key("none", "who perturbs images, in training and for the score `robust`: none, pgd"),
+        "args": Key({}, "of the adversary, e.g. weight=0.5 of noisy examples in training, knobs=(0.0,0.5,1.0)"),
     },
     "capacity": {
         "name": Key("none", "level of a client: none (the method's own rule), fixed, or drawn anew every round"),
+        "order": Key("usual", "of fixed levels by id: usual (widths: largest first), smallest_first, shuffled"),
     },
     "train": {
         "rounds": Key(100, "of the run, >= 1"),

@@ -9,15 +9,22 @@ import jax
 import numpy as np
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.fairness import fairness
-from hetfl_jax.core.types import Config, Line, Population, PyTree, State
+from hetfl_jax.core.fairness import fairness, quantiles
+from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
+from hetfl_jax.results.scores import is_share
 from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
 from hetfl_jax.run.evaluate import Metric, evaluator, over_clients, tallies
 from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.mix import parse_buckets
+from hetfl_jax.run.order import ordered
+from hetfl_jax.run.selections import check_memory
+
+#: names that every metrics line has
+TAKEN = ("round", "loss", "score", "placed", "perplexity", "clients", "failed", "items", "seconds", "start", "last",
+         "best", "local", "parameters", "macs", "bytes", "level", "width", "depth", "shares")  # fmt: skip
 
 
 class Lab(NamedTuple):
@@ -33,6 +40,8 @@ class Lab(NamedTuple):
     population: Population
     key: jax.Array
     store: Store
+    ordered: Callable[[PyTree], PyTree]  #: server -> the server as it is evaluated, its models in order
+    plain: tuple[np.ndarray, np.ndarray] | tuple[()]  #: [L] bits of an item down and up, were nothing coded
 
 
 def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric] | None = None) -> Lab:
@@ -41,8 +50,10 @@ def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric
     Raises:
       ValueError: a value that is out of range.
     """
-    config = complete(config)
+    own = own or Own()
+    config = complete(config, method=own.method)
     _check_run(config)
+    check_metrics(metrics)
     machine.warn_of_idle_cores()
     fed = build(config, own)
     if config.run.eval_masked and fed.mix.depths:
@@ -53,9 +64,11 @@ def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric
         train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
     )
     store = store_for(config, fed, executor)
+    check_memory(fed.algorithm)
     key = executor.place(jax.random.key(config.run.seed))
     population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
     own_data = fed.partition.test_size
+    validation = range(fed.test_batches, fed.test_batches + fed.validation_batches)
     score = evaluator(
         fed.algorithm,
         executor,
@@ -78,7 +91,24 @@ def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric
         population,
         key,
         store,
+        ordered(fed.algorithm, executor, test, validation, config.run.eval_batch_size),
+        fed.algorithm.price().plain if fed.algorithm.price else (),
     )
+
+
+def check_metrics(metrics: Any) -> None:
+    """Refuse metrics that are no functions, or whose names lines of a run have already.
+
+    Raises:
+      ValueError: with the first that is wrong.
+    """
+    if not isinstance(metrics, Mapping | None):
+        raise ValueError(f"metrics is a {type(metrics).__name__}: allowed a dict of functions by name (metrics)")
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str) or not callable(metric):
+            raise ValueError(f"metric {name!r} is a {type(metric).__name__}: need a function by its name (metrics)")
+        if name in TAKEN or name.endswith(("accuracy", "rmse")) or name.startswith("train_"):
+            raise ValueError(f"metric {name!r}: this name is taken, allowed another one (metrics)")
 
 
 def _check_run(config: Config) -> None:
@@ -92,29 +122,33 @@ def _check_run(config: Config) -> None:
 def evaluate_tiers(lab: Lab, state: State) -> Line:
     """Scores of every tier by name, and the distribution of the first one's over clients, if they have test data.
 
-    The first question gives all scores; the others, which have a name, their accuracy.
+    The first question gives all scores; the others, which have a name, that by which models are judged. ``score`` says
+    its name where it is no accuracy.
     """
-    fed, server = lab.federation, state.server
+    fed, server, score = lab.federation, lab.ordered(state.server), lab.federation.algorithm.score
     names = [tier.name for tier in fed.tiers]
     clients = fed.partition.size.size * fed.algorithm.memory_rows
-    line: Line = {}
+    line: Line = {} if score.name == ACCURACY.name else {"score": score.name}
     for number, question in enumerate(fed.algorithm.questions):
         memory = jax.tree.map(lambda rows: rows[:clients], state.memory) if question.memory else ()
         memory = lab.place(memory)
         found = [jax.device_get(lab.evaluate(number, tier, server, memory)) for tier in range(len(names))]
         if number:
-            line[f"{question.name}_accuracy"] = dict(zip(names, (float(f["accuracy"]) for f in found)))
+            more = [f"{reading}_{score.name}" for reading in question.further]
+            for name in [score.name, *more]:
+                line[f"{question.name}_{name}"] = dict(zip(names, (_number(f[name]) for f in found)))
             continue
-        for score in found[0]:
-            if score not in ("client_accuracy", "placed"):
-                line[score] = dict(zip(names, (_number(f.get(score)) for f in found)))
+        for name in found[0]:
+            if name not in (f"client_{score.name}", "placed"):
+                line[name] = dict(zip(names, (_number(f.get(name)) for f in found)))
         if "placed" in found[0] and fed.test_groups is not None:
             scores = [fed.algorithm.shown.placed(f["placed"], fed.test_groups) for f in found]
-            line |= {score: dict(zip(names, (s[score] for s in scores))) for score in scores[0]}
-        if "client_accuracy" in found[0]:
-            accuracy = np.asarray(found[0]["client_accuracy"])
-            tested = np.asarray(fed.partition.test_size)
-            line["client_accuracy"] = over_clients(accuracy) | fairness(accuracy, tested[tested > 0])
+            line |= {name: dict(zip(names, (s[name] for s in scores))) for name in scores[0]}
+        if (own := f"client_{score.name}") in found[0]:
+            each, tested = np.asarray(found[0][own]), np.asarray(fed.partition.test_size)
+            line[own] = over_clients(each, score.least) | {"quantiles": quantiles(each)}
+            if is_share(score.name):
+                line[own] |= fairness(each, tested[tested > 0])
     return line
 
 

@@ -12,6 +12,9 @@ from hetfl_jax.models.costs import Costs
 BACKWARD = 2  #: multiply-adds of a backward pass over those of a forward pass: gradients of activations and of weights
 
 
+Plain = tuple[np.ndarray, np.ndarray] | tuple[()]
+
+
 class Totals(NamedTuple):
     """Costs so far, exact."""
 
@@ -19,6 +22,8 @@ class Totals(NamedTuple):
     up_bits: int = 0
     client_macs: int = 0
     full_size_bits: int = 0  #: one way, had every client of a round taken the full model once
+    plain_down_bits: int = 0  #: had nothing been coded: every message in float32
+    plain_up_bits: int = 0
 
     def line(self) -> dict[str, float]:
         """As a metrics line has them: bytes, and multiply-adds."""
@@ -27,7 +32,20 @@ class Totals(NamedTuple):
             "up_bytes": _bytes(self.up_bits),
             "client_macs": self.client_macs,
             "full_size_bytes": _bytes(self.full_size_bits),
+            **self.ratios(),
         }
+
+    def ratios(self) -> dict[str, float]:
+        """Bits sent over those of float32, of the directions where they differ.
+
+        >>> Totals(down_bits=32, up_bits=8, plain_down_bits=32, plain_up_bits=32).ratios()
+        {'up_ratio': 0.25}
+        """
+        pairs = {
+            "down_ratio": (self.down_bits, self.plain_down_bits),
+            "up_ratio": (self.up_bits, self.plain_up_bits),
+        }
+        return {name: bits / plain for name, (bits, plain) in pairs.items() if plain and bits != plain}
 
 
 def _bytes(count: int) -> int | float:
@@ -35,14 +53,14 @@ def _bytes(count: int) -> int | float:
 
 
 def saved(values: Mapping[str, int]) -> Totals:
-    """Totals from a checkpoint; one written before messages were counted in bits has bytes.
+    """Totals from a checkpoint; an older one has bytes, or does not say what float32 would have been: as much.
 
     >>> saved({"down_bytes": 2, "up_bytes": 1, "client_macs": 5, "full_size_bytes": 3}).down_bits
     16
     """
-    return Totals(
-        **{n.replace("_bytes", "_bits"): int(v) * (8 if n.endswith("_bytes") else 1) for n, v in values.items()}
-    )
+    found = {n.replace("_bytes", "_bits"): int(v) * (8 if n.endswith("_bytes") else 1) for n, v in values.items()}
+    plain = {"plain_down_bits": found["down_bits"], "plain_up_bits": found["up_bits"]}
+    return Totals(**{**plain, **found})
 
 
 def macs_of(work: np.ndarray, costs: Costs) -> np.ndarray:
@@ -51,17 +69,26 @@ def macs_of(work: np.ndarray, costs: Costs) -> np.ndarray:
     return work[..., 0, :] @ costs.macs + BACKWARD * (work[..., 1, :] @ costs.macs)
 
 
-def spent(info: Info, costs: Costs) -> Totals:
-    """What one round cost, surveys before it included."""
-    down = up = macs = 0
+def spent(info: Info, costs: Costs, full: int | None = None, plain: Plain = ()) -> Totals:
+    """What one round cost, surveys before it included.
+
+    Args:
+      full: bytes of the full model, by default of level 0.
+      plain: see ``Price.plain``. What a client does not send counts as sent, a model that it does not receive does not.
+    """
+    down = up = macs = plain_down = plain_up = 0
     for account in (info.items, info.asked):
         if isinstance(account, Account):
             there = np.asarray(account.valid)
-            down += int(bits.total(np.asarray(account.seen.down))[there].sum())
-            up += int(bits.total(np.asarray(account.seen.up))[there].sum())
+            received, sent = (bits.total(np.asarray(v))[there] for v in (account.seen.down, account.seen.up))
+            level, trains = np.asarray(account.level)[there], account is info.items
+            down, up = down + int(received.sum()), up + int(sent.sum())
+            plain_down += int((np.where(received > 0, plain[0][level], 0) if plain else received).sum())
+            plain_up += int((plain[1][level] if plain and trains else sent).sum())
             macs += int(macs_of(np.asarray(account.seen.work)[there], costs).sum())
     clients = np.unique(np.asarray(info.items.ids)[np.asarray(info.items.valid)]).size
-    return Totals(down, up, macs, clients * int(costs.bytes[0]) * 8)
+    whole = clients * int(costs.bytes[0] if full is None else full) * 8
+    return Totals(down, up, macs, whole, plain_down, plain_up)
 
 
 def add(first: Totals, second: Totals) -> Totals:
@@ -94,9 +121,10 @@ def line_of(info: Info, number: int, totals: Totals, costs: Costs, names: tuple[
     line: Line = {"round": number}
     line |= {name: float(value) for name, value in info.numbers.items() if name not in ("clients", "failed")}
     if not np.asarray(info.items.ok).any():  # nobody trained: there is no loss
-        line |= dict.fromkeys(("train_loss", "train_accuracy"))
-    line |= {"clients": int(info.items.ok.sum()), "failed": len(failed), **totals.line()}
+        line |= {name: None for name in line if name.startswith("train_")}
+    trained = np.unique(np.asarray(info.items.ids)[np.asarray(info.items.ok)])
+    line |= {"clients": trained.size, "failed": len(failed), **totals.line()}
     if devices > 1:
         line["imbalance"] = imbalance(info, costs, devices)
     line["items"] = of_levels(info.items, names)
-    return line | ({"failed_ids": failed} if failed else {})
+    return line | ({"failed_ids": list(dict.fromkeys(failed))} if failed else {})

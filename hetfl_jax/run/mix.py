@@ -1,9 +1,16 @@
 """Capacity levels written as text: which there are, how often each occurs, and which share a bucket."""
 
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
+from hetfl_jax.core.random import shuffled
 from hetfl_jax.core.types import Line
+from hetfl_jax.data import partition
+
+ORDERS = ("usual", "smallest_first", "shuffled")
 
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
 
@@ -16,6 +23,15 @@ class Mix(NamedTuple):
     proportions: tuple[int, ...]
     global_rate: float
     depths: tuple[int, ...] = ()  #: of each level, where levels have one
+
+
+def sizes(mix: Mix) -> dict[str, tuple[float, int | None]]:
+    """Width and depth of each level by its name; a depth of None where the levels have none.
+
+    >>> sizes(parse_mix("a1-b1")), sizes(parse_mix("2x1-1x1"))
+    ({'a': (1.0, None), 'b': (0.5, None)}, {'2': (1.0, 2), '1': (1.0, 1)})
+    """
+    return dict(zip(mix.names, zip(mix.widths, mix.depths or [None] * len(mix.widths))))
 
 
 _PART = re.compile(r"w(?P<width>\d+(?:\.\d+)?)x(?P<often>\d+)|([a-z])?(?:(\d+)x)?(\d+)")
@@ -70,14 +86,72 @@ def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
     return f"w{width:g}", width, 0, count
 
 
-def level_fields(mix: Mix, level: int) -> Line:
-    """What a level changes in the net of the global one.
+def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
+    """[N] int32 the fixed level of every client.
 
-    >>> level_fields(parse_mix("4x1-2x1"), 1)
-    {'depth': 2}
+    Args:
+      order: ``usual``, in blocks by id: the largest width first (HeteroFL), the smallest depth first (DepthFL);
+        ``smallest_first``: by id, shares rounded as in DepthFL and Split-Mix; ``shuffled``: the same, by a shuffled id.
+
+    Raises:
+      ValueError: an unknown order.
+
+    >>> assigned(parse_mix("a1-b1"), 5, "smallest_first").tolist(), assigned(parse_mix("a1-b1"), 5).tolist()
+    ([1, 1, 1, 0, 0], [0, 0, 1, 1, 1])
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order {order!r} is not one of {', '.join(ORDERS)} (capacity.order)")
+    if order == "usual" and not mix.depths:
+        return partition.levels_fixed(mix.proportions, clients)
+    level = partition.levels_by_id(mix.proportions, clients)
+    return level[shuffled(np.arange(clients), clients)] if order == "shuffled" else level
+
+
+def level_fields(mix: Mix, level: int, norm: str = "none") -> Line:
+    """What a level changes in the net of the global one; norm ``bn_tiers`` has statistics for it and all below.
+
+    >>> level_fields(parse_mix("4x1-2x1"), 1), level_fields(parse_mix("a1-b1"), 0, "bn_tiers")
+    ({'depth': 2}, {'width': 1.0, 'tiers': 2})
     """
     width = {"width": mix.widths[level]} if not mix.depths or len(set(mix.widths)) > 1 else {}
-    return width | ({"depth": mix.depths[level]} if mix.depths else {})
+    tiers = {"tiers": len(mix.names) - level} if norm == "bn_tiers" else {}
+    return width | ({"depth": mix.depths[level]} if mix.depths else {}) | tiers
+
+
+def uniform_tiers(count: int, drop_scale: float = 1.0) -> str:
+    """The mix of widths 1, (k-1)/k ... 1/k: each below 1 for the share ``drop_scale / k`` of clients, 1 for the rest.
+
+    Raises:
+      ValueError: a count below 1, or a scale that leaves nobody, or less than nobody, for a width.
+
+    >>> uniform_tiers(5), uniform_tiers(5, 0.5)
+    ('w1x1-w0.8x1-w0.6x1-w0.4x1-w0.2x1', 'w1x6-w0.8x1-w0.6x1-w0.4x1-w0.2x1')
+    """
+    if count < 1 or not 0 < drop_scale <= 1:
+        raise ValueError(f"{count} tiers with drop scale {drop_scale}: allowed >= 1 and 0 < scale <= 1 (family.mix)")
+    each = Fraction(str(drop_scale)) / count
+    top = (1 - (count - 1) * each) / each
+    names = [f"w{round(k / count, 6):g}x{top.denominator}" for k in range(count - 1, 0, -1)]
+    return "-".join([f"w1x{top.numerator}", *names])
+
+
+def capped(text: str, width: float) -> str:
+    """A mix of widths whose levels above ``width``, one of them, join it.
+
+    Raises:
+      ValueError: a width that is none of the mix's.
+
+    >>> capped(uniform_tiers(5), 0.4)
+    'w0.4x4-w0.2x1'
+    """
+    mix = parse_mix(text)
+    widths = [round(w * mix.global_rate, 6) for w in mix.widths]
+    if width not in widths:
+        raise ValueError(f"width {width:g} is not one of {', '.join(f'{w:g}' for w in widths)} (family.mix)")
+    place = widths.index(width)
+    first = f"w{width:g}x{sum(mix.proportions[: place + 1])}"
+    rest = [f"w{w:g}x{n}" for w, n in zip(widths[place + 1 :], mix.proportions[place + 1 :])]
+    return "-".join([first, *rest])
 
 
 def parse_buckets(text: str, mix: Mix) -> tuple[tuple[int, ...], ...]:

@@ -5,20 +5,16 @@ from collections.abc import Callable, Mapping
 
 from hetfl_jax.core.types import Config
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import choose, codec, explore, select
-from hetfl_jax.parts.codec import Codec
+from hetfl_jax.parts import adversary, codec, select
 from hetfl_jax.parts.compose import Slots
+from hetfl_jax.parts.message import Codec
+from hetfl_jax.parts.objective import OBJECTIVES, Objective
+from hetfl_jax.run.keys import KEYS
 from hetfl_jax.run.mix import Mix
+from hetfl_jax.run.selections import selection_of
 
+ADVERSARIES: Mapping[str, Callable[..., adversary.Adversary]] = {"pgd": adversary.pgd}
 CAPACITIES = ("none", "fixed", "drawn")
-SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
-    "uniform": select.uniform,
-    "weighted": choose.weighted,
-    "random_with_replacement": choose.random_with_replacement,
-    "power_of_choice": choose.power_of_choice,
-    "active": explore.active,
-    "oort": explore.oort,
-}
 
 
 def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
@@ -28,29 +24,26 @@ def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
       ValueError: an unknown name, or arguments that do not fit.
     """
     return Slots(
-        select=_selection(config, clients),
+        select=selection_of(config, family, clients),
         capacity=_capacity(config.capacity.name, mix),
         uplink=_codec(config.uplink, "uplink", family),
         downlink=_codec(config.downlink, "downlink", family),
+        objective=objective_of(config),
+        adversary=_adversary(config.adversary),
         clients=clients,
     )
 
 
-def _selection(config: Config, clients: int) -> select.Select | None:
-    name, args = config.select.name, config.select.args.to_dict()
-    if name == "none":
-        return None
-    if name not in SELECTIONS:
-        raise ValueError(f"selection {name!r} is not one of none, {', '.join(SELECTIONS)} (select.name)")
-    make = SELECTIONS[name]
-    known = inspect.signature(make).parameters
-    told = {"cohort": config.method.args.get("cohort", 10), "clients": clients, "rounds": config.train.rounds}
-    given = {**{k: v for k, v in told.items() if k in known}, **args}
-    if wrong := set(given) - set(known):
-        raise ValueError(f"argument {min(wrong)!r} is not one of {', '.join(known)} of {name} (select.args)")
-    if missing := {k for k, p in known.items() if p.default is p.empty} - set(given):
-        raise ValueError(f"argument {min(missing)!r} of {name} is missing (select.args)")
-    return make(**given)
+def objective_of(config: Config) -> Objective | None:
+    """The objective that a config names; ``None`` for the default, which a method has in a form of its own.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is not one of {', '.join(OBJECTIVES)} (objective.name)")
+    return None if name == KEYS["objective"]["name"].default else OBJECTIVES[name]()
 
 
 def _capacity(name: str, mix: Mix) -> select.Capacity | None:
@@ -59,7 +52,24 @@ def _capacity(name: str, mix: Mix) -> select.Capacity | None:
     return {"none": None, "fixed": select.own_level(), "drawn": select.drawn_level(mix.proportions)}[name]
 
 
+def _adversary(block: Config) -> adversary.Adversary | None:
+    if block.name == "none":
+        return None
+    if block.name not in ADVERSARIES:
+        raise ValueError(f"adversary {block.name!r} is not one of none, {', '.join(ADVERSARIES)} (adversary.name)")
+    make, given = ADVERSARIES[block.name], block.args.to_dict()
+    known = inspect.signature(make).parameters
+    if wrong := set(given) - set(known):
+        raise ValueError(f"argument {min(wrong)!r} is not one of {', '.join(known)} of {block.name} (adversary.args)")
+    return make(**given)
+
+
 def _codec(block: Config, where: str, family: Family) -> Codec | None:
     if block.name == "none":
         return None
-    return codec.make(block.name, family, error_feedback=block.error_feedback, **block.args.to_dict())
+    more = {name: block[name] for name in ("statistics", "extra") if name in block}
+    feedback = "ef21" if block.ef21 else block.error_feedback
+    try:
+        return codec.make(block.name, family, error_feedback=feedback, **more, **block.args.to_dict())
+    except ValueError as error:
+        raise ValueError(str(error).replace("uplink.", f"{where}.")) from None

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,19 +11,22 @@ import jax
 import numpy as np
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, State
+from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import profile, rounds
 from hetfl_jax.results import plots, tables
 from hetfl_jax.results.folder import Checkpoints, Metrics, check_folder, claim, write_json
 from hetfl_jax.results.progress import Progress
+from hetfl_jax.results.scores import evaluated
 from hetfl_jax.run import ledger
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.evaluate import Metric
 from hetfl_jax.run.federation import Own
 from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, prepare
+from hetfl_jax.run.mix import sizes
+from hetfl_jax.run.selections import check_memory, sentences
 
-NEVER = -1.0  #: an accuracy below all others
+NEVER = -1e30  #: below all scores
 #: (round, scores of every tier by name, state) -> anything; called after each evaluation
 Callback = Callable[[int, Line, State], Any]
 
@@ -80,22 +84,36 @@ def train(
       ValueError: before anything compiles, for a value that is out of range, or a folder that holds another run.
 
     >>> import tempfile
-    >>> small = load_config("heterofl_digits:mix=a1,quick", "family.net=mlp", f"run.folder={tempfile.mkdtemp()}")
-    >>> train(small, quiet=True).summary["rounds"]
+    >>> short = ("family.net=mlp", "train.rounds=2", "train.devices=1", f"run.folder={tempfile.mkdtemp()}")
+    >>> train(load_config("heterofl_digits:mix=a1,quick", *short), quiet=True).summary["rounds"]
     2
     """
     machine.use_cache_once()
-    config = load_config(config) if isinstance(config, str) else complete(config)
-    folder = Path(config.run.folder) / config.run.name
-    check_folder(folder, config.to_dict(), _completed, resume=resume, overwrite=overwrite)
-    lab = prepare(config, Own(net, data, split, method), metrics)
+    config = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
+    folder, own = Path(config.run.folder) / config.run.name, Own(net, data, split, method)
+    check_callbacks(callbacks)
+    check_folder(folder, config.to_dict(), partial(_completed, method), resume=resume, overwrite=overwrite)
+    lab = prepare(config, own, metrics)
     quiet = quiet or not machine.is_first()
-    run = _begin(lab, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    run = _begin(lab, folder, partial(_completed, method), resume=resume, overwrite=overwrite, quiet=quiet)
     state = _rounds(lab, run, callbacks, quiet=quiet, trace=trace)
     best = run.checkpoints.best()
     run.checkpoints.close()
     run.metrics.close()
     return _finish(lab, state, run.metrics.lines, best, folder, quiet)
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse callbacks that cannot be called, before anything runs.
+
+    Raises:
+      ValueError: with the first that is not a function.
+    """
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise ValueError(f"callbacks is a {type(callbacks).__name__}: allowed a list of functions (callbacks)")
+    for number, callback in enumerate(callbacks):
+        if not callable(callback):
+            raise ValueError(f"callback {number} is a {type(callback).__name__}: need a function (callbacks)")
 
 
 class Run(NamedTuple):
@@ -108,15 +126,17 @@ class Run(NamedTuple):
     totals: ledger.Totals
 
 
-def _completed(saved: Arguments) -> Line:
+def _completed(method: Any, saved: Arguments) -> Line:
     """A config as it was saved, with the keys that did not exist then."""
-    return complete(saved, tell=lambda text: None).to_dict()
+    return complete(saved, tell=lambda text: None, method=method).to_dict()
 
 
-def _begin(lab: Lab, folder: Path, *, resume: bool, overwrite: bool, quiet: bool) -> Run:
+def _begin(
+    lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool
+) -> Run:
     """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
     config, fed, first = lab.config, lab.federation, machine.is_first()
-    claim(folder, config.to_dict(), _completed, resume=resume, overwrite=overwrite)
+    claim(folder, config.to_dict(), completed, resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
     bind(lab, folder, resume=resume)
     if first:
@@ -124,9 +144,10 @@ def _begin(lab: Lab, folder: Path, *, resume: bool, overwrite: bool, quiet: bool
         write_json(folder / "partition.json", about)
         np.savez(folder / "partition.npz", index=fed.partition.rows, size=fed.partition.size, labels=fed.labels)
     state, totals = lab.start(), ledger.Totals()
-    for note in fed.notes:
-        tables.say(f"data: {note}", quiet)
-    head = tables.headline(config, fed.partition.size.size)
+    known = sentences(check_memory(fed.algorithm))
+    for note in (*(f"data: {note}" for note in fed.notes), *(f"selection: {sentence}" for sentence in known)):
+        tables.say(note, quiet)
+    head = tables.headline(config, fed.named, fed.partition.size.size)
     tables.say(f"{head}\n{tables.describe(about)}{_per_level(lab)}", quiet)
     checkpoints = Checkpoints(folder, config.run.keep)
     if resume and (found := checkpoints.restore(state)):
@@ -151,7 +172,8 @@ def bind(lab: Lab, folder: Path, *, resume: bool) -> None:
         import json
 
         if changed := same_fingerprint(json.loads(path.read_text()), fed.fingerprint):
-            raise ValueError(f"{folder} was run on other data: {changed} (data.source)")
+            what = "otherwise" if changed.startswith("run ") else "on other data"
+            raise ValueError(f"{folder} was run {what}: {changed} (data.source)")
     elif machine.is_first():
         write_json(path, fed.fingerprint)
         if fed.labels_table is not None:
@@ -200,7 +222,7 @@ def _rounds(lab: Lab, run: Run, callbacks: Sequence[Callback], *, quiet: bool, t
             run.metrics.append(lines)
             tables.warn_failures(lines)
             if saves:
-                chosen_by = choosing(lines[-1], lab.federation.tiers[0].name)
+                chosen_by = choosing(lines[-1], lab.federation.tiers[0].name, lab.federation.algorithm.score)
                 lab.store.commit(round + 1, run.checkpoints.rounds())
                 run.checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
             progress.advance(round + 1, lines[-1])
@@ -221,7 +243,7 @@ def _stop_if_lost(lines: Sequence[Line], folder: Path, patience: int = 3) -> Non
     Raises:
       ValueError: no reply was finite in ``patience`` evaluated rounds in a row.
     """
-    last = [line for line in lines if "accuracy" in line and line["round"]][-patience:]
+    last = [line for line in evaluated(lines) if line["round"]][-patience:]
     if len(last) == patience and not any(line["clients"] for line in last):
         raise ValueError(
             f"no reply was finite in rounds {', '.join(str(line['round']) for line in last)} of {folder}: lower "
@@ -247,11 +269,13 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
     return step
 
 
-def choosing(line: Line, tier: str) -> float:
-    """By what the best checkpoint is chosen; a round that was not evaluated is never it."""
-    by = next((k for k in ("validation_accuracy", "ensemble_accuracy", "accuracy") if k in line), None)
-    score = line[by][tier] if by else None
-    return score if score is not None and np.isfinite(score) else NEVER
+def choosing(line: Line, tier: str, score: Score) -> float:
+    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it."""
+    by = next((k for k in (f"validation_{score.name}", f"ensemble_{score.name}", score.name) if k in line), None)
+    value = line[by][tier] if by else None
+    if value is None or not np.isfinite(value):
+        return NEVER
+    return -value if score.least else value
 
 
 def round_seconds(clock: float, rounds: int) -> float:
@@ -272,7 +296,7 @@ def _lines(lab: Lab, infos: Sequence[Info], first: int, totals: ledger.Totals) -
                 f"round {number}: the selection named {refused} clients outside 0..{fed.partition.size.size - 1}, or "
                 "twice though they keep memory (select)"
             )
-        totals = ledger.add(totals, ledger.spent(info, fed.costs))
+        totals = ledger.add(totals, ledger.spent(info, fed.costs, fed.tiers[0].bytes, lab.plain))
         line = ledger.line_of(info, number, totals, fed.costs, fed.mix.names, lab.executor.devices)
         lines.append(line | fed.algorithm.shown.line(info, fed.groups))
     return lines, totals
@@ -281,15 +305,16 @@ def _lines(lab: Lab, infos: Sequence[Info], first: int, totals: ledger.Totals) -
 def _finish(lab: Lab, state: State, lines: list[Line], best: int | None, folder: Path, quiet: bool) -> Result:
     """Final table, plots, and what is printed."""
     fed = lab.federation
-    sizes = dict(zip(fed.mix.names, zip(fed.mix.widths, fed.mix.depths or [None] * len(fed.mix.widths))))
-    table = tables.table(fed.tiers, sizes, lines, best)
+    levels = sizes(fed.mix)
+    table = tables.table(fed.tiers, levels, lines, best)
     summary = tables.totals(lines, best, fed.algorithm.shown.sentence(lines[-1]) if len(lines) > 1 else "")
     files = [folder / name for name in ("table.txt", "table.json", "metrics.jsonl", "config.json", "partition.json")]
     text = tables.render(table, summary)
     if machine.is_first():
         write_json(folder / "table.json", {"levels": table, **summary})
         (folder / "table.txt").write_text(text)
-        files += plots.plot(folder, lines, partition.class_counts(fed.labels, fed.partition))
+        held = partition.class_counts(fed.labels, fed.partition)
+        files += plots.plot(folder, lines, held, levels, title=lab.config.run.name)
     files += draw_figures(lab, state, lines, folder)
     tables.say(text + tables.list_files(folder, files), quiet)
     return Result(jax.device_get(_models(lab, state)["params"]), tables.as_arrays(lines), table, summary, folder, files)
@@ -304,7 +329,7 @@ def _models(lab: Lab, state: State) -> PyTree:
 
 
 def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[Line]]:
-    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best accuracy."""
+    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best score."""
     results = []
     for seed in seeds:
         one = config.copy_and_resolve_references()

@@ -10,14 +10,7 @@ import pytest
 FOLDER = Path(os.environ.get("HETFL_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
 #: Kinds whose method is not built yet, with the reason.
-NOT_BUILT = {
-    **dict.fromkeys(
-        [f"width/o4?_splitmix_{kind}" for kind in ("ensemble_*", "aggregate*", "sheterofl_aggregate*", "dbn_lambda*",
-         "masked_ce*", "pgd*", "base_sampling_trace*", "lr*")], "Split-Mix is not built"),
-    **dict.fromkeys(
-        [f"width/o5?_fjord_{kind}" for kind in ("aggregate_*", "forward*", "step_*")], "FjORD is not built"),
-    "selection/lag_*": "LAG is not built",
-}  # fmt: skip
+NOT_BUILT: dict[str, str] = {}
 
 
 def present() -> list[str]:

@@ -21,8 +21,9 @@ from hetfl_jax.engine.runners import add_reply
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import cfl, ifca
 from hetfl_jax.models import MLP, families
-from hetfl_jax.parts import merge
+from hetfl_jax.parts import merge, objective
 from hetfl_jax.parts.bank import Noted, Report
+from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import local
 from hetfl_jax.run.evaluate import tallies
 from tests.helpers import context
@@ -141,7 +142,7 @@ def test_gradient_averaging(name):
     fam = families.family(Linear(), [{}], jnp.zeros((1, given["d"])))
     algorithm = ifca.make(
         fam, local(learning_rate=rate, batch_size=n, full_batch=True), cohort=m, clusters=k, averaging="gradients",
-        loss="squared_error",
+        slots=Slots(objective=objective.squared_error()),
     )  # fmt: skip
     data = clients_of(z["X"], z["y"])
     server = server_with(algorithm, {"params": {"theta": {"kernel": jnp.asarray(z["theta_init"])[..., None]}}})

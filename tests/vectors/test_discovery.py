@@ -15,6 +15,20 @@ HANDLED = (
     "width/o2?_heterofl_sbn_*",
     "width/o2?_heterofl_local_train_*",
     "width/o3?_heterofl_transformer*",
+    *(f"width/o5?_fjord_{kind}*" for kind in ("aggregate_", "forward", "step_")),
+    *(
+        f"width/o4?_splitmix_{kind}*"
+        for kind in (
+            "ensemble_",
+            "aggregate",
+            "sheterofl_aggregate",
+            "dbn_lambda",
+            "masked_ce",
+            "pgd",
+            "base_sampling_trace",
+            "lr",
+        )
+    ),
     *(
         f"depth/depthfl_{kind}*"
         for kind in (
@@ -45,6 +59,7 @@ HANDLED = (
             "fairness_metrics",
             "synthetic_alpha_beta",
             "qsgd_",
+            "lag_",
         )
     ),
 )
