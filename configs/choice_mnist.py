@@ -20,6 +20,7 @@ def get_config(arg=""):
         quick=False,
     )  # fmt: skip
     own = dict(test_fraction=0.1) if arg.split == "natural" else dict(test_fraction=0.0, own_test=0.1)
+    args = dict(power_of_choice=dict(candidates=arg.d), divfl=dict(by="examples"))
     clients = 200 if arg.split == "lognormal_counts" else 100
     config = changed(
         data=dict(
@@ -28,7 +29,7 @@ def get_config(arg=""):
         ),
         family=dict(net="mlp", hidden=(64, 30)),
         method=dict(name="qffl", args=dict(cohort=arg.m, q=0.0)),
-        select=dict(name=arg.select, args=dict(candidates=arg.d) if arg.select == "power_of_choice" else {}),
+        select=dict(name=arg.select, args=args.get(arg.select, {})),
         train=dict(
             rounds=arg.rounds, steps=30, batch_size=64, learning_rate=arg.rate, milestones=(150, 300), decay_factor=0.5,
             weight_decay=1e-4,

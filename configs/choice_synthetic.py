@@ -16,6 +16,7 @@ from hetfl_jax.run.config import changed, parse_arg, shrink
 
 def get_config(arg=""):
     arg = parse_arg(arg, select="power_of_choice", d=6, m=3, data_seed=0, rounds=800, quick=False)
+    args = dict(power_of_choice=dict(candidates=arg.d), divfl=dict(by="examples"))
     config = changed(
         data=dict(
             source="synthetic",
@@ -26,7 +27,7 @@ def get_config(arg=""):
         ),
         family=dict(net="linear"),
         method=dict(name="qffl", args=dict(cohort=arg.m, q=0.0)),
-        select=dict(name=arg.select, args=dict(candidates=arg.d) if arg.select == "power_of_choice" else {}),
+        select=dict(name=arg.select, args=args.get(arg.select, {})),
         train=dict(
             rounds=arg.rounds, steps=30, batch_size=50, learning_rate=0.05, milestones=(300, 600), decay_factor=0.5
         ),

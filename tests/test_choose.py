@@ -82,6 +82,28 @@ def test_a_clients_draw_depends_on_the_key_and_its_id_only():
     assert shorter.tolist() == few[:4].tolist()
 
 
+def test_a_draw_from_many_clients_has_the_same_law():
+    """Of 5,000, of which five hold most: how often they come, first and at all, and that nobody comes twice."""
+    size = np.random.default_rng(1).integers(1, 4, 5000)
+    size[:5], size[10:20] = [3000, 2000, 1000, 500, 200], 0
+    draws, nobody = 4000, jnp.zeros(5000, bool)
+    keys, weight = jax.random.split(KEY, draws), jnp.asarray(size)
+    found = np.asarray(jax.jit(jax.vmap(lambda key: choose.draw_without_replacement(key, weight, 12)))(keys))
+    noisy = lambda keys: jax.lax.map(lambda key: choose._by_noise(key, weight, nobody, 12), keys)  # noqa: E731
+    other = np.asarray(jax.jit(noisy)(keys[:1000]))
+    for client in range(5):
+        close((found[:, 0] == client).mean(), size[client] / size.sum(), draws)
+        shares = [(ids == client).any(1).mean() for ids in (found, other)]
+        assert abs(shares[0] - shares[1]) < 4.5 * np.sqrt(0.25 * (1 / draws + 1 / 1000))
+    assert all(len(set(ids)) == 12 for ids in found.tolist())
+    assert not np.isin(found, np.arange(10, 20)).any()
+    few = jnp.zeros(5000, jnp.int32).at[jnp.array([7, 9, 4000])].set(jnp.array([5, 1, 100_000]))
+    ids = choose.draw_without_replacement(KEY, few, 12).tolist()
+    assert ids[0] == 4000
+    assert set(ids[1:3]) == {7, 9}
+    assert len(set(ids)) == 12
+
+
 def test_clients_without_examples_are_not_drawn():
     size = jnp.array([0, 3, 0, 0, 1])
     for seed in range(20):

@@ -24,7 +24,7 @@ TRACED = {
     "depthfl_cifar10.py", "heterofl_wikitext2.py", "inclusivefl_mnist.py",
     "fedprox_mnist.py", "heterofl_mnist.py", "heterofl_cifar10.py", "feddyn_mnist.py", "depthfl_cifar100.py",
     "ifca_mnist_writers.py", "ifca_rotated_cifar10.py", "heterofl_wikitext2.py:method=inclusivefl",
-    "splitmix_cifar10.py", "splitmix_digits.py",
+    "fjord_cifar10.py", "splitmix_cifar10.py", "splitmix_digits.py",
 }  # fmt: skip
 
 

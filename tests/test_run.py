@@ -255,7 +255,7 @@ def test_a_dry_run_allocates_nothing_whatever_the_store(store, tmp_path, capsys,
         (["--config.family.norm=gn"], "4 groups, which do not divide a layer of 2 channels"),
         (
             ["--config.method.name=fedsgd"],
-            "method 'fedsgd' is not one of cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca",
+            "method 'fedsgd' is not one of afl, cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca",
         ),
         (["--config.train.buckets=a-b"], "groups of a, b, c, d, e, each once"),
         (["--config.family.mix=a1-c1-b1", "--config.train.buckets=a-cb"], "b is not inside c, the first of its bucket"),

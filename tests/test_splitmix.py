@@ -17,7 +17,7 @@ from hetfl_jax.parts import objective
 from hetfl_jax.parts.adversary import adversarial, pgd, pixels_of
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import client_statistics
-from hetfl_jax.run.config import changed
+from hetfl_jax.run.config import changed, load_config
 from hetfl_jax.run.export import _restored as restored
 from hetfl_jax.run.export import export_level, load_exported
 from hetfl_jax.run.given import Own
@@ -152,6 +152,15 @@ def test_lambda_0_and_1_are_single_branches_of_an_ensemble():
     for name, logits in robust.items():
         loss = [float(objective.mean_cross_entropy(z, batch.labels, batch.valid)) for z in (clean[name], logits)]
         assert loss[1] > loss[0], name
+
+
+def test_the_robust_config_is_judged_at_every_knob(tmp_path):
+    lab = prepare(load_config("splitmix_digits:quick,robust", "method.args.bases=(8,1)", f"run.folder={tmp_path}"))
+    start = jax.eval_shape(lab.start)
+    names = {f"{before}accuracy" for before in ("", "lambda0.2_", "lambda0.5_", "lambda0.8_", "lambda1_")}
+    for number in (0, 1):
+        scores = jax.eval_shape(lambda server, n=number: lab.evaluate(n, 1, server, ()), start.server)
+        assert names <= set(scores)
 
 
 def test_pixels_lie_where_they_are_normalised_to():

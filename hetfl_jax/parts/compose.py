@@ -193,9 +193,7 @@ def compose(
         mean, coverage = merge.settle(whole)
         slot, variables = server.update(state.slot, state.variables, mean, coverage, ok.any(), whole.extra)
         slot, chosen = server.learn(slot, plan, seen, ok), select.update(plan.notes, plan, seen, ok)
-        down = state.downlink
-        if slots.downlink:
-            down = down._replace(params=sent.variables["params"], memory=sent.kept)
+        down = state.downlink._replace(params=sent.variables["params"], memory=sent.kept) if slots.downlink else ()
         numbers = {**server.info(slot, variables), **select.info(chosen)}
         info = round_info(plan, seen, ok, numbers, objective.score)
         return ServerState(variables, slot, chosen, down), info

@@ -37,7 +37,8 @@ def fitted(value: Any, default: Any, place: str) -> Any:
         whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
         return int(value) if whole and not isinstance(value, bool | np.bool_) else _fail(value, int, place)
     if isinstance(default, float):
-        number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+        switch = place.startswith("method.args.")  # some numbers of methods may be switched on, as mean_examples
+        number = isinstance(value, Real) and (switch or not isinstance(value, bool | np.bool_))
         infinite = number and math.isinf(value) and not math.isinf(default)
         return float(value) if number and not (infinite or math.isnan(value)) else _fail(value, float, place)
     if isinstance(default, str):
