@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax.core.types import State
+from hetfl_jax.core.types import ACCURACY, State
 from hetfl_jax.models import build
 from hetfl_jax.parts import drift
 from hetfl_jax.results.folder import Checkpoints, read_metrics
@@ -173,6 +173,7 @@ def test_a_finished_run_evaluates_plots_and_exports(finished):
     assert {p.name for p in plot_run(finished.folder)} == {
         "accuracy.png",
         "bytes.png",
+        "clients.png",
         "partition.png",
         "training_loss.png",
     }
@@ -255,7 +256,7 @@ def test_a_dry_run_allocates_nothing_whatever_the_store(store, tmp_path, capsys,
         (["--config.family.norm=gn"], "4 groups, which do not divide a layer of 2 channels"),
         (
             ["--config.method.name=fedsgd"],
-            "method 'fedsgd' is not one of afl, cfl, depthfl, fedavg, feddyn, fedprox, heterofl, ifca",
+            "method 'fedsgd' is not one of afl, cfl, depthfl, fedavg, feddyn, fedpaq, fedprox, fjord",
         ),
         (["--config.train.buckets=a-b"], "groups of a, b, c, d, e, each once"),
         (["--config.family.mix=a1-c1-b1", "--config.train.buckets=a-cb"], "b is not inside c, the first of its bucket"),
@@ -381,7 +382,7 @@ def test_checkpoints_of_another_shape_are_an_error_and_stay(tmp_path):
     ],
 )
 def test_what_chooses_the_best_round(line, score):
-    assert run.choosing(line, "a") == score
+    assert run.choosing(line, "a", ACCURACY) == score
 
 
 def test_an_option_is_written_out(capsys):
