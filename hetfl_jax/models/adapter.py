@@ -57,11 +57,13 @@ def adapt(module: nn.Module) -> Net:
         mutable: bool | list[str],
         **options: PyTree,
     ) -> PyTree:
-        given = {name: value for name, value in _spelled(options).items() if name in accepted}
-        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
+        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given(options))
+
+    def given(options: Arguments) -> Arguments:
+        return {name: value for name, value in _spelled(options).items() if name in accepted}
 
     def init(key: Array, x: Array) -> PyTree:
-        return module.init({"params": key, "dropout": key}, x)
+        return module.init({"params": key, "dropout": key}, x, **given({}))
 
     def apply(
         variables: PyTree,
@@ -85,7 +87,7 @@ def adapt(module: nn.Module) -> Net:
         return call(plain, variables, x, {}, False, train=False)
 
     def outline(key: Array, x: Array) -> tuple[Array, PyTree]:
-        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x)
+        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x, **given({}))
         return _as_exits(logits), variables
 
     def each_exit(variables: PyTree, x: Array) -> Sequence[Array]:
@@ -97,10 +99,11 @@ def adapt(module: nn.Module) -> Net:
 
 def _spelled(options: Arguments) -> Arguments:
     """The options of a call under every spelling that is known."""
-    train = options.get("train", False)
+    options = {"train": False, "valid": None, "capacity": None, **options}
+    train = options["train"]
     while_training = dict.fromkeys(("training", "is_training", "is_train"), train)
     otherwise = dict.fromkeys(("deterministic", "inference", "use_running_average"), not train)
-    return {**options, **while_training, **otherwise, "mask": options.get("valid")}
+    return {**options, **while_training, **otherwise, "mask": options["valid"]}
 
 
 def not_understood(module: nn.Module) -> list[str]:
@@ -113,7 +116,7 @@ def not_understood(module: nn.Module) -> list[str]:
     ['mode']
     """
     named = [p for p in _parameters(module).values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [p.name for p in named[1:] if p.name not in _spelled({"train": 0, "valid": 0, "capacity": 0, "self": 0})]
+    return [p.name for p in named[1:] if p.name not in _spelled({})]
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
