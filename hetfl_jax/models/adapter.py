@@ -57,13 +57,11 @@ def adapt(module: nn.Module) -> Net:
         mutable: bool | list[str],
         **options: PyTree,
     ) -> PyTree:
-        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given(options))
-
-    def given(options: Arguments) -> Arguments:
-        return {name: value for name, value in _spelled(options).items() if name in accepted}
+        given = {name: value for name, value in _spelled(options).items() if name in accepted}
+        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
 
     def init(key: Array, x: Array) -> PyTree:
-        return module.init({"params": key, "dropout": key}, x, **given({}))
+        return module.init({"params": key, "dropout": key}, x)
 
     def apply(
         variables: PyTree,
@@ -87,7 +85,7 @@ def adapt(module: nn.Module) -> Net:
         return call(plain, variables, x, {}, False, train=False)
 
     def outline(key: Array, x: Array) -> tuple[Array, PyTree]:
-        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x, **given({}))
+        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x)
         return _as_exits(logits), variables
 
     def each_exit(variables: PyTree, x: Array) -> Sequence[Array]:
@@ -99,11 +97,10 @@ def adapt(module: nn.Module) -> Net:
 
 def _spelled(options: Arguments) -> Arguments:
     """The options of a call under every spelling that is known."""
-    options = {"train": False, "valid": None, "capacity": None, **options}
-    train = options["train"]
+    train = options.get("train", False)
     while_training = dict.fromkeys(("training", "is_training", "is_train"), train)
     otherwise = dict.fromkeys(("deterministic", "inference", "use_running_average"), not train)
-    return {**options, **while_training, **otherwise, "mask": options["valid"]}
+    return {**options, **while_training, **otherwise, "mask": options.get("valid")}
 
 
 def not_understood(module: nn.Module) -> list[str]:
@@ -116,7 +113,7 @@ def not_understood(module: nn.Module) -> list[str]:
     ['mode']
     """
     named = [p for p in _parameters(module).values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [p.name for p in named[1:] if p.name not in _spelled({})]
+    return [p.name for p in named[1:] if p.name not in _spelled({"train": 0, "valid": 0, "capacity": 0, "self": 0})]
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -97,12 +97,7 @@ def local(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"local optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)} (train.optimizer)")
     given = dict(learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, steps=steps, momentum=momentum)
-    given |= dict(weight_decay=weight_decay, clip_norm=clip_norm, warmup_rounds=warmup_rounds)
-    _in_range(given | dict(decay_factor=decay_factor, round_decay=round_decay))
-    if epochs < 1 and steps < 1:
-        raise ValueError(f"epochs {epochs} and steps {steps}: nobody trains, need one >= 1 (train.epochs)")
-    if not momentum < 1:
-        raise ValueError(f"momentum {momentum}, allowed 0 <= m < 1 (train.momentum)")
+    _in_range(given | dict(weight_decay=weight_decay, clip_norm=clip_norm, warmup_rounds=warmup_rounds))
     if keep_momentum and not (momentum > 0 and optimizer == "sgd"):
         raise ValueError(f"keep_momentum with momentum {momentum} of {optimizer}: need sgd, > 0 (train.keep_momentum)")
     make = getattr(optax, optimizer)
@@ -137,7 +132,7 @@ def local(
 
 
 def _in_range(given: Mapping[str, float]) -> None:
-    least = {"learning_rate": 1e-12, "batch_size": 1, "decay_factor": 1e-12, "round_decay": 1e-12}
+    least = {"learning_rate": 1e-12, "batch_size": 1}
     for name, value in given.items():
         if not least.get(name, 0) <= value < float("inf"):
             raise ValueError(f"{name} {value}, allowed >= {least.get(name, 0)} and finite (train.{name})")

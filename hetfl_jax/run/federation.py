@@ -32,7 +32,7 @@ from hetfl_jax.run.given import (
     views_of,
 )
 from hetfl_jax.run.mix import Mix, assigned, level_fields, parse_mix
-from hetfl_jax.run.nets import check_call, net_of
+from hetfl_jax.run.nets import net_of
 from hetfl_jax.run.slots import slots_of
 from hetfl_jax.run.splits import tested_rows
 
@@ -212,9 +212,6 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
                 kind = type(module).__name__
                 raise ValueError(f"mix {config.family.mix!r} sets {field}, which net {kind} has not (family.mix)")
             levels = [{}]
-    own = given is not None or ":" in config.family.net
-    for fields in levels if own else ():
-        check_call(module.clone(**fields), jax.eval_shape(lambda v: prepare(v, None), example))
     try:
         fam = families.family(module, levels, example, prepare)
     except TypeError as error:
@@ -222,7 +219,7 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
         raise ValueError(
             f"net {kind} cannot read examples of shape {shape}: {why} (family.net, data.source)"
         ) from error
-    if len(levels) > 1 and own:
+    if len(levels) > 1 and (given is not None or ":" in config.family.net):
         fam = families.checked(fam)
     _check_outputs(fam, source, classes)
     return fam
