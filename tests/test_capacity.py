@@ -215,5 +215,5 @@ def test_gn_groups_that_do_not_divide_are_refused():
         build("conv", hidden=(8, 16), norm="gn", width=0.25)
     with pytest.raises(ValueError, match="norm 'batch' is not one of bn"):
         build("conv", norm="batch")
-    with pytest.raises(ValueError, match="net 'vgg' is not one of linear, mlp"):
+    with pytest.raises(ValueError, match="net 'vgg' is not one of linear, logistic, mlp"):
         build("vgg")

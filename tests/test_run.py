@@ -177,7 +177,7 @@ def test_a_finished_run_evaluates_plots_and_exports(finished):
         "partition.png",
         "training_loss.png",
     }
-    with pytest.raises(ValueError, match="level 'e' is not one of a, b"):
+    with pytest.raises(ValueError, match="tier 'e' is not one of a, b"):
         export_level(finished.folder, "e")
     fields, variables = load_exported(export_level(finished.folder, "b", 5))
     mean, std = fields.pop("mean"), fields.pop("std")

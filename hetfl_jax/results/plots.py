@@ -121,7 +121,7 @@ def _training_loss(lines: Sequence[Arguments], title: str) -> "Figure":
     figure, axes = _new((6.4, 4.0), title)
     marker = "." if len(told) <= 100 else ""
     axes.plot([t["round"] for t in told], [t["train_loss"] for t in told], color=_COLORS[0], marker=marker)
-    axes.set(xlabel="round", ylabel="training loss, mean over the clients' examples")
+    axes.set(xlabel="round", ylabel="training loss of the round's clients")
     _finish(axes, 0, whole=True)
     return figure
 
