@@ -33,7 +33,7 @@ def get_config(arg=""):
         family=dict(
             net="resnet18",
             hidden=tuple(arg.base * 2**stage for stage in range(4)),
-            mix=capped(uniform_tiers(arg.tiers, arg.drop_scale), arg.target),
+            mix=capped(uniform_tiers(2 if arg.quick else arg.tiers, arg.drop_scale), arg.target),
             norm="bn_tiers",
         ),
         method=dict(name="fjord", args=dict(cohort=10, distill=arg.distill, dropout=arg.dropout)),

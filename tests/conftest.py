@@ -1,9 +1,6 @@
 """Eight virtual devices for every test, set before jax starts; a compilation cache that all workers of a run share."""
 
-import ctypes
-import gc
 import os
-import sys
 import tempfile
 from importlib.metadata import version
 
@@ -19,6 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # smal
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.helpers import forget_programs  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # also for fixtures of a module, which are made earlier
 
@@ -36,7 +35,4 @@ def quick_compile(request):
 def small_worker():
     """A module's programs go with it: a worker stays small, and the next module loads what it shares from the cache."""
     yield
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":  # what the compiler freed goes back to the system
-        ctypes.CDLL(None).malloc_trim(0)
+    forget_programs()

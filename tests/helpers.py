@@ -1,6 +1,9 @@
 """Small federations for tests: a two-level MLP with 8 hidden units on random data, ragged clients; and real data."""
 
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -46,6 +49,14 @@ def conv_family(levels=LEVELS, classes=3, **fields):
     module = build("conv", hidden=(8, 8), classes=classes, **fields)
     prepare = lambda x, key: x.astype(jnp.float32) / 255  # noqa: E731
     return families.family(module, levels, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8), prepare)
+
+
+def forget_programs():
+    """Drop all compiled programs; what they took goes back to the system."""
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 #: changes that make a ``quick`` config as small as a test wants it

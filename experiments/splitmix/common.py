@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.federated import cell, markdown
 from hetfl_jax.core import machine
 from hetfl_jax.data import sources
 from hetfl_jax.data.domains import resized
@@ -60,26 +61,10 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return given
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and sample deviation, in percent.
-
-    >>> cell([0.5, 0.6])
-    '55.0 +- 7.1'
-    """
-    spread = f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{spread}"
-
-
-def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]], first: str) -> str:
-    """A table, a row a name.
-
-    >>> print(markdown(["x1"], {"a": ["1"]}, "method"))
-    | method | x1 |
-    |---|---|
-    | a | 1 |
-    """
-    lines = [f"| {first} | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
-    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
+def print_table(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """A row a name: mean and deviation over seeds of shares, in percent."""
+    cells = [[name, *(cell([100 * v for v in values]) for values in row)] for name, row in rows.items()]
+    print(markdown([first, *columns], cells))
 
 
 def keep(name: str, found: Mapping[str, Any], about: Mapping[str, Any], draw: Callable[[Any], None]) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
     found = {}
     for row in given.rows:
         found[row] = [scores(row, seed, given, data) for seed in range(given.seeds)]
-        print(row, {w: common.cell([s[w] for s in found[row]]) for w in WIDTHS}, flush=True)
+        print(row, found[row], flush=True)
 
     def draw(axes: Any) -> None:
         for row, seeds in found.items():
@@ -61,8 +61,8 @@ def main() -> None:
         axes.set(xlabel="width at evaluation", ylabel="mean test accuracy of the clients (%)")
 
     common.keep(given.name or "domains", found, vars(given), draw)
-    rows = {row: [common.cell([s[w] for s in seeds]) for w in WIDTHS] for row, seeds in found.items()}
-    print(common.markdown([f"x{w}" for w in WIDTHS], rows, "method"))
+    rows = {row: [[s[w] for s in seeds] for w in WIDTHS] for row, seeds in found.items()}
+    common.print_table("method", [f"x{w}" for w in WIDTHS], rows)
 
 
 if __name__ == "__main__":

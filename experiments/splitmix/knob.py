@@ -57,12 +57,8 @@ def main() -> None:
         axes.set(xlabel="clean test accuracy (%)", ylabel="test accuracy under attack (%)")
 
     common.keep(given.name or "knob", {"seeds": seeds, "knobs": KNOBS}, vars(given), draw)
-    rows = {
-        f"{tier}, {kind}": [common.cell(of(tier, kind)[:, place]) for place in range(len(KNOBS))]
-        for tier in TIERS
-        for kind in ("clean", "robust")
-    }
-    print(common.markdown([f"lambda {knob:g}" for knob in KNOBS], rows, "width, images"))
+    rows = {f"{tier}, {kind}": of(tier, kind).T.tolist() for tier in TIERS for kind in ("clean", "robust")}
+    common.print_table("width, images", [f"lambda {knob:g}" for knob in KNOBS], rows)
 
 
 if __name__ == "__main__":

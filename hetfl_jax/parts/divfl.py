@@ -164,11 +164,11 @@ def shares(by: str, size: Array, distance: Array, ids: Array, valid: Array | Non
         raise ValueError(f"weights by {by!r}, allowed {', '.join(BY)} (select.args.by)")
     there = jnp.ones(ids.shape, bool) if valid is None else valid
     if by == "alike":
-        count = there.astype(jnp.float32)
+        count = there.astype(float)
     elif by == "examples":
-        count = jnp.where(there, size[ids], 0).astype(jnp.float32)
+        count = jnp.where(there, size[ids], 0).astype(float)
     else:
-        count = jnp.zeros(ids.shape, jnp.float32).at[nearest_pick(distance, ids, valid)].add(size > 0)
+        count = jnp.zeros(ids.shape, float).at[nearest_pick(distance, ids, valid)].add(size > 0)
     return count / jnp.maximum(count.sum(), 1)
 
 
