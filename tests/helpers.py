@@ -21,7 +21,7 @@ DATA = Path(os.environ.get("HETFL_DATA", Path(__file__).parents[2] / "shared" / 
 LEVELS = ({"width": 1.0}, {"width": 0.5})
 
 
-def toy_population(clients=12, features=6, classes=3, seed=0, image=False):
+def toy_population(clients=12, features=6, classes=3, seed=0, image=False, levels=2):
     """Clients of 3 to 11 examples; class 2 is held by few."""
     rng = np.random.default_rng(seed)
     size = rng.integers(3, 12, clients)
@@ -33,7 +33,7 @@ def toy_population(clients=12, features=6, classes=3, seed=0, image=False):
         if image
         else rng.normal(size=(n, features)).astype(np.float32)
     )
-    return population(x, y, np.arange(n), size, level=np.arange(clients) % 2, levels=2, classes=classes)
+    return population(x, y, np.arange(n), size, level=np.arange(clients) % levels, levels=levels, classes=classes)
 
 
 def mlp_family(levels=LEVELS, features=6, classes=3, **fields):

@@ -21,7 +21,7 @@ from tests.test_contract import play
 
 def equal_clients(classes=3):
     """Equal sizes and all classes everywhere."""
-    population = toy_population(clients=8)
+    population = toy_population(clients=8, levels=1)
     size = jnp.full(8, 6, jnp.int32)
     return population._replace(
         size=size, offset=jnp.arange(8, dtype=jnp.int32) * 4, classes=jnp.ones((8, classes), bool), level=size * 0

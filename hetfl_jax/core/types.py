@@ -47,6 +47,7 @@ class Population(NamedTuple):
     classes: Array  #: [N, C] bool, labels that occur among the client's training examples
     view: Array | PyTree = ()  #: [N] int32 how the client sees its examples, where there are views
     views: Views | PyTree = ()
+    levels: tuple[tuple[()], ...] = ()  #: a () for each level that ``level`` counts, so that tracing knows how many
 
 
 class Shard(NamedTuple):
@@ -327,6 +328,11 @@ class Algorithm(NamedTuple):
 
     ``drawn`` says how often each level is drawn; it is empty where every client has its own level all along.
 
+    ``clients`` is for how many it was made, 0 where that does not matter; another population is an error.
+
+    A plan may name a client twice only with another ``stream``, ``ticket`` or, with memory, ``row``. Items that break
+    this, and those of clients that do not exist, are left out and counted in ``Info.refused``; a run stops there.
+
     ``same_selection(server, other)`` is the first server with the other's memory of who took part.
 
     ``between`` is work on the host between rounds (e.g. splitting a cluster).
@@ -354,6 +360,7 @@ class Algorithm(NamedTuple):
     drawn: tuple[float, ...] = ()
     price: Callable[[], Price] | None = None
     memory_rows: int = 1
+    clients: int = 0
     shown: Shown = Shown()
     between: "Between | None" = None
 

@@ -88,7 +88,8 @@ def population(
     offset = np.cumsum(size, dtype=np.int64) - size
     rows, start, count_of, level_of = (jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level))
     labels = jnp.asarray(stored, jnp.float32 if numbers else jnp.int32)
-    return Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held), seen, views)
+    whole = Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held), seen, views)
+    return whole._replace(levels=((),) * int(levels))
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:

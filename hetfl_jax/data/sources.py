@@ -2,7 +2,11 @@
 
 import importlib
 import importlib.util
+import inspect
 import os
+import zipfile
+from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +74,7 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
     (1437, 8, 8, 1)
     """
     kind, _, rest = name.partition(":")
+    _check_options(kind, options)
     if kind == "digits":
         source = _digits()
     elif kind == "synthetic":
@@ -86,8 +91,25 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
         )
     if writers:
         path, _, array = writers.rpartition(":")
-        source = source._replace(writer=np.load(_find(path), allow_pickle=False)[array])
+        found, names = _read(path, (array,), place="data.writers")
+        if array not in found:
+            raise ValueError(f"{path} has no array {array!r}; it has {', '.join(names)} (data.writers)")
+        source = source._replace(writer=found[array])
     return source
+
+
+def _check_options(kind: str, options: dict[str, Any]) -> None:
+    """Options must be arguments of the source; most sources have none."""
+    makers: dict[str, Callable[..., Source]] = {"synthetic": synthetic, "text": text}
+    known = inspect.signature(makers[kind]).parameters.values() if kind in makers else ()
+    own = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in own:
+            raise ValueError(f"option {name!r} is not one of {', '.join(own) or 'none'} of {kind} (data.options)")
+        default = next(p.default for p in known if p.name == name)
+        if not isinstance(value, Real) or (isinstance(default, int) and not float(value).is_integer()):
+            kind_of = "a whole number" if isinstance(default, int) else "a number"
+            raise ValueError(f"option {name} {value!r}, allowed {kind_of} (data.options.{name})")
 
 
 def _digits() -> Source:
@@ -101,7 +123,20 @@ def _digits() -> Source:
     return Source(x_train, y_train, x_test, y_test)
 
 
-def _find(path: str, arrays: str = "x_train=..., y_train=..., x_test=..., y_test=...") -> Path:
+def _read(
+    path: str, wanted: Sequence[str], arrays: str = "x_train=..., y_train=..., x_test=..., y_test=...",
+    place: str = "data.source",
+) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
+    """Those of the wanted arrays that an .npz file has, and the names of all it has."""
+    try:
+        with np.load(_find(path, arrays), allow_pickle=False) as file:
+            return {name: file[name] for name in wanted if name in file.files}, list(file.files)
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an .npz file of plain arrays: {why} ({place})") from None
+
+
+def _find(path: str, arrays: str) -> Path:
     folder = os.environ.get(DATA_FOLDER, "../shared/data")
     for place in (Path(path), Path(folder) / path):
         if place.is_file():
@@ -113,14 +148,12 @@ def _find(path: str, arrays: str = "x_train=..., y_train=..., x_test=..., y_test
 
 
 def _npz(path: str) -> Source:
-    with np.load(_find(path), allow_pickle=False) as file:
-        if missing := {"x_train", "y_train", "x_test", "y_test"} - set(file.files):
-            raise ValueError(
-                f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(file.files)} (data.source)"
-            )
-        writer = file.get("writer_train")
-        x_train, y_train, x_test, y_test = (file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-    return Source(x_train, y_train, x_test, y_test, writer)
+    needed = ("x_train", "y_train", "x_test", "y_test")
+    found, names = _read(path, (*needed, "writer_train"))
+    if missing := set(needed) - set(found):
+        raise ValueError(f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(names)} (data.source)")
+    x_train, y_train, x_test, y_test = (found[name] for name in needed)
+    return Source(x_train, y_train, x_test, y_test, found.get("writer_train"))
 
 
 def images_of(path: str) -> np.ndarray:
@@ -129,8 +162,7 @@ def images_of(path: str) -> np.ndarray:
     Raises:
       ValueError: there are none.
     """
-    with np.load(_find(path), allow_pickle=False) as file:
-        x = file["x_train"] if "x_train" in file else np.zeros(0)
+    x = _read(path, ("x_train",), place="data.domains")[0].get("x_train", np.zeros(0))
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise ValueError(f"{path} has no x_train of images stored as whole numbers 0..255 (data.domains)")
     return x[..., None] if x.ndim == 3 else x
@@ -174,8 +206,8 @@ def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, t
     Raises:
       ValueError: a value out of range, or arrays that are not streams.
     """
-    with np.load(_find(path, "train=..., test=..."), allow_pickle=False) as file:
-        streams = [file[name] if name in file else np.zeros((0, 0)) for name in ("train", "test")]
+    found, _ = _read(path, ("train", "test"), "train=..., test=...")
+    streams = [found.get(name, np.zeros((0, 0))) for name in ("train", "test")]
     if any(s.ndim != 1 or not np.issubdtype(s.dtype, np.integer) for s in streams):
         raise ValueError(f"{path}: need streams of token ids, train [n] and test [m] of integers (data.source)")
     if not 0 <= test_tokens <= streams[1].size:

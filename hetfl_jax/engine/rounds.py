@@ -94,7 +94,14 @@ def _hand_back(mesh: Mesh, store: Store, memory: PyTree, ids: Array, valid: Arra
 
 
 def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State:
-    """The state before the first round."""
+    """The state before the first round.
+
+    Raises:
+      ValueError: another number of clients than the algorithm or the store was made for.
+    """
+    _check_clients(algorithm, clients)
+    if store.rows not in (0, clients * algorithm.memory_rows):
+        raise ValueError(f"a store of {store.rows} rows of client memory, but {clients} clients (engine.rounds.start)")
 
     @jax.jit  # op by op, drawing a net's start values takes seconds
     def init(key: Array) -> State:
@@ -106,6 +113,23 @@ def start(algorithm: Algorithm, store: Store, clients: int, key: Array) -> State
     return state._replace(memory=store.init(state.memory, rows)) if store.on_host else state
 
 
+def _check_clients(algorithm: Algorithm, clients: int) -> None:
+    if algorithm.clients not in (0, clients):
+        raise ValueError(f"the method was made for {algorithm.clients} clients, but there are {clients} (clients)")
+
+
+def _check_memory(algorithm: Algorithm, store: Store, memory: PyTree, clients: int) -> None:
+    """A row too few would be a row of somebody else's."""
+    _check_clients(algorithm, clients)
+    if not store.rows:
+        for leaf in jax.tree.leaves(memory):
+            if leaf.shape[0] < clients * algorithm.memory_rows:
+                raise ValueError(
+                    f"client memory of {leaf.shape[0]} rows for a population of {clients} clients: need "
+                    f"start(..., {clients}, key) (engine.rounds.start)"
+                )
+
+
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     """``step(state, population, key) -> (state, info)``: one round, compiled once; the state's buffers are reused.
 
@@ -114,6 +138,7 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     """
 
     def step(algorithm: Algorithm, state: State, population: Population, key: Array) -> tuple[State, PyTree]:
+        _check_memory(algorithm, store, state.memory, population.size.shape[0])
         plan, items, refused = _planned(algorithm, executor, state, population, key)
         sent = algorithm.send(state.server, state.round)
         outcome, memory, device = _execute(
@@ -228,13 +253,18 @@ def _planned(
 
 
 def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
-    """[K] which items are of clients that exist and, where rows of memory are ``unique``, the first of their row."""
+    """[K] which items are of clients that exist, and no copy of an earlier one.
+
+    Where rows of memory are ``unique``, items of one row are; else those of one client and stream, without tickets.
+    """
     inside = (plan.ids >= 0) & (plan.ids < clients)
-    if not unique:
+    if not unique and jax.tree.leaves(plan.ticket):
         return inside
     row = jnp.where(plan.valid & inside, plan.ids if plan.row is None else plan.row, -1)
-    order = jnp.argsort(row, stable=True)
-    again = jnp.pad(row[order][1:] == row[order][:-1], (1, 0)) & (row[order] >= 0)
+    stream = jnp.zeros_like(row) if unique else jnp.broadcast_to(jnp.asarray(plan.stream, row.dtype), row.shape)
+    order = jnp.lexsort((stream, row))
+    row, stream = row[order], stream[order]
+    again = jnp.pad((row[1:] == row[:-1]) & (stream[1:] == stream[:-1]), (1, 0)) & (row >= 0)
     return inside & ~jnp.zeros_like(inside).at[order].set(again)
 
 

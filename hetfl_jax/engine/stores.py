@@ -35,6 +35,7 @@ class Store(NamedTuple):
     commit: Callable[[int, Sequence[int]], None] = lambda round, kept: None
     restore: Callable[[int], None] = lambda round: None  #: rows as they were at the checkpoint of this round
     on_host: bool = False  #: whether rows are kept outside the state, by functions that are not traced
+    rows: int = 0  #: for how many it was made, 0 where any will do
 
 
 class Packing(NamedTuple):
@@ -125,7 +126,7 @@ def packed_device_store(packing: Packing, one: PyTree) -> Store:
             after[names[level]][str(i)] = _write(kept, row, valid & (level_of == level), own, block)
         return after
 
-    return Store(init, gather, scatter)
+    return Store(init, gather, scatter, rows=packing.level.size)
 
 
 def _tiled(value: Array, rows: int) -> Array:
@@ -222,4 +223,4 @@ def _outside(folder: Path, packing: Packing, in_memory: bool) -> Store:
             kept["changed"].clear()
             kept["rows"] = {client: np.array(kept["files"].read(client)) for client in kept["files"].clients()}
 
-    return Store(init, gather, scatter, commit, restore, on_host=True)
+    return Store(init, gather, scatter, commit, restore, on_host=True, rows=packing.level.size)

@@ -51,7 +51,12 @@ def load(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             return None
-        raise
+        raise ValueError(f"module {module} cannot be read: {error} (method.name, family.net)") from error
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"module {module!r} cannot be read: {type(error).__name__}: {why} (method.name, family.net)"
+        ) from error
 
 
 def arguments(make: Make) -> dict[str, inspect.Parameter]:

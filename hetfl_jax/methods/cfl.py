@@ -89,7 +89,9 @@ def make(
 
     inner = bank(base, max_clusters, by_table(start, max_clusters))
     rule = Rule(eps1, eps2, gamma_max, linkage, min_clients, first_round)
-    return splitting(inner, base, rule, keep_updates)._replace(shown=report.shown(max_clusters, tree=True))
+    return splitting(inner, base, rule, keep_updates)._replace(
+        shown=report.shown(max_clusters, tree=True), clients=clients
+    )
 
 
 def _check(

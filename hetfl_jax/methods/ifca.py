@@ -129,7 +129,7 @@ def make(
         _check_shared(base, family, shared)
     route = least_loss(clusters, restarts, restart_rounds, min_share, forced_rounds, clients)
     made = bank(base, clusters * restarts, route, divide_by_all=averaging == "gradients", shared=shared)
-    made = made._replace(shown=report.shown(clusters))
+    made = made._replace(shown=report.shown(clusters), clients=clients)
     return made if restarts == 1 or min_share > 0 else _noted(made, restarts, restart_rounds)
 
 

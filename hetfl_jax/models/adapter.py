@@ -1,9 +1,9 @@
 """The one place where a linen module becomes plain functions.
 
-A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names. ``training``
-and ``is_training`` are read as ``train``, ``deterministic`` as its opposite, ``mask`` as ``valid``. It returns logits
-[B, C], or those of several exits as a tuple, or as [E, B, C]; of sequences, whose every position has a label, a tuple
-of [B, S, C].
+A module may take any of ``train``, ``valid``, ``capacity`` in its call; the adapter passes those it names.
+``training``, ``is_training`` and ``is_train`` are read as ``train``, ``deterministic``, ``inference`` and
+``use_running_average`` as its opposite, ``mask`` as ``valid``. It returns outputs [B, C], of sequences, whose every
+position has a label, [B, S, C]; those of several exits as a tuple.
 """
 
 import inspect
@@ -29,7 +29,7 @@ class Net(NamedTuple):
 
     def knows_padding(self) -> bool:
         """Whether the module is told which rows of a batch are real."""
-        return not {"valid", "mask"}.isdisjoint(inspect.signature(type(self.module).__call__).parameters)
+        return not {"valid", "mask"}.isdisjoint(_parameters(self.module))
 
     def outputs(self, variables: PyTree, x: PyTree) -> int:
         """Classes that the net tells apart, from the shapes of its variables and input."""
@@ -47,7 +47,7 @@ def adapt(module: nn.Module) -> Net:
     >>> net.apply(net.init(jax.random.key(0), jnp.ones((2, 4))), jnp.ones((2, 4)))[0].shape
     (1, 2, 3)
     """
-    accepted = inspect.signature(type(module).__call__).parameters
+    accepted = _parameters(module)
 
     def call(
         net: nn.Module,
@@ -57,11 +57,13 @@ def adapt(module: nn.Module) -> Net:
         mutable: bool | list[str],
         **options: PyTree,
     ) -> PyTree:
-        given = {name: value for name, value in _spelled(options).items() if name in accepted}
-        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given)
+        return net.apply(variables, x, rngs=rngs, mutable=mutable, **given(options))
+
+    def given(options: Arguments) -> Arguments:
+        return {name: value for name, value in _spelled(options).items() if name in accepted}
 
     def init(key: Array, x: Array) -> PyTree:
-        return module.init({"params": key, "dropout": key}, x)
+        return module.init({"params": key, "dropout": key}, x, **given({}))
 
     def apply(
         variables: PyTree,
@@ -85,7 +87,7 @@ def adapt(module: nn.Module) -> Net:
         return call(plain, variables, x, {}, False, train=False)
 
     def outline(key: Array, x: Array) -> tuple[Array, PyTree]:
-        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x)
+        logits, variables = plain.init_with_output({"params": key, "dropout": key}, x, **given({}))
         return _as_exits(logits), variables
 
     def each_exit(variables: PyTree, x: Array) -> Sequence[Array]:
@@ -97,13 +99,34 @@ def adapt(module: nn.Module) -> Net:
 
 def _spelled(options: Arguments) -> Arguments:
     """The options of a call under every spelling that is known."""
-    train = options.get("train", False)
-    spelled = {"training": train, "is_training": train, "deterministic": not train, "mask": options.get("valid")}
-    return {**options, **spelled}
+    options = {"train": False, "valid": None, "capacity": None, **options}
+    train = options["train"]
+    while_training = dict.fromkeys(("training", "is_training", "is_train"), train)
+    otherwise = dict.fromkeys(("deterministic", "inference", "use_running_average"), not train)
+    return {**options, **while_training, **otherwise, "mask": options["valid"]}
 
 
-def _as_exits(logits: Array | Sequence[Array]) -> Array:
-    if isinstance(logits, Sequence):
-        return jnp.stack(logits)
-    exits: Array = logits
-    return exits if exits.ndim > 2 else exits[None]
+def not_understood(module: nn.Module) -> list[str]:
+    """Arguments of a module's call that nobody passes: they keep their defaults.
+
+    >>> class Mode(nn.Module):
+    ...     def __call__(self, x, train=False, mode="fast"):
+    ...         return x
+    >>> not_understood(Mode())
+    ['mode']
+    """
+    named = [p for p in _parameters(module).values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named[1:] if p.name not in _spelled({})]
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Parameters of a module's call, of an nnx module behind flax's bridge those of its own; the input is the first."""
+    call = getattr(module, "nnx_class", type(module)).__call__
+    return dict(list(inspect.signature(call).parameters.items())[1:])
+
+
+def _as_exits(outputs: Array | Sequence[Array]) -> Array:
+    if isinstance(outputs, tuple | list):
+        return jnp.stack(outputs)
+    single: Array = outputs  # type: ignore[assignment]
+    return single[None]

@@ -212,7 +212,7 @@ def compose(
         family.levels, 1, init, plan, send, client, widen, serve, model, predict, questions,
         statistics=statistics, judge=judge, drawn=capacity_of.drawn, price=price,
         same_selection=lambda server, other: server._replace(select=other.select),
-        score=objective.score, gradient=gradient,
+        score=objective.score, gradient=gradient, clients=slots.clients or server.clients,
     )  # fmt: skip
 
 

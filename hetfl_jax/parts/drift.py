@@ -56,8 +56,8 @@ def proximal(weight: float) -> Drift:
     Raises:
       ValueError: a negative weight.
     """
-    if weight < 0:
-        raise ValueError(f"proximal weight {weight}, allowed >= 0 (method.args.proximal_weight)")
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"proximal weight {weight}, allowed >= 0 and finite (method.args.proximal_weight)")
 
     def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
         return jax.tree.map(lambda g, p, p0: g + weight * (p - p0), gradient, params, received(context))
@@ -88,8 +88,10 @@ def feddyn(alpha: float, mean_examples: float = 0.0) -> Drift:
     Raises:
       ValueError: alpha <= 0.
     """
-    if not alpha > 0:
+    if not 0 < alpha < float("inf"):
         raise ValueError(f"FedDyn alpha {alpha}, allowed > 0; without FedDyn use fedavg (method.args.feddyn_alpha)")
+    if not 0 <= mean_examples < float("inf"):
+        raise ValueError(f"mean_examples {mean_examples}, allowed >= 0 and finite (method.args.mean_examples)")
 
     def strength(context: ClientContext) -> Array | float:
         return alpha * mean_examples / context.shard.size if mean_examples else alpha

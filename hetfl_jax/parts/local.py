@@ -97,7 +97,8 @@ def local(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"local optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)} (train.optimizer)")
     given = dict(learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, steps=steps, momentum=momentum)
-    _in_range(given | dict(weight_decay=weight_decay, clip_norm=clip_norm, warmup_rounds=warmup_rounds))
+    given |= dict(weight_decay=weight_decay, clip_norm=clip_norm, warmup_rounds=warmup_rounds)
+    _in_range(given | dict(decay_factor=decay_factor, round_decay=round_decay))
     if keep_momentum and not (momentum > 0 and optimizer == "sgd"):
         raise ValueError(f"keep_momentum with momentum {momentum} of {optimizer}: need sgd, > 0 (train.keep_momentum)")
     make = getattr(optax, optimizer)
@@ -124,6 +125,8 @@ def local(
             parts.append(optax.add_decayed_weights(everywhere))
         return optax.chain(*parts, make(rate, **args))
 
+    if optimizer_args:
+        _check_arguments(optimizer, transform)
     rate = _schedule(schedule, learning_rate, milestones, decay_factor, round_decay, warmup_rounds, rounds)
     plain = optimizer == "sgd" and not args["momentum"]
     return Local(
@@ -132,10 +135,30 @@ def local(
 
 
 def _in_range(given: Mapping[str, float]) -> None:
-    least = {"learning_rate": 1e-12, "batch_size": 1}
+    least = {"learning_rate": 1e-12, "batch_size": 1, "decay_factor": 1e-12, "round_decay": 1e-12}
     for name, value in given.items():
         if not least.get(name, 0) <= value < float("inf"):
             raise ValueError(f"{name} {value}, allowed >= {least.get(name, 0)} and finite (train.{name})")
+    if given["epochs"] < 1 and given["steps"] < 1:
+        raise ValueError(
+            f"epochs {given['epochs']} and steps {given['steps']}: nobody trains, need one >= 1 (train.epochs)"
+        )
+    if not given["momentum"] < 1:
+        raise ValueError(f"momentum {given['momentum']}, allowed 0 <= m < 1 (train.momentum)")
+
+
+def _check_arguments(name: str, transform: Callable[..., optax.GradientTransformation]) -> None:
+    """An optimizer's own arguments are tried on one number, so that a wrong one is an error here."""
+
+    def once(value: Array) -> PyTree:
+        rule = transform(jnp.float32(0.1), 0.0)
+        return rule.update({"p": value}, rule.init({"p": value}), {"p": value})
+
+    try:
+        jax.eval_shape(once, jnp.zeros(1))
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"local optimizer {name!r}: {why} (train.optimizer_args)") from None
 
 
 def _schedule(

@@ -14,6 +14,7 @@ import numpy as np
 
 from hetfl_jax.core.types import Array, ClientContext, PyTree
 from hetfl_jax.models import families, windows
+from hetfl_jax.models.classes import with_class_axes
 from hetfl_jax.models.windows import Family
 
 
@@ -73,6 +74,7 @@ def overlap_mean(
       weights: how much a reply counts, in place of ``by_examples``: ``mean = sum_k a_k m_k delta_k / sum_k b_k m_k``.
     """
     weights = weights or (BY_EXAMPLES if by_examples else BY_COUNT)
+    family = with_class_axes(family) if class_rows else family
 
     def trains(path: tuple[str, ...]) -> np.ndarray:
         """[L] whether a level's reply counts for a leaf that it holds."""

@@ -16,6 +16,7 @@ class Capacity(NamedTuple):
 
     of: Callable[[Array, Array, Population], Array]  #: (key, ids, population) -> level [K]
     drawn: tuple[float, ...] = ()  #: [L] how often each level is drawn; () where a client always has its own
+    by_client: bool = False  #: whether it is the population that says the level
 
 
 class Ask(Protocol):
@@ -135,7 +136,7 @@ def bernoulli(probability: float, clients: int) -> Select:
 
 def own_level() -> Capacity:
     """Fixed capacity: the level that the population assigns to the client."""
-    return Capacity(lambda key, ids, population: population.level[ids])
+    return Capacity(lambda key, ids, population: population.level[ids], by_client=True)
 
 
 def drawn_level(proportions: Sequence[float]) -> Capacity:

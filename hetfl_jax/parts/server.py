@@ -1,6 +1,7 @@
 """What the server does with the mean change."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Server(NamedTuple):
     known: Callable[[PyTree, Array], PyTree] = lambda slot, ids: ()
     #: (slot after ``update``, plan, what every item did, ok) -> slot
     learn: Callable[[PyTree, Plan, Seen, Array], PyTree] = lambda slot, plan, seen, ok: slot
+    clients: int = 0  #: of the whole population, where the rule divides by them
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -55,11 +57,17 @@ def optimizer(name: str = "sgd", learning_rate: float = 1.0, **settings: Any) ->
     Raises:
       ValueError: an unknown name, or a learning rate <= 0.
     """
+    where = "method.args.server_optimizer"
     if name not in OPTIMIZERS:
-        raise ValueError(f"server optimizer {name!r} is not one of {', '.join(OPTIMIZERS)} (method.args.server)")
-    if learning_rate <= 0:
-        raise ValueError(f"server learning rate {learning_rate}, allowed > 0 (method.args.server)")
-    return from_optax(OPTIMIZERS[name](learning_rate, **settings))
+        raise ValueError(f"server optimizer {name!r} is not one of {', '.join(OPTIMIZERS)} ({where})")
+    if not (isinstance(learning_rate, Real) and 0 < learning_rate < float("inf")):
+        raise ValueError(f"server learning rate {learning_rate!r}, allowed > 0 ({where})")
+    try:
+        transform, some = OPTIMIZERS[name](learning_rate, **settings), {"params": jnp.zeros(1)}
+        jax.eval_shape(lambda v: transform.update(v, transform.init(v), v), some)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"server optimizer {name!r}: {' '.join(str(error).split())} ({where})") from None
+    return from_optax(transform)
 
 
 def from_optax(transform: optax.GradientTransformation) -> Server:
@@ -147,7 +155,7 @@ def feddyn(
         size = optax.tree.norm(variables["params"])
         return {"correction": optax.tree.norm(slot) / jnp.where(size > 0, size, 1)}
 
-    return Server(_zeros, update, models={"sel": participants}, info=info)
+    return Server(_zeros, update, models={"sel": participants}, info=info, clients=int(sum(clients_per_level)))
 
 
 def scaffold(clients: int, learning_rate: float = 1.0) -> Server:
@@ -158,6 +166,8 @@ def scaffold(clients: int, learning_rate: float = 1.0) -> Server:
     Raises:
       ValueError: a learning rate <= 0.
     """
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"server learning rate {learning_rate}, allowed > 0 (method.args.server_learning_rate)")
     averaging = optimizer("sgd", learning_rate)
 
     def update(
@@ -166,7 +176,7 @@ def scaffold(clients: int, learning_rate: float = 1.0) -> Server:
         _, after = averaging.update(averaging.init(variables), variables, mean, coverage, any_ok, extra)
         return jax.tree.map(lambda c, d: c + d / clients, slot, extra["params"]), after
 
-    return Server(_zeros, update, context=lambda slot: {"params": slot})
+    return Server(_zeros, update, context=lambda slot: {"params": slot}, clients=clients)
 
 
 def _zeros(variables: PyTree) -> PyTree:

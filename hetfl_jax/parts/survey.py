@@ -34,6 +34,7 @@ def planner(
     """
 
     def plan(key: Array, round: Array, state: PyTree, population: Population, survey: Callable[..., PyTree]) -> Plan:
+        _check_levels(capacity_of, population, levels)
         who, how = jax.random.split(key)
         level_of = lambda ids: capacity_of.of(how, ids, population)  # noqa: E731
         ask = Asker(survey, judge, gradient, lambda: send(state, round), level_of, down_bits, levels, population)
@@ -44,6 +45,16 @@ def planner(
         )  # fmt: skip
 
     return plan
+
+
+def _check_levels(capacity_of: Capacity, population: Population, levels: int) -> None:
+    """Where clients have levels of their own, somebody must have said which; tracing knows for how many levels."""
+    counted = len(population.levels)
+    if capacity_of.by_client and (counted > levels or counted == 1 < levels):
+        raise ValueError(
+            f"the population was built for {counted} level{'s' * (counted > 1)}, the method has {levels}: say which "
+            f"client has which, population(..., level=, levels={levels}) (data.population)"
+        )
 
 
 class Asker:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
@@ -76,10 +77,16 @@ def _device_error(error: Exception) -> int:
     os._exit(3)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and where help is."""
+        self.exit(2, f"hetfl: {message} (see `{self.prog} --help`)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hetfl", allow_abbrev=False, description="Federated learning with heterogeneous clients."
-    )
+    parser = _Parser(prog="hetfl", allow_abbrev=False, description="Federated learning with heterogeneous clients.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace, list[str]], None], text: str) -> argparse.ArgumentParser:

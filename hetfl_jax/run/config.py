@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 import hetfl_jax
 from hetfl_jax import methods
-from hetfl_jax.core.types import Arguments, Config, Line
+from hetfl_jax.core.types import Algorithm, Arguments, Config, Line
 from hetfl_jax.run.keys import KEYS, defaults
 from hetfl_jax.run.values import fitted
 
@@ -50,7 +50,7 @@ def _with(blocks: Mapping[str, Arguments]) -> Config:
         for key, value in fitted(values, {}, block).items():
             if key not in KEYS[block]:
                 raise ValueError(f"config key '{block}.{key}' is not one of {', '.join(KEYS[block])} of {block}")
-            value = fitted(value, KEYS[block][key].default, f"{block}.{key}")
+            value = fitted(value, KEYS[block][key].default, f"{block}.{key}", KEYS[block][key].of)
             config[block][key] = ml_collections.ConfigDict(value) if key in FREE else value
     return config
 
@@ -110,6 +110,8 @@ def complete(config: Config, tell: Callable[[str], None] = say, method: Any = No
     Raises:
       ValueError: a block or key that there is not, or a value of another kind.
     """
+    if not (method is None or isinstance(method, str | Algorithm) or callable(method)):
+        raise ValueError(f"method is a {type(method).__name__}: need a name, a make, or an Algorithm (method)")
     whole = _with(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
     make = methods.find(method or whole.method.name) if isinstance(method, str | None) else method
     if callable(make):
@@ -197,10 +199,18 @@ def _from_file(path: Path, arg: str) -> Config:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"config {path} cannot be read: {type(error).__name__}: {why} (--config)") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config (--config)")
-    return module.get_config(arg) if inspect.signature(module.get_config).parameters else module.get_config()
+    takes = inspect.signature(module.get_config).parameters
+    if arg and not takes:
+        raise ValueError(f"config {path} takes no arguments, {arg!r} given (--config)")
+    config = module.get_config(arg) if takes else module.get_config()
+    return config if isinstance(config, ml_collections.ConfigDict) else _with(config)
 
 
 def _overridden(config: Config, changes: Sequence[str]) -> Config:

@@ -25,12 +25,16 @@ def open_config(folder: Path) -> Config:
     """The config of a run, complete also where an older version wrote it.
 
     Raises:
-      FileNotFoundError: there is no run.
+      FileNotFoundError: there is no run; ValueError: its config cannot be read.
     """
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json)")
-    return complete(json.loads(path.read_text()), tell=lambda text: None)
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON: {error} (FOLDER)") from None
+    return complete(saved, tell=lambda text: None)
 
 
 def _restored(folder: Path, round: int | None) -> tuple[Lab, State, int]:

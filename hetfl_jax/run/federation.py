@@ -32,8 +32,8 @@ from hetfl_jax.run.given import (
     views_of,
 )
 from hetfl_jax.run.mix import Mix, assigned, level_fields, parse_mix
-from hetfl_jax.run.nets import net_of
-from hetfl_jax.run.slots import slots_of
+from hetfl_jax.run.nets import check_call, net_of
+from hetfl_jax.run.slots import check_unused, check_whole, slots_of
 from hetfl_jax.run.splits import tested_rows
 
 
@@ -151,8 +151,8 @@ def _algorithm(
 ) -> Algorithm:  # fmt: skip
     """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
     if isinstance(make, Algorithm):
-        if make.levels != fam.levels:
-            raise ValueError(f"the algorithm has {make.levels} levels, the mix {fam.levels} (family.mix)")
+        check_unused(config)
+        check_whole(config, make, fam.levels, level.size)
         return make
     args, known = config.method.args.to_dict(), methods.arguments(make)
     told = {
@@ -212,6 +212,9 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
                 kind = type(module).__name__
                 raise ValueError(f"mix {config.family.mix!r} sets {field}, which net {kind} has not (family.mix)")
             levels = [{}]
+    own = given is not None or ":" in config.family.net
+    for fields in levels if own else ():
+        check_call(module.clone(**fields), jax.eval_shape(lambda v: prepare(v, None), example))
     try:
         fam = families.family(module, levels, example, prepare)
     except TypeError as error:
@@ -219,7 +222,7 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
         raise ValueError(
             f"net {kind} cannot read examples of shape {shape}: {why} (family.net, data.source)"
         ) from error
-    if len(levels) > 1 and (given is not None or ":" in config.family.net):
+    if len(levels) > 1 and own:
         fam = families.checked(fam)
     _check_outputs(fam, source, classes)
     return fam

@@ -220,14 +220,17 @@ def classes_of(source: sources.Source, outputs: int) -> int:
     """Of all labels; a net may have more outputs than the data has classes (the published nets of EMNIST have 62).
 
     Raises:
-      ValueError: several outputs where labels are numbers to predict.
+      ValueError: several outputs where labels are numbers to predict, or fewer than there are classes.
     """
     labels = [y for y in (source.y_train, source.y_test, source.y_validation) if y is not None and y.size]
     if labels[0].dtype.kind == "f":
         if outputs > 1:
             raise ValueError(f"outputs {outputs} where labels are numbers to predict: need 0 or 1 (family.outputs)")
         return 1
-    return max(max(int(y.max()) for y in labels) + 1, outputs)
+    classes = max(int(y.max()) for y in labels) + 1
+    if 0 < outputs < classes or outputs < 0:
+        raise ValueError(f"outputs {outputs} for labels 0..{classes - 1}: need 0 or >= {classes} (family.outputs)")
+    return max(classes, outputs)
 
 
 def pool_of(source: sources.Source) -> tuple[jax.Array, jax.Array]:

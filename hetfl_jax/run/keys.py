@@ -11,6 +11,7 @@ class Key(NamedTuple):
 
     default: Any
     meaning: str  #: unit, what is allowed, when to change it
+    of: type | None = None  #: what the values of a tuple are
 
 
 KEYS = {
@@ -31,7 +32,7 @@ KEYS = {
             "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group, domains, "
             "lognormal_counts, lognormal_shares",
         ),
-        "domains": Key((), "of clients: plain, inverted, blended:<npz>, rotated, noisy, downscaled, npz:<path>"),
+        "domains": Key((), "of clients: plain, inverted, blended:<npz>, rotated, noisy, downscaled, npz:<path>", str),
         "classes_per_client": Key(2, "of split=shards and the lognormal ones"),
         "concentration": Key(0.5, "of Dirichlet splits, > 0; small is uneven: at 0.1 most clients have 1 or 2 classes"),
         "least": Key(0, "examples that dirichlet_per_class draws until every client has; 0: 10, or half a fair share"),
@@ -39,15 +40,15 @@ KEYS = {
         "own_test": Key(0.0, "of other splits: the same"),
         "own_validation": Key(0.0, "share of each client's rows, test rows counted, that goes to one validation set"),
         "tested_on": Key("source", "the test set of the scores: of the source, or the clients' own rows (clients)"),
-        "mean": Key((0.0,), "of pixels in 0..1: one number, or one a channel"),
-        "std": Key((1.0,), "likewise, > 0"),
+        "mean": Key((0.0,), "of pixels in 0..1: one number, or one a channel", float),
+        "std": Key((1.0,), "likewise, > 0", float),
         "augment": Key("none", "while training: none, flip, crop_flip, window:<n>; of text corrupt:<p>"),
         "groups": Key("none", "clients see examples differently: none, rotation:<1, 2 or 4>, labels:<k>"),
         "seed": Key(-1, "of the split; -1: run.seed. Set it to keep the split when run.seed changes"),
     },
     "family": {
         "net": Key("conv", "see `hetfl list`; or <module>:<Class> of yours"),
-        "hidden": Key((), "sizes of the hidden layers at width 1; () for the net's own"),
+        "hidden": Key((), "sizes of the hidden layers at width 1; () for the net's own", int),
         "mix": Key("a1", "levels and how often each occurs: a1-b1 (widths 1, 1/2), w1x2-w0.75x1, 4x1-2x1 (depths)"),
         "norm": Key("none", "none, in, ln, gn, or bn, with statistics: see `hetfl list`"),
         "scaler": Key(False, "divide by the width while training (HeteroFL)"),
@@ -103,10 +104,10 @@ KEYS = {
         "learning_rate": Key(0.1, "of clients, > 0"),
         "momentum": Key(0.0, "of sgd"),
         "weight_decay": Key(0.0, "added to the gradient; decoupled from it in adamw"),
-        "decay_layers": Key((), "names of layers whose kernels alone decay; () for all parameters"),
+        "decay_layers": Key((), "names of layers whose kernels alone decay; () for all parameters", str),
         "clip_norm": Key(0.0, "largest norm of a gradient, 0 for no limit"),
         "schedule": Key("steps", "of the rate over rounds: steps (milestones, round_decay), constant, cosine"),
-        "milestones": Key((), "rounds, from 0, from which on the rate is multiplied by decay_factor"),
+        "milestones": Key((), "rounds, from 0, from which on the rate is multiplied by decay_factor", int),
         "decay_factor": Key(0.1, "at every milestone"),
         "round_decay": Key(1.0, "factor of the rate from one round to the next"),
         "warmup_rounds": Key(0, "rounds over which the rate grows to its value"),

@@ -63,6 +63,7 @@ def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric
     executor = executors.executor(
         train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
     )
+    _check_size(fed)
     store = store_for(config, fed, executor)
     check_memory(fed.algorithm)
     key = executor.place(jax.random.key(config.run.seed))
@@ -114,9 +115,22 @@ def check_metrics(metrics: Any) -> None:
 def _check_run(config: Config) -> None:
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
+    for block, name, low in (("run", "seed", 0), ("data", "seed", -1)):
+        if not low <= config[block][name] < 2**32:
+            raise ValueError(f"seed {config[block][name]}, allowed {low}..{2**32 - 1} ({block}.{name})")
     for name in ("eval_every", "checkpoint_every", "keep", "eval_batch_size", "statistics_batch_size"):
         if config.run[name] < 1:
             raise ValueError(f"{name} {config.run[name]}, allowed >= 1 (run.{name})")
+
+
+def _check_size(fed: Federation) -> None:
+    """A model must fit beside its gradient and its change."""
+    size, room = int(fed.costs.bytes[0]), machine.device_memory()
+    if 3 * size > room:
+        raise ValueError(
+            f"a net of {size / 1e9:,.1f} GB, its gradient and its change do not fit into {room / 1e9:,.1f} GB: need a "
+            "smaller one (family.hidden, family.net)"
+        )
 
 
 def evaluate_tiers(lab: Lab, state: State) -> Line:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 
-from hetfl_jax.core.types import Config
+from hetfl_jax.core.types import Algorithm, Config
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import adversary, codec, select
 from hetfl_jax.parts.compose import Slots
@@ -23,6 +23,7 @@ def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
     Raises:
       ValueError: an unknown name, or arguments that do not fit.
     """
+    check_unused(config)
     return Slots(
         select=selection_of(config, family, clients),
         capacity=_capacity(config.capacity.name, mix),
@@ -32,6 +33,39 @@ def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
         adversary=_adversary(config.adversary),
         clients=clients,
     )
+
+
+def check_unused(config: Config) -> None:
+    """Refuse what is said of a selection, codec or adversary that is none: it would do nothing.
+
+    Raises:
+      ValueError: with the key.
+    """
+    for block in ("select", "uplink", "downlink", "adversary"):
+        if config[block].name != "none":
+            continue
+        if args := list(config[block].args):
+            raise ValueError(f"argument {args[0]!r} of a {block} that is none: need {block}.name ({block}.args)")
+        if config[block].get("error_feedback"):
+            raise ValueError(f"error_feedback of a {block} that is none: need {block}.name ({block}.error_feedback)")
+
+
+def check_whole(config: Config, algorithm: Algorithm, levels: int, clients: int) -> None:
+    """Refuse what an algorithm of the user's, which is whole, does not take.
+
+    Raises:
+      ValueError: with the key.
+    """
+    if algorithm.levels != levels:
+        raise ValueError(f"the algorithm has {algorithm.levels} levels, the mix {levels} (family.mix)")
+    if algorithm.clients not in (0, clients):
+        raise ValueError(f"the algorithm is for {algorithm.clients} clients, the split has {clients} (data.clients)")
+    for block in ("select", "uplink", "downlink", "capacity", "adversary"):
+        if (name := config[block].name) != "none":
+            raise ValueError(f"an algorithm is whole, {block} {name!r} is not in it: need none ({block}.name)")
+    own, wanted = algorithm.score.name, OBJECTIVES[config.objective.name]().score.name
+    if own != wanted:
+        raise ValueError(f"the algorithm is scored by {own}, the objective by {wanted} (objective.name)")
 
 
 def objective_of(config: Config) -> Objective | None:

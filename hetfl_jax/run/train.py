@@ -206,6 +206,7 @@ def _rounds(lab: Lab, run: Run, callbacks: Sequence[Callback], *, quiet: bool, t
             pending.append(info)
             # At most two rounds are under way, so that the bar tells the truth and the device never waits.
             jax.block_until_ready(pending[-2:][0])
+            check_plan(lab, pending[-2:][0], round + 2 - len(pending[-2:]))
             last = round + 1 == total
             evaluates = last or (round + 1) % settings.eval_every == 0
             saves = last or (round + 1) % settings.checkpoint_every == 0
@@ -291,15 +292,24 @@ def _lines(lab: Lab, infos: Sequence[Info], first: int, totals: ledger.Totals) -
     """
     fed, lines = lab.federation, list[Line]()
     for number, info in enumerate(infos, first):
-        if refused := int(info.refused):
-            raise ValueError(
-                f"round {number}: the selection named {refused} clients outside 0..{fed.partition.size.size - 1}, or "
-                "twice though they keep memory (select)"
-            )
+        check_plan(lab, info, number)
         totals = ledger.add(totals, ledger.spent(info, fed.costs, fed.tiers[0].bytes, lab.plain))
         line = ledger.line_of(info, number, totals, fed.costs, fed.mix.names, lab.executor.devices)
         lines.append(line | fed.algorithm.shown.line(info, fed.groups))
     return lines, totals
+
+
+def check_plan(lab: Lab, info: Info, number: int) -> None:
+    """Stop at a plan that named clients that do not exist, or one twice.
+
+    Raises:
+      ValueError: with the round, and how many items were left out.
+    """
+    if refused := int(jax.device_get(info.refused)):
+        raise ValueError(
+            f"round {number}: the selection named {refused} clients outside 0..{lab.federation.partition.size.size - 1}"
+            ", or twice (with memory, or without a stream for each time) (select.name)"
+        )
 
 
 def _finish(lab: Lab, state: State, lines: list[Line], best: int | None, folder: Path, quiet: bool) -> Result:
@@ -329,7 +339,15 @@ def _models(lab: Lab, state: State) -> PyTree:
 
 
 def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[Line]]:
-    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best score."""
+    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best score.
+
+    Raises:
+      ValueError: no seeds, one twice, or one that is no whole number >= 0; and as ``train``.
+    """
+    named = isinstance(config, str | Path)
+    config = complete(load_config(str(config)) if named else config, method=options.get("method"))
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds {seeds!r}: need some whole numbers >= 0, each once (seeds)")
     results = []
     for seed in seeds:
         one = config.copy_and_resolve_references()

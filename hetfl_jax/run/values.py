@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+SEVERAL = {int: "whole numbers", float: "finite numbers", str: "text"}
 KINDS = {
     bool: "True or False",
     int: "a whole number",
@@ -17,10 +18,11 @@ KINDS = {
 }
 
 
-def fitted(value: Any, default: Any, place: str) -> Any:
+def fitted(value: Any, default: Any, place: str, of: type | None = None) -> Any:
     """``value`` as a config keeps it, of the kind of ``default``; a default of ``None`` allows anything.
 
-    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one.
+    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one, whose values are
+    of the kind ``of``.
 
     Raises:
       ValueError: with the value, what is allowed and ``place``, the key.
@@ -47,19 +49,21 @@ def fitted(value: Any, default: Any, place: str) -> Any:
         fine = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
         return {name: _no_nan(v, f"{place}.{name}") for name, v in value.items()} if fine else _fail(value, dict, place)
     if isinstance(default, tuple | list):
-        return _several(value, place)
+        return _several(value, place, of)
     return _no_nan(value, place)
 
 
-def _several(value: Any, place: str) -> tuple[Any, ...]:
+def _several(value: Any, place: str, of: type | None) -> tuple[Any, ...]:
     several = isinstance(value, tuple | list | range) or (isinstance(value, np.ndarray) and value.ndim == 1)
     values = tuple(value) if several else (value,)
     if not several and not isinstance(value, Real | str):
         _fail(value, tuple, place)
-    for each in values:
-        if isinstance(each, Real) and not math.isfinite(each):
-            _fail(value, tuple, place, "finite numbers")
-    return tuple(each.item() if isinstance(each, np.generic) else each for each in values)
+    if of is not None:
+        try:
+            return tuple(fitted(each, of(), place) for each in values)
+        except ValueError:
+            _fail(value, tuple, place, SEVERAL[of])
+    return tuple(_no_nan(each.item() if isinstance(each, np.generic) else each, place) for each in values)
 
 
 def _no_nan(value: Any, place: str) -> Any:
