@@ -6,8 +6,9 @@ use the sum. Start at ``hetfl_jax.core.types``.
 
 from hetfl_jax.core.types import Algorithm, ClientContext, Population, State
 from hetfl_jax.data.population import population
+from hetfl_jax.engine.execute import query
 from hetfl_jax.engine.executors import executor
-from hetfl_jax.engine.rounds import make_round, query, start
+from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.models.costs import costs
 from hetfl_jax.models.families import family, view

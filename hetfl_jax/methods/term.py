@@ -41,7 +41,7 @@ def make(
     Raises:
       ValueError: a tilt that is not finite.
     """
-    if not math.isfinite(tilt):
+    if not -math.inf < tilt < math.inf:
         raise ValueError(f"tilt {tilt}, allowed any finite number (method.args.tilt)")
     weights = merge.Weights(fair.tilted(tilt, by_examples), asks_received=True)
     return compose(

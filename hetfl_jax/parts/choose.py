@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax.core.absent import HIGHEST, LOWEST
 from hetfl_jax.core.random import permute
@@ -233,7 +234,7 @@ def power_of_choice(
     need(every >= 1 if kind == "adapow" else every == 0, f"every {every} rounds, allowed {allowed}", "every")
     need(shrink > 1, f"shrink {shrink}, allowed > 1", "shrink")
     # What divides to below 1 divides no further: powers stay finite.
-    factor = jnp.float32(min(shrink, candidates + 1))
+    factor = np.float32(min(shrink, candidates + 1))
     most = math.ceil(math.log(candidates + 1) / math.log(factor))
 
     def init(clients: int) -> PyTree:

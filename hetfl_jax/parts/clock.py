@@ -41,9 +41,9 @@ def clock(parameters: int, *, shift: float, scale: float, ratio: float, bandwidt
     for name, value in (("shift", shift), ("scale", scale), ("bandwidth", bandwidth)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} {value}, allowed >= 0 and finite (method.args.{name})")
-    each = shift + (1 / scale if scale else 0.0)
-    if not each > 0:
+    if not (shift > 0 or scale > 0):
         raise ValueError(f"shift {shift} and scale {scale}: need one above 0 (method.args.shift)")
+    each = shift + (1 / scale if scale else 0.0)
     if not bandwidth and not 0 < ratio < float("inf"):
         raise ValueError(f"ratio {ratio}, allowed > 0 and finite, or bandwidth > 0 (method.args.ratio)")
     return Clock(shift, scale, bandwidth or 32 * parameters / (ratio * each))

@@ -89,11 +89,12 @@ def q_ffl(
             raise ValueError(f"{name} {value}, allowed {fine} (method.args.{name})")
 
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
+        power, rate, least = jnp.asarray(q), jnp.asarray(learning_rate), jnp.asarray(floor)
         unit = scale if isinstance(context.known, tuple) else context.known
-        farthest = jnp.exp(MOST / jnp.maximum(q, 1.0))
-        loss = jnp.clip(jnp.maximum(received_loss(context), floor), unit / farthest, unit * farthest)
-        norm = squared_norm(delta["params"]) / jnp.square(learning_rate)
-        pair = numerator_and_denominator(loss, norm, q, learning_rate, epsilon, scale=unit, fixed_step=fixed_step)
+        farthest = jnp.exp(MOST / jnp.maximum(power, 1.0))
+        loss = jnp.clip(jnp.maximum(received_loss(context), least), unit / farthest, unit * farthest)
+        norm = squared_norm(delta["params"]) / jnp.square(rate)
+        pair = numerator_and_denominator(loss, norm, power, rate, epsilon, scale=unit, fixed_step=fixed_step)
         share = share_of(context, jnp.float32(1))
         return share * pair[0], share * pair[1]
 

@@ -91,7 +91,7 @@ def chosen(entries: np.ndarray, fraction: float) -> np.ndarray:
     >>> chosen(np.array([30, 3, 0]), 0.1).tolist()  # 0.1 * 30 is a little more than 3
     [3, 1, 0]
     """
-    return np.clip(np.ceil(fraction * entries - 1e-9), np.minimum(entries, 1), entries).astype(np.int32)
+    return np.clip(np.ceil(float(fraction) * entries - 1e-9), np.minimum(entries, 1), entries).astype(np.int32)
 
 
 def keep(part: Part, k: np.ndarray, score: Array, scaled: bool) -> Array:
