@@ -17,7 +17,8 @@ from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import local
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import evaluate
-from hetfl_jax.run.train import Result, over_seeds, train
+from hetfl_jax.run.sweep import Sweep, over_seeds, sweep
+from hetfl_jax.run.train import Result, train
 
 __all__ = [
     "Algorithm",
@@ -27,6 +28,7 @@ __all__ = [
     "Result",
     "Slots",
     "State",
+    "Sweep",
     "compose",
     "costs",
     "device_store",
@@ -43,6 +45,7 @@ __all__ = [
     "population",
     "query",
     "start",
+    "sweep",
     "train",
     "view",
     "widen",

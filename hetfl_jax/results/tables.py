@@ -228,6 +228,21 @@ def seed_table(tables: Sequence[Sequence[Line]]) -> list[Line]:
     return rows
 
 
+def render_points(keys: Sequence[str], rows: Sequence[Line]) -> str:
+    """The rows of a sweep as text: swept keys, then level, last score and best."""
+    out = Table(title=f"{len(rows)} rows")
+    for key in keys:
+        out.add_column(key)
+    for name in ("level", "last", "best round"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        cells = (written(row[name], name in row["shares"]) for name in ("last", "best"))
+        out.add_row(*(str(row.get(key, "")) for key in keys), row["level"], *cells)
+    buffer = StringIO()
+    Console(file=buffer, width=120).print(out)
+    return buffer.getvalue()
+
+
 def render_seeds(rows: Sequence[Line]) -> str:
     """``seed_table`` as text."""
     out = Table(title=f"mean and deviation over {rows[0]['seeds']} seeds")
