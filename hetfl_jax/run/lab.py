@@ -60,7 +60,7 @@ def prepare(
     """
     own = own or Own()
     config = complete(config, method=own.method)
-    _check_run(config)
+    check_run(config)
     check_metrics(metrics)
     machine.warn_of_idle_cores()
     fed = build(config, own)
@@ -119,7 +119,12 @@ def check_metrics(metrics: Any) -> None:
             raise ValueError(f"metric {name!r}: this name is taken, allowed another one (metrics)")
 
 
-def _check_run(config: Config) -> None:
+def check_run(config: Config) -> None:
+    """Refuse rounds, seeds and sizes that are out of range.
+
+    Raises:
+      ValueError: with the key.
+    """
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
     for block, name, low in (("run", "seed", 0), ("data", "seed", -1)):

@@ -23,7 +23,7 @@ from hetfl_jax.run.order import ordered
 TRACED = ("train", "method", "select", "uplink", "downlink", "adversary")
 #: keys that no program depends on: they say where a run writes, and when
 APART = {
-    "run": ("name", "folder", "seed", "eval_every", "checkpoint_every", "keep", "points_at_once"),
+    "run": ("name", "folder", "seed", "eval_every", "checkpoint_every", "keep"),
     "data": ("seed",),
 }
 
@@ -111,19 +111,25 @@ def _new(
     )
 
 
+def fixed(config: Config) -> str:
+    """What of a config is part of programs, as text: all but numbers that are on, and what no program depends on."""
+    blocks = config.to_dict()
+    found = numbers_of({block: blocks[block] for block in TRACED})
+    kept = replaced(blocks, dict.fromkeys((name for name, value in found.items() if value), "a number"))
+    for block, names in APART.items():
+        kept[block] = {name: value for name, value in kept[block].items() if name not in names}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
 def structure(config: Config, fed: Federation) -> str:
     """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
-    told = numbers(config, fed)
-    fixed = replaced(config.to_dict(), dict.fromkeys(told, "a number"))
-    for block, names in APART.items():
-        fixed[block] = {name: value for name, value in fixed[block].items() if name not in names}
     own = fed.partition.test_size
     shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
     data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes), float(np.mean(fed.train.size))]
     data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
     if fed.reads_population:
         data.append(fed.fingerprint)
-    text = json.dumps([fixed, data], sort_keys=True, default=str)
+    text = json.dumps([fixed(config), data, fed.remake is None], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

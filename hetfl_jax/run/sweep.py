@@ -24,10 +24,10 @@ from hetfl_jax.results.sweeps import write_tables
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.dryrun import describe as cost
 from hetfl_jax.run.evaluate import Metric
-from hetfl_jax.run.federation import Own
-from hetfl_jax.run.lab import prepare
+from hetfl_jax.run.federation import Federation, Own, build
+from hetfl_jax.run.lab import check_run, prepare
 from hetfl_jax.run.points import Point, points, product, zipped
-from hetfl_jax.run.programs import Shared
+from hetfl_jax.run.programs import Shared, fixed
 from hetfl_jax.run.stop import Stopped, on_sigterm
 from hetfl_jax.run.train import Result, completed_for, play, train
 
@@ -62,8 +62,8 @@ def sweep(
     """Run a config at many points.
 
     Points that differ in numbers only (rates, decay, q, seeds) share one compiled program. Unless ``train.devices``
-    otherwise, each point has one device, and as many points run at once as there are devices; a point's result is that
-    of ``train`` with ``train.devices=1``, bit for bit.
+    says otherwise, each point has one device, and as many points run at once as there are devices; a point's result is
+    that of ``train`` with ``train.devices=1``, bit for bit.
 
     Args:
       over: lists of values by dotted key, whose product is run; or the points themselves, dicts of values.
@@ -95,10 +95,11 @@ def sweep(
     folder = Path(base.run.folder) / base.run.name
     listed = (zipped if parallel else product)(over) if isinstance(over, Mapping) else list(over)
     todo = [_on_one_device(point, names) for point in points(base, listed, folder)]
+    own, shared = Own(net, data, split, method), Shared()
+    _check(todo, own)
     before = _claim(folder, base, todo, resume=resume, overwrite=overwrite)
     plan = _Plan(folder, base, before, full)
     plan.write()
-    own, shared = Own(net, data, split, method), Shared()
     tables.say(f"{len(todo)} points, {sum(e.status == DONE for e in before.values())} done: {folder}", quiet)
     whole = Whole(len(todo), sum(point.config.train.rounds for point in todo), quiet)
     with whole, on_sigterm() as stop:
@@ -118,6 +119,26 @@ def _on_one_device(point: Point, names: Callable[[Mapping[str, Any]], str] | Non
         config.train.devices = config.train.devices or 1
         config.run.name = name
     return point._replace(config=config, name=name)
+
+
+def _check(todo: Sequence[Point], own: Own) -> None:
+    """Build the method of every point, whose ranges are then checked; data is loaded once for points that differ in
+    numbers and seeds only.
+
+    Raises:
+      ValueError: as ``train``, with the point's name.
+    """
+    built: dict[str, Federation] = {}
+    for point in todo:
+        kind = fixed(point.config)
+        try:
+            check_run(point.config)
+            if kind not in built:
+                built[kind] = build(point.config, own)
+            elif (remake := built[kind].remake) is not None:
+                remake(point.config.to_dict())
+        except ValueError as error:
+            raise ValueError(f"point {point.name}: {error}") from error
 
 
 class _Plan:
