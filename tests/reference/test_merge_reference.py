@@ -128,7 +128,7 @@ def layered(seed, models=3, depth=4):
 
 @pytest.mark.parametrize("examples", [(3.0, 5.0, 2.0), (0.0, 4.0, 1.0), (0.0, 0.0, 6.0)])
 def test_models_of_unlike_depth_share_all_but_their_last_layer(examples):
-    """InclusiveFL, equation 2: shared layers become means over the models that have them, by examples."""
+    """InclusiveFL: shared layers become means over the models that have them, by examples."""
     depths, models = (4, 3, 1), layered(0)
     found = sharing.share(models, jnp.asarray(examples), depths)
     for name, leaf in models.items():
