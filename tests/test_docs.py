@@ -95,7 +95,7 @@ def test_tutorials_are_stored_without_output_and_are_on_the_site():
 
 #: docstring lines over lines of code that each room reached; 0.5 is the aim
 REACHED = {
-    "core": 0.5, "models": 0.36, "data": 0.35, "parts": 0.5, "clusters": 0.3, "methods": 0.5,
+    "core": 0.55, "models": 0.42, "data": 0.36, "parts": 0.55, "clusters": 0.39, "methods": 0.6,
     "engine": 0.2, "results": 0.15, "run": 0.15,
 }  # fmt: skip
 
