@@ -86,7 +86,7 @@ def test_figures_stand_in_the_experiment_that_they_link_to(page, columns):
 
 def test_tutorials_are_stored_without_output_and_are_on_the_site():
     site = (ROOT / "mkdocs.yml").read_text()
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) >= 4
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
