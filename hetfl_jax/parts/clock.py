@@ -57,6 +57,12 @@ def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]
     Args:
       items: what every item did.
       waits: [K] exponential draws of mean 1.
+
+    >>> from types import SimpleNamespace
+    >>> seen = SimpleNamespace(work=jnp.array([[[0], [10]], [[0], [4]]]), up=jnp.array([[100, 0, 0], [60, 0, 0]]))
+    >>> items = SimpleNamespace(valid=jnp.array([True, True]), seen=seen)
+    >>> [float(part) for part in durations(Clock(1.0, 0.0, 8.0), items, jnp.zeros(2))]  # 10 examples; 160 bits
+    [10.0, 20.0]
     """
     there = jnp.asarray(items.valid)
     examples = items.seen.work[:, 1].sum(-1).astype(jnp.float32)
@@ -66,7 +72,15 @@ def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]
 
 
 def remembering(server: Server) -> Server:
-    """A server rule with room for the time in its slot."""
+    """A server rule with room for the time in its slot.
+
+    Args:
+      server: any; its own slot stays inside.
+
+    >>> from hetfl_jax.parts.server import optimizer
+    >>> float(remembering(optimizer()).init({"params": {"w": jnp.zeros(1)}}).time)
+    0.0
+    """
 
     def update(slot: Timed, *args: PyTree) -> tuple[PyTree, PyTree]:
         inner, variables = server.update(slot.slot, *args)

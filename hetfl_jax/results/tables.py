@@ -173,7 +173,7 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         scores = (written(row[key], key in row["shares"]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
-    Console(file=buffer, width=max(130, 16 * len(out.columns))).print(out)
+    Console(file=buffer, width=max(130, 16 * len(out.columns)), force_jupyter=False).print(out)
     ratio = summary["traffic_ratio"]
     ways = ("down", "up")
     down, up = (_megabytes(summary[f"{way}_bytes"]) + _of_float32(summary.get(f"{way}_ratio")) for way in ways)
@@ -239,7 +239,7 @@ def render_points(keys: Sequence[str], rows: Sequence[Line]) -> str:
         cells = (written(row[name], name in row["shares"]) for name in ("last", "best"))
         out.add_row(*(str(row.get(key, "")) for key in keys), row["level"], *cells)
     buffer = StringIO()
-    Console(file=buffer, width=120).print(out)
+    Console(file=buffer, width=120, force_jupyter=False).print(out)
     return buffer.getvalue()
 
 
@@ -254,5 +254,5 @@ def render_seeds(rows: Sequence[Line]) -> str:
         cells = (f"{written(mean, share).rstrip('%')} +- {written(apart, share)}" for mean, apart in pairs)
         out.add_row(row["level"], *cells)
     buffer = StringIO()
-    Console(file=buffer, width=80).print(out)
+    Console(file=buffer, width=80, force_jupyter=False).print(out)
     return buffer.getvalue()
