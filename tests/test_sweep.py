@@ -17,7 +17,7 @@ from hetfl_jax.core.settings import agree
 from hetfl_jax.run import lab, points, programs, train
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import load_config
-from hetfl_jax.run.programs import numbers, structure
+from hetfl_jax.run.programs import Shared, numbers, structure
 from hetfl_jax.run.stop import Stopped
 from hetfl_jax.run.sweep import DONE, FAILED
 from tests.helpers import worst
@@ -71,7 +71,7 @@ def test_points_share_one_program_and_are_the_runs_of_train(name, tmp_path, monk
 
 def test_numbers_are_arguments_and_switches_are_not(tmp_path):
     """What Python decides by a number makes another program: momentum on or off, a rate that is out of range."""
-    shared, found = {}, []
+    shared, found = Shared(), []
     for changes in (
         (),
         ("train.learning_rate=0.2",),
@@ -82,18 +82,18 @@ def test_numbers_are_arguments_and_switches_are_not(tmp_path):
         found.append(lab.prepare(config(tmp_path, *changes), None, None, shared))
     kinds = {structure(each.config, each.federation) for each in found}
     assert len(kinds) == 2
-    assert sorted(map(len, shared.values())) == [1, 1]
-    (made,) = shared[structure(found[0].config, found[0].federation)]
+    assert sorted(map(len, shared.programs.values())) == [1, 1]
+    (made,) = shared.programs[structure(found[0].config, found[0].federation)]
     assert agree(made.guards, numbers(found[1].config, found[1].federation))
     assert not agree(made.guards, numbers(found[0].config, found[0].federation) | {"train.learning_rate": -1.0})
 
 
 def test_a_number_that_python_needs_has_a_program_of_its_own(tmp_path):
-    shared = {}
+    shared = Shared()
     for fraction in (0.1, 0.2, 0.1):
         changes = ("method.name=fedavg", "uplink.name=top_k", f"uplink.args.fraction={fraction}")
         lab.prepare(config(tmp_path, *changes, "uplink.error_feedback=True"), None, None, shared)
-    assert [len(made) for made in shared.values()] == [2]
+    assert [len(made) for made in shared.programs.values()] == [2]
 
 
 def test_what_a_sweep_writes(tmp_path):

@@ -65,8 +65,11 @@ class Federation(NamedTuple):
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
 
-def build(config: Config, own: Own | None = None) -> Federation:
+def build(config: Config, own: Own | None = None, families: dict[str, Family] | None = None) -> Federation:
     """The federation that a config describes.
+
+    Args:
+      families: those of other configs, by what they depend on; where this one's is not among them it is added.
 
     Raises:
       ValueError: any value that is out of range, named with what is allowed and where it stands.
@@ -82,7 +85,11 @@ def build(config: Config, own: Own | None = None) -> Federation:
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
-    fam = _family(config, mix, source, classes, own.net)
+    kind = str((config.family, config.data.mean, config.data.std, config.data.augment, source.x_train.shape[1:],
+                source.x_train.dtype, source.y_train.shape[1:], source.y_train.dtype.kind, classes))  # fmt: skip
+    known = {} if families is None else families
+    fam = known.get(kind) or _family(config, mix, source, classes, own.net)
+    known[kind] = fam
     settings = _settings(config, fam, part.size)
     level = assigned(mix, clients, config.capacity.order)
     if is_population(own.data) and np.asarray(own.data[0].level).any():

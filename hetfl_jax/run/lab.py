@@ -63,7 +63,7 @@ def prepare(
     check_run(config)
     check_metrics(metrics)
     machine.warn_of_idle_cores()
-    fed = build(config, own)
+    fed = build(config, own, None if shared is None else shared.families)
     if config.run.eval_masked and fed.mix.depths:
         raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
     train = config.train
@@ -80,9 +80,9 @@ def prepare(
 
     key = place(jax.random.key(config.run.seed))
     population, batches, test = place((fed.train, fed.train_batches, fed.test))
-    programs = programs_of(config, fed, executor, store, metrics, shared)
+    programs, new = programs_of(config, fed, executor, store, metrics, shared)
     clients, told = fed.partition.size.size, numbers(config, fed)
-    if shared is not None:
+    if shared is not None and new:
         asks = tuple(bool(question.memory) for question in fed.algorithm.questions)
         trace(programs, executor, len(fed.tiers), Inputs(key, clients, population, batches, test, told, asks))
     return Lab(

@@ -15,6 +15,7 @@ from hetfl_jax.engine.execute import compiled
 from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.rounds import Settings
 from hetfl_jax.engine.stores import Store
+from hetfl_jax.models.windows import Family
 from hetfl_jax.run.evaluate import Metric, evaluator, tallies
 from hetfl_jax.run.federation import Federation
 from hetfl_jax.run.order import ordered
@@ -39,8 +40,17 @@ class Programs(NamedTuple):
     guards: list[Guard]  #: for which numbers they are right; complete after ``traced``
 
 
-#: programs by structure, of runs that share them
-Shared = dict[str, list[Programs]]
+class Shared:
+    """What runs of a sweep share: families, and programs by structure."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.families: dict[str, Family] = {}
+        self.programs: dict[str, list[Programs]] = {}
+
+    def count(self) -> int:
+        """How many programs of a round there are."""
+        return sum(map(len, self.programs.values()))
 
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
@@ -55,21 +65,21 @@ def numbers(config: Config, fed: Federation) -> dict[str, float]:
 def programs_of(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
     shared: Shared | None = None,
-) -> Programs:  # fmt: skip
-    """The programs of a run: those of an earlier one, if they are right for it too, else new ones.
+) -> tuple[Programs, bool]:  # fmt: skip
+    """The programs of a run, and whether they are new: those of an earlier one, if they are right for it too.
 
     Args:
       shared: where to look for them, and where new ones are kept; those in it must have been ``traced``.
     """
     values = numbers(config, fed)
     if shared is None:
-        return _new(config, fed, executor, store, metrics, values)
-    known = shared.setdefault(structure(config, fed), [])
+        return _new(config, fed, executor, store, metrics, values), True
+    known = shared.programs.setdefault(structure(config, fed), [])
     for programs in known:
         if agree(programs.guards, values):
-            return programs
+            return programs, False
     known.append(_new(config, fed, executor, store, metrics, values))
-    return known[-1]
+    return known[-1], True
 
 
 def _new(

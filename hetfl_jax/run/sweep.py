@@ -109,7 +109,7 @@ def sweep(
     if stop.is_set():
         done = sum(e.status == DONE for e in plan.ended.values())
         raise Stopped(f"{folder}: stopped, {done} of {len(todo)} points are done")
-    return Sweep(plan.table(), list(plan.ended.values()), folder, sum(map(len, shared.values())))
+    return Sweep(plan.table(), list(plan.ended.values()), folder, shared.count())
 
 
 def _on_one_device(point: Point, names: Callable[[Mapping[str, Any]], str] | None) -> Point:
@@ -273,7 +273,7 @@ def _run(
     try:
         with plan.lock:  # one at a time builds and traces, so that the next one finds its programs
             lab = prepare(point.config, own, metrics, shared, device)
-            plan.programs = sum(map(len, shared.values()))
+            plan.programs = shared.count()
         result = play(
             lab, folder, partial(completed_for, own.method), resume=going_on, overwrite=not going_on, quiet=True,
             stop=stop, bar=whole.of_point(), light=not plan.full,
@@ -300,7 +300,7 @@ def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None 
     todo = [_on_one_device(p, None) for p in points(config, over, Path(config.run.folder) / config.run.name)]
     for point in todo:
         prepare(point.config, own, None, shared)
-    programs, workers = sum(map(len, shared.values())), min(jax.local_device_count(), len(todo))
+    programs, workers = shared.count(), min(jax.local_device_count(), len(todo))
     rounds = sum(point.config.train.rounds for point in todo)
     head = f"{len(todo)} points, {rounds} rounds, {programs} programs of a round, {workers} points at once"
     return "\n".join(
