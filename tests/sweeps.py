@@ -70,7 +70,11 @@ def write_run(folder, values, rng, rounds, every, levels, classes, clients, list
             line |= {"down_bytes": 155_200 * round, "up_bytes": 155_200 * round, "client_macs": 227_655_072 * round}
             line |= {"full_size_bytes": 573_000 * round, "items": {level: 2 for level in levels}}
         if lists and round:
-            line |= {"clusters": [4, 6 - round % 3, round % 3], "recovery": 0.5 + 0.5 * round / rounds}
+            line |= {
+                "clusters": [4, 6 - round % 3, round % 3],
+                "recovery": 0.5 + 0.5 * round / rounds,
+                "simulated_time": 1.25 * round,
+            }
         if round % every == 0:
             top = 0.95 - 0.6 * abs(math.log10(rate) + 1.3) / 3 + noise
             rise = [min(1, max(0, float(np.float32((top - 0.05 * k) * (1 - 0.9 * math.exp(-round / 5))

@@ -1,12 +1,14 @@
 """The report page in a real browser: no error, no request, its controls work, and its numbers are those of the CSV."""
 
 import csv
+import json
 import re
 import statistics
 
 import pytest
 
-from hetfl_jax.results.reading import TABLE
+from hetfl_jax.results.folder import read_metrics
+from hetfl_jax.results.reading import SWEEP, TABLE
 from hetfl_jax.results.scores import is_share
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.report import report
@@ -15,6 +17,7 @@ from tests.sweeps import grid, invented
 
 RATES, MIXES, SEEDS = [0.03, 0.1, 0.3], ["a1", "a1-b1"], [0, 1, 2]
 OVER = {"train.learning_rate": RATES, "family.mix": MIXES, "run.seed": SEEDS}
+COSTS = ("down_bytes", "up_bytes", "client_macs", "simulated_time")
 LEVELS = ("a", "b", "c", "d", "e")
 needs_browser = pytest.mark.skipif(browser.find() is None, reason=f"none of {', '.join(browser.NAMES)} is installed")
 
@@ -113,8 +116,8 @@ def test_the_page_has_no_error_and_asks_for_nothing(opened):
     choose(opened, "#metric", "accuracy")
     assert opened.messages() == []
     assert opened.requests() == []
-    assert opened.value("document.querySelectorAll('#curves svg').length") == 3
-    assert opened.value("document.querySelectorAll('#curves svg g[data-name]').length") == 3 * len(RATES) * len(MIXES)
+    assert opened.value("document.querySelectorAll('#curves svg').length") == 4
+    assert opened.value("document.querySelectorAll('#curves svg g[data-name]').length") == 4 * len(RATES) * len(MIXES)
 
 
 @needs_browser
@@ -166,7 +169,12 @@ def test_every_point_and_every_metric_is_the_csvs(opened, numbers):
 @needs_browser
 def test_every_point_of_the_curves_is_the_csvs(opened, numbers):
     """The markers' texts hold mean, and round or cost."""
-    along = {"rounds": ("round",), "bytes": ("down_bytes", "up_bytes"), "macs": ("client_macs",)}
+    along = {
+        "rounds": ("round",),
+        "bytes": ("down_bytes", "up_bytes"),
+        "macs": ("client_macs",),
+        "simulated_time": ("simulated_time",),
+    }
     for number, (name, costs) in enumerate(along.items()):
         told = opened.value(
             f"[...document.querySelectorAll('#curves figure')[{number}].querySelectorAll('g[data-name]')].map((g) => "
@@ -180,7 +188,7 @@ def test_every_point_of_the_curves_is_the_csvs(opened, numbers):
             assert len(titles) == len(rounds) == 7
             for round, title in zip(rounds, titles):
                 at = sum(numbers[names[0], "", c].get(round, 0) for c in costs) if name != "rounds" else round
-                at /= {"rounds": 1, "bytes": 1e6, "macs": 1e9}[name]
+                at /= {"bytes": 1e6, "macs": 1e9}.get(name, 1)
                 value, place = re.search(r": ([\d.]+)% at .* ([\d.e+-]+)$", title).groups()
                 mean = statistics.fmean(numbers[n, "a", "accuracy"][round] for n in names)
                 assert abs(float(value) - 100 * mean) < 0.0051
@@ -218,10 +226,10 @@ def test_the_cost_of_a_target_is_the_csvs(opened, numbers, target):
         for name in done(float(rate), mix):
             scores = numbers[name, "b", "accuracy"]
             if first := [round for round in sorted(scores) if scores[round] >= target / 100]:
-                cost = [numbers[name, "", c].get(first[0], 0) for c in ("down_bytes", "up_bytes", "client_macs")]
-                reached.append((first[0], cost[0] + cost[1], cost[2]))
+                cost = [numbers[name, "", c].get(first[0], 0) for c in COSTS]
+                reached.append((first[0], cost[0] + cost[1], *cost[2:]))
         assert row[1][0] == f"{len(reached)} of {len(done(float(rate), mix))}"
-        for (text, value), costs in zip(row[2:], zip(*reached) if reached else [()] * 3, strict=True):
+        for (text, value), costs in zip(row[2:], zip(*reached) if reached else [()] * 4, strict=True):
             assert value == (pytest.approx(statistics.fmean(costs)) if reached else None)
             assert (text == "-") == (not reached)
 
@@ -370,6 +378,29 @@ def test_one_run_has_a_page_too(chromium, sweep, tmp_path):
     assert chromium.value(
         "document.querySelectorAll('#curves figure')[0].querySelectorAll('g[data-name]').length"
     ) == len(LEVELS)
+    assert chromium.messages() == []
+
+
+@needs_browser
+def test_a_score_that_is_best_when_small_and_points_that_wait(chromium, tmp_path):
+    folder = invented(tmp_path / "s", {"train.learning_rate": [0.1, 0.3]}, rounds=6, levels=("a", "b"))
+    for path in folder.glob("*/*.json*"):
+        path.write_text(path.read_text().replace('"accuracy"', '"rmse"').replace("client_accuracy", "client_rmse"))
+    for path in folder.glob("*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('{"round"', '{"score": "rmse", "round"'))
+    told = json.loads((folder / SWEEP).read_text())
+    told["points"].append({"name": "x", "values": {"train.learning_rate": 1.0}, "status": "waiting", "error": None})
+    (folder / SWEEP).write_text(json.dumps(told))
+    chromium.open(report(folder, tmp_path / "x.html"))
+    rows = cells(chromium)
+    first = read_metrics(folder / "train.learning_rate=0.1")
+    assert rows[0][2] == [f"{first[-1]['rmse']['a']:.4g}", pytest.approx(first[-1]["rmse"]["a"], rel=1e-8)]
+    assert [row[-1][0] for row in rows] == ["done", "done", "waiting"]
+    assert rows[2][2] == ["-", None]
+    choose(chromium, "#target", "0.3")  # these invented errors grow, so that the first round is below
+    assert [row[1][0] for row in cells(chromium, "costs")] == ["1 of 1", "1 of 1", "0 of 0"]
+    assert [row[2][1] for row in cells(chromium, "costs")] == [0, 0, None]
+    assert "1 of 3 points are not done" in chromium.value("document.querySelector('#note').textContent")
     assert chromium.messages() == []
 
 
