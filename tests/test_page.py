@@ -397,6 +397,7 @@ def test_a_score_that_is_best_when_small_and_points_that_wait(chromium, tmp_path
     assert rows[0][2] == [f"{first[-1]['rmse']['a']:.4g}", pytest.approx(first[-1]["rmse"]["a"], rel=1e-8)]
     assert [row[-1][0] for row in rows] == ["done", "done", "waiting"]
     assert rows[2][2] == ["-", None]
+    assert [row[0][0] for row in rows] == ["train.learning_rate=0.1", "train.learning_rate=0.3", "x"]
     choose(chromium, "#target", "0.3")  # these invented errors grow, so that the first round is below
     assert [row[1][0] for row in cells(chromium, "costs")] == ["1 of 1", "1 of 1", "0 of 0"]
     assert [row[2][1] for row in cells(chromium, "costs")] == [0, 0, None]

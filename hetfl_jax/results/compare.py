@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetfl_jax.results.reading import OF_THE_FOLDER, SEED, Point, Source, gather, is_number
+from hetfl_jax.results.reading import OF_THE_FOLDER, SEED, Point, Source, differing, gather, is_number
 from hetfl_jax.results.scores import evaluated, is_share, score_of, written
 
 EXACT = 16  #: pairs up to which every pattern of signs is tried
+_KEYS = 3  #: most that a group's name says
 DRAWS = 100_000  #: patterns that are drawn for more pairs
 
 
@@ -118,16 +119,21 @@ def _by_seed(points: Sequence[Point]) -> dict[int, Point]:
 
 
 def _name(points: Sequence[Point], source: Source | None, every: Sequence[tuple[Source | None, list[Point]]]) -> str:
-    """What differs between groups, or the folder."""
-    configs = [other[0].config for _, other in every]
-    names = [
-        n
-        for n in points[0].config
-        if n not in (SEED, *OF_THE_FOLDER) and any(c.get(n) != configs[0].get(n) for c in configs)
-    ]
-    told = ", ".join(f"{name.rpartition('.')[2]} {points[0].config[name]}" for name in names)
-    folder = str(source.folder) if source else ""
-    return " ".join(filter(None, [told, folder])) or str(points[0].folder)
+    """What differs between groups, or the folder where that is too much, or nothing."""
+    unlike = [name for name in differing([other[0] for _, other in every]) if name != SEED]
+    if source or not 1 <= len(unlike) <= _KEYS:
+        return str(source.folder if source else points[0].folder)
+    return ", ".join(f"{_short(name)} {points[0].config[name]}" for name in unlike)
+
+
+def _short(key: str) -> str:
+    """The last part of a key, of a name its block.
+
+    >>> _short("train.learning_rate"), _short("method.name")
+    ('learning_rate', 'method')
+    """
+    block, _, last = key.rpartition(".")
+    return block if last == "name" else last
 
 
 def values_of(point: Point, metric: str) -> dict[str, float]:

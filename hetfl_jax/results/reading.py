@@ -150,10 +150,13 @@ def _about(point: Point) -> Line:
 
 
 def differing(points: Sequence[Point]) -> tuple[str, ...]:
-    """Keys of the configs in which points differ, apart from what says where they lie."""
+    """Keys of the configs in which points differ, those of ``run`` last.
+
+    What says where they lie is left out, and so is what only some configs have: arguments of one method among others.
+    """
     configs = [p.config for p in points if p.config]
-    names = dict.fromkeys(name for config in configs for name in config)
-    unlike = [n for n in names if n not in OF_THE_FOLDER and any(c.get(n) != configs[0].get(n) for c in configs)]
+    names = [name for name in (configs[0] if configs else ()) if all(name in config for config in configs)]
+    unlike = [n for n in names if n not in OF_THE_FOLDER and any(c[n] != configs[0][n] for c in configs)]
     return tuple(n for n in unlike if not n.startswith("run.")) + tuple(n for n in unlike if n.startswith("run."))
 
 

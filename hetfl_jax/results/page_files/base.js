@@ -3,6 +3,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const DASHES = ["", "8 4", "8 3 2 3", "2 3"];
 const COLORS = 8;
+const MOST_KEYS = 3;
 const MOST_LINES = COLORS * DASHES.length;
 const ALL = " all";
 
@@ -65,10 +66,10 @@ function spreadText(found, write) {
   return `${write(found.mean).replace("%", "")} \u00b1 ${write(found.deviation)}`;
 }
 
-/** The last part of a dotted key, or all of it where two keys end alike. */
+/** The last part of a dotted key, of a name its block; all of it where two keys end alike. */
 function shortKey(key) {
-  const last = key.split(".").pop();
-  return DATA.keys.filter((k) => k.split(".").pop() === last).length > 1 ? key : last;
+  const end = (k) => k.replace(/\.name$/, "").split(".").pop();
+  return DATA.keys.filter((k) => end(k) === end(key)).length > 1 ? key : end(key);
 }
 
 const valueText = (value) => (value === null || value === undefined ? "-" : String(value));
@@ -103,9 +104,11 @@ function valuesOf(points, key) {
 /** Axes in which points differ. */
 const varying = (points) => AXES.filter((key) => valuesOf(points, key).length > 1);
 
-/** What a cell is called among those shown. */
+/** What a cell is called among those shown: by the keys that vary, or by its folder where these are many. */
 function cellName(cell, axes) {
-  if (!axes.length) return cell.points.length === 1 ? cell.points[0].name : `${cell.points.length} seeds`;
+  const [first, ...more] = cell.points;
+  if (!axes.length && more.length) return `${more.length + 1} seeds`;
+  if (!axes.length || axes.length > MOST_KEYS) return more.length ? `${first.name} and ${more.length} more seeds` : first.name;
   return axes.map((key) => `${shortKey(key)} ${valueText(cell.values[AXES.indexOf(key)])}`).join(", ");
 }
 

@@ -53,7 +53,7 @@ function drawCosts(groups) {
   const names = [...new Set(DATA.points.flatMap((p) => Object.keys(p.x)))], axes = varying(groups.flatMap((g) => g.points));
   const levels = state.level === ALL ? Object.keys(DATA.levels) : [state.level];
   const titles = { bytes: "MB sent", macs: "GMACs" };
-  const head = ["", ...(levels.length > 1 ? ["level"] : []), "reached by", "round", ...names.map((n) => titles[n] || spaced(n))];
+  const head = ["points", ...(levels.length > 1 ? ["level"] : []), "reached by", "round", ...names.map((n) => titles[n] || spaced(n))];
   const body = groups.flatMap((cell) => levels.map((level) => {
     const all = counted(cell.points).filter((p) => pooled(p.rounds).length), found = all.map((p) => reached(p, level, target)).filter(Boolean);
     const number = (name, write) => make("td", { "data-value": found.length ? mean(found.map((f) => f[name])) : null }, found.length ? write(mean(found.map((f) => f[name]))) : "-");
@@ -84,7 +84,7 @@ function drawClients(groups) {
   fill("clients", make("div", {}, figure, lines.length > 1 ? shades : null));
   const names = { mean: "mean", deviation: "deviation over clients", worst_tenth: "worst tenth", best_tenth: "best tenth" };
   fill("spread", caption("Of the last evaluated round"),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col", class: "text" }, ""), ...Object.values(names).map((n) => make("th", { scope: "col" }, n)))),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col", class: "text" }, "points"), ...Object.values(names).map((n) => make("th", { scope: "col" }, n)))),
     make("tbody", {}, ...told.map((cell) => make("tr", {}, make("th", { scope: "row" }, cellName(cell, axes)), ...Object.keys(names).map((n) => {
       const found = stats(counted(cell.points).map((p) => p.spread[n]));
       return make("td", { "data-value": found && found.mean }, spreadText(found, write));
@@ -142,7 +142,7 @@ function buildControls() {
     e.currentTarget.setAttribute("aria-pressed", String(state.each));
     drawAll();
   } }, "every seed") : null;
-  if (!severalSeeds()) state.each = !AXES.length;
+  if (!severalSeeds()) state.each = true;
   const several = DATA.points.length > 1;
   fill("filters", ...[each, ...(several ? [...filters, search] : [])].filter(Boolean));
 }

@@ -95,7 +95,7 @@ function bodyCell(c, value, first) {
 
 function drawTable() {
   const all = columns(), found = rows();
-  const told = `${state.each ? "Every point" : severalSeeds() ? "Mean \u00b1 deviation over seeds" : "Every combination of values"}: ${spaced(state.metric)}` +
+  const told = `${state.each ? "Every point" : "Mean \u00b1 deviation over seeds"}: ${spaced(state.metric)}` +
     (hasLevels(state.metric) ? (state.level === ALL ? " of every level" : ` of level ${levelText(state.level)}`) : "");
   const body = found.map((row) => make("tr", { class: row.points.every((p) => p.status === "failed") && "failed" },
     ...all.map((c, n) => bodyCell(c, row.values[n], n === 0))));
