@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from hetfl_jax.core.types import Line
+from hetfl_jax.results.folder import leaves
 from hetfl_jax.results.plots import COLORS
 from hetfl_jax.results.reading import SEED, TABLE, Point, Source, is_number, levels_of
 from hetfl_jax.results.scores import evaluated, is_share, score_of
@@ -18,6 +19,7 @@ from hetfl_jax.results.tables import describe
 
 LARGEST = 1_900_000  #: bytes of a page; with more, fewer of the evaluated rounds are drawn
 _DIGITS = 9  #: significant ones of a number on the page: those of a float32 and no more
+_BYTES = 11  #: of a number in the page, with its comma
 _CLIENTS, _CLASSES = 100, 64  #: most rows and columns of a partition that are drawn
 _CURVES = 2  #: evaluated rounds whose distribution over clients is kept: an early one and the last
 _APART = ("items", "failed_ids", "round")  #: of a line: nothing to draw
@@ -38,16 +40,15 @@ class Pool:
     def __init__(self) -> None:
         """Start empty."""
         self.arrays: list[list[Any]] = []
-        self._known: dict[str, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
 
     def __call__(self, values: Sequence[Any]) -> int:
         """The number of an array, which is kept if it is new."""
-        short = [_short(v) for v in values]
-        text = json.dumps(short)
-        if text not in self._known:
-            self._known[text] = len(self.arrays)
-            self.arrays.append(short)
-        return self._known[text]
+        key = tuple(values)
+        if key not in self._known:
+            self._known[key] = len(self.arrays)
+            self.arrays.append([_short(v) for v in values])
+        return self._known[key]
 
 
 def _short(value: Any) -> Any:
@@ -63,13 +64,20 @@ def _short(value: Any) -> Any:
 
 def render(page: Page, output: Path) -> str:
     """The page as HTML; links to the runs' folders are relative to where ``output`` lies."""
-    most = max((len(evaluated(p.lines)) for s in page.sources for p in s.points), default=0)
-    drawn = most
+    drawn = _first_guess([p.lines for s in page.sources for p in s.points])
     while True:
         text = _html(page, output, drawn)
-        if len(text.encode()) <= LARGEST or drawn <= 2:
+        if (size := len(text.encode())) <= LARGEST or drawn <= 2:
             return text
-        drawn = max(2, drawn * 2 // 3)
+        drawn = max(2, min(drawn - 1, int(0.95 * drawn * LARGEST / size)))
+
+
+def _first_guess(runs: Sequence[Sequence[Line]]) -> int:
+    """How many evaluated rounds of a run may fit on the page: at first too many, for equal arrays are kept once."""
+    last = [lines[-1] for lines in map(evaluated, runs) if lines]
+    numbers = sum(is_number(v) for line in last for v in leaves(line).values())
+    most = max((len(evaluated(lines)) for lines in runs), default=0)
+    return min(most, max(2, 2 * LARGEST // max(1, _BYTES * numbers)))
 
 
 def _html(page: Page, output: Path, drawn: int) -> str:
