@@ -4,6 +4,8 @@ A federated round is: **plan** who gets what, run **client** for each of them, *
 use the sum. Start at ``hetfl_jax.core.types``.
 """
 
+from typing import TYPE_CHECKING
+
 from hetfl_jax.core.types import Algorithm, ClientContext, Population, State
 from hetfl_jax.data.population import population
 from hetfl_jax.engine.execute import query
@@ -17,8 +19,14 @@ from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import local
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import evaluate
+from hetfl_jax.run.report import report
 from hetfl_jax.run.sweep import Sweep, over_seeds, sweep
 from hetfl_jax.run.train import Result, train
+
+if TYPE_CHECKING:  # the room of this name can be called, which type checkers do not see
+    from hetfl_jax.results.reading import results
+else:
+    from hetfl_jax import results
 
 __all__ = [
     "Algorithm",
@@ -44,6 +52,8 @@ __all__ = [
     "overlay",
     "population",
     "query",
+    "report",
+    "results",
     "start",
     "sweep",
     "train",

@@ -7,12 +7,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Arguments, Line, PyTree, State
+from hetfl_jax.results.scores import evaluated, score_of
 
 #: settings that a resumed run may set anew; other devices and chunks move results by rounding
 MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")
@@ -83,7 +85,7 @@ def same_config(old: PyTree, new: PyTree, folder: Path, may_change: Sequence[str
     Raises:
       ValueError: with the first key that changed.
     """
-    before, after = _leaves(old), _leaves(new)
+    before, after = leaves(old), leaves(new)
     for name in sorted(set(before) | set(after)):
         if name not in may_change and before.get(name) != after.get(name):
             raise ValueError(
@@ -92,10 +94,15 @@ def same_config(old: PyTree, new: PyTree, folder: Path, may_change: Sequence[str
             )
 
 
-def _leaves(values: PyTree, prefix: str = "") -> Line:
+def leaves(values: PyTree, joint: str = ".", prefix: str = "") -> Line:
+    """Values of nested dicts by their names, joined.
+
+    >>> leaves({"train": {"rounds": 3}, "seed": 0})
+    {'train.rounds': 3, 'seed': 0}
+    """
     if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
+        return {prefix.removesuffix(joint): values}
+    return {k: v for name, value in values.items() for k, v in leaves(value, joint, f"{prefix}{name}{joint}").items()}
 
 
 class Metrics:
@@ -130,15 +137,33 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
         for line in new:
-            for name, value in _leaves(line).items():
+            for name, value in leaves(line).items():
                 if isinstance(value, int | float) and name != "round":
                     self._events.add_scalar(name.replace(".", "/"), value, line["round"])
         self._events.flush()
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._write:
-            self._events.close()
+        """Close the event file, with an entry of the HParams plugin: what the config says, and the scores by tag."""
+        if not self._write:
+            return
+        for summary in _settings(self.path.parent, self.lines):
+            self._events.file_writer.add_summary(summary)
+        self._events.close()
+
+
+def _settings(folder: Path, lines: Sequence[Line]) -> tuple[Any, ...]:
+    """What TensorBoard's HParams plugin reads of a finished run; nothing without a config or a score."""
+    from tensorboardX.summary import hparams
+
+    saved, points = folder / "config.json", evaluated(lines)
+    if not (saved.exists() and points):
+        return ()
+    values = leaves(json.loads(saved.read_text()))
+    told = {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in values.items()
+    }
+    score = score_of(lines)
+    return tuple(hparams(told, {f"{score}/{level}": value for level, value in points[-1][score].items()}))
 
 
 def read_metrics(folder: Path) -> list[Line]:

@@ -19,8 +19,8 @@ Sizes = Mapping[str, tuple[float, int | None]]
 
 _MOST_CLASSES = 200  #: that a heat map shows
 #: eight colours that colour-blind readers tell apart (Okabe and Ito, 2008), yellow darkened for white paper
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#000000", "#7f7f7f")
-_DASHES = ("-", "--", "-.", ":")  #: one for each time the colours are used up
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#000000", "#7f7f7f")
+DASHES = ("-", "--", "-.", ":")  #: one for each time the colours are used up
 _IN_THE_PLOT = 6  #: a legend of more entries stands beside the plot
 
 
@@ -39,7 +39,7 @@ def level_label(name: str, sizes: Sizes) -> str:
 
 def line_style(number: int) -> tuple[str, str]:
     """Colour and dashes of a curve: no two of the first 32 are alike."""
-    return _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def plot(
@@ -120,7 +120,7 @@ def _training_loss(lines: Sequence[Arguments], title: str) -> "Figure":
     told = [line for line in lines if line.get("train_loss") is not None]
     figure, axes = _new((6.4, 4.0), title)
     marker = "." if len(told) <= 100 else ""
-    axes.plot([t["round"] for t in told], [t["train_loss"] for t in told], color=_COLORS[0], marker=marker)
+    axes.plot([t["round"] for t in told], [t["train_loss"] for t in told], color=COLORS[0], marker=marker)
     axes.set(xlabel="round", ylabel="training loss of the round's clients")
     _finish(axes, 0, whole=True)
     return figure

@@ -2,6 +2,8 @@
 
 import datetime
 import platform
+import shlex
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -29,6 +31,7 @@ def environment(devices: int) -> Line:
     """What the run ran on; results move by 1e-7 with the device count."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "hetfl_jax")
     return {
+        **command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
@@ -37,6 +40,13 @@ def environment(devices: int) -> Line:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+def command() -> dict[str, str]:
+    """The command line of this process, if it is one of ``hetfl``."""
+    name = Path(sys.argv[0])
+    is_ours = name.name == "hetfl" or (name.name == "__main__.py" and name.parent.name == "hetfl_jax")
+    return {"command": shlex.join(["hetfl", *sys.argv[1:]])} if is_ours else {}
 
 
 def headline(config: Config, named: Arguments, clients: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``hetfl train | config | list | eval | plot | export``."""
+"""The command line: ``hetfl train | config | list | eval | plot | export | report | compare | cite``."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ import jax
 
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Config
+from hetfl_jax.run import finished
 from hetfl_jax.run.config import as_text, config_names, load_config
 from hetfl_jax.run.keys import KEYS
 from hetfl_jax.run.stop import STOPPED, Stopped
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--tier", "--level", required=True, help="a level or another model offered: c, x0.5")
             sub.add_argument("--model", type=int, help="which of several models, from 0")
             sub.add_argument("--output", type=Path, help="file to write (default: FOLDER/level_X.npz)")
+    finished.add_commands(command)
     return parser
 
 
