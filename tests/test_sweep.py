@@ -105,6 +105,7 @@ def test_what_a_sweep_writes(tmp_path):
     assert [point["status"] for point in described["points"]] == [DONE] * 4
     assert described["over"] == over
     assert described["programs"] == 1
+    assert "train.learning_rate=0.1,run.seed=1" in (folder / "report.html").read_text()
     rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
     for point in described["points"]:
         lines = [json.loads(line) for line in (folder / point["name"] / "metrics.jsonl").read_text().splitlines()]

@@ -73,8 +73,8 @@ def mlp(points: int, commands: int) -> None:
     )
     print(f"a command {of_commands / commands:.2f} s (mean of {commands}): sweep / {points} commands = "
           f"{warm / (points * of_commands / commands):.3f} (bar 0.35)")  # fmt: skip
-    print(f"warm rounds of a point {work:.3f} s: sweep / (points x rounds / cores) = {warm / (points * work / cores):.2f} "
-          "(bar 1.15)")  # fmt: skip
+    print(f"warm rounds of a point {work:.3f} s: sweep / (points x rounds / cores) = "
+          f"{warm / (points * work / cores):.2f} (bar 1.15)")  # fmt: skip
 
 
 def seeds(commands: int) -> None:

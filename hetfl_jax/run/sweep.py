@@ -28,6 +28,7 @@ from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.lab import check_run, prepare
 from hetfl_jax.run.points import Point, points, product, zipped
 from hetfl_jax.run.programs import Shared, fixed
+from hetfl_jax.run.report import report
 from hetfl_jax.run.stop import Stopped, on_sigterm
 from hetfl_jax.run.train import Result, completed_for, play, train
 
@@ -75,7 +76,7 @@ def sweep(
       names: a point's name from its values, in place of ``key=value,...``.
 
     Returns:
-      A ``Sweep``. The folder ``run.folder/run.name`` holds ``sweep.json``, ``sweep.csv`` (point, swept keys, round,
+      A ``Sweep``. The folder ``run.folder/run.name`` holds ``report.html`` (a page of all points), ``sweep.json``, ``sweep.csv`` (point, swept keys, round,
       level, metric, value), ``summary.csv`` (mean and deviation over ``run.seed``), and a run's folder for each point.
 
     Raises:
@@ -106,6 +107,8 @@ def sweep(
         _run_all(plan, partial(_run, plan, own, metrics, shared, whole, stop), stop)
     plan.write()
     plan.write_tables()
+    if any(e.status == DONE for e in plan.ended.values()):
+        report(folder, folder / "report.html")
     if stop.is_set():
         done = sum(e.status == DONE for e in plan.ended.values())
         raise Stopped(f"{folder}: stopped, {done} of {len(todo)} points are done")
@@ -313,7 +316,7 @@ def summary(found: Sweep) -> str:
     keys = list(dict.fromkeys(key for e in found.points for key in e.point.values))
     text = tables.render_points(keys, found.table)
     failed = [f"{e.point.name} failed: {e.error}" for e in found.points if e.status == FAILED]
-    files = ", ".join(("sweep.json", "sweep.csv", "summary.csv"))
+    files = ", ".join(("report.html", "sweep.json", "sweep.csv", "summary.csv"))
     return "\n".join([text + "\n".join(failed), f"written to {found.folder}/: {files}, a folder a point"]).lstrip()
 
 
