@@ -76,8 +76,9 @@ def sweep(
       names: a point's name from its values, in place of ``key=value,...``.
 
     Returns:
-      A ``Sweep``. The folder ``run.folder/run.name`` holds ``report.html`` (a page of all points), ``sweep.json``, ``sweep.csv`` (point, swept keys, round,
-      level, metric, value), ``summary.csv`` (mean and deviation over ``run.seed``), and a run's folder for each point.
+      A ``Sweep``. The folder ``run.folder/run.name`` holds ``report.html`` (a page of all points), ``sweep.json``,
+      ``sweep.csv`` (point, swept keys, round, level, metric, value), ``summary.csv`` (mean and deviation over
+      ``run.seed``), and a run's folder for each point.
 
     Raises:
       ValueError: before anything runs: an unknown key, a value of another kind, an empty list, two points of one name,
