@@ -1,7 +1,7 @@
 """HeteroFL a1-b1-c1-d1-e1 on the digits that scikit-learn ships: the first thing to run, no network.
 
 Command: hetfl train --config=configs/heterofl_digits.py
-Figures and time: README.md, "What you see".
+Figures and time: README.md and experiments/heterofl_digits.
 """
 
 from hetfl_jax.run.config import changed, parse_arg, shrink

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from hetfl_jax.core.types import Info, State
-from hetfl_jax.engine.rounds import compiled
+from hetfl_jax.engine.execute import compiled
 from hetfl_jax.run import ledger
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import tallies

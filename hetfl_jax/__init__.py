@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from hetfl_jax.core.types import Algorithm, ClientContext, Population, State
 from hetfl_jax.data.population import population
+from hetfl_jax.engine.execute import query
 from hetfl_jax.engine.executors import executor
-from hetfl_jax.engine.rounds import make_round, query, start
+from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.models.costs import costs
 from hetfl_jax.models.families import family, view
@@ -19,7 +20,8 @@ from hetfl_jax.parts.local import local
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import evaluate
 from hetfl_jax.run.report import report
-from hetfl_jax.run.train import Result, over_seeds, train
+from hetfl_jax.run.sweep import Sweep, over_seeds, sweep
+from hetfl_jax.run.train import Result, train
 
 if TYPE_CHECKING:  # the room of this name can be called, which type checkers do not see
     from hetfl_jax.results.reading import results
@@ -34,6 +36,7 @@ __all__ = [
     "Result",
     "Slots",
     "State",
+    "Sweep",
     "compose",
     "costs",
     "device_store",
@@ -52,6 +55,7 @@ __all__ = [
     "report",
     "results",
     "start",
+    "sweep",
     "train",
     "view",
     "widen",

@@ -267,7 +267,7 @@ def two_worlds(clients=12, n=20, names=((0, 1, 2), (1, 2, 0))):
     x = (centre[y] + rng.normal(size=(y.size, 6)) * 0.3).astype(np.float32)
     group = np.arange(clients) * len(names) // clients
     views, size = renamings(6, np.array(names)), np.full(clients, n)
-    return population(x, y, np.arange(y.size), size, classes=3, view=group, views=views), group
+    return population(x, y, np.arange(y.size), size, levels=2, classes=3, view=group, views=views), group
 
 
 def test_views_turn_images_and_rename_classes():

@@ -7,7 +7,7 @@ import pytest
 
 from hetfl_jax.clusters import bipartition, splitting
 from hetfl_jax.clusters.report import matched
-from hetfl_jax.engine import rounds
+from hetfl_jax.engine import execute
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, fedavg
 from tests.helpers import mlp_family, sgd, toy_population, worst
@@ -53,7 +53,7 @@ def test_cfl_places_absent_and_new_clients_by_the_tree():
     assert matched(state.server.route.table, group) == 1.0, "those who were absent at the split were asked"
 
     def ask(fn, sent, ids):
-        return rounds.survey(executor("bucketed"), fn, sent, pop, jnp.asarray(ids), jax.random.key(3))
+        return execute.survey(executor("bucketed"), fn, sent, pop, jnp.asarray(ids), jax.random.key(3))
 
     placed = splitting.place_by_tree(algorithm.between.base, state.server, ask, np.arange(12))
     np.testing.assert_array_equal(placed, state.server.route.table)

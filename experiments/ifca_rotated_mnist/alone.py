@@ -21,7 +21,7 @@ from hetfl_jax.core import machine
 from hetfl_jax.core.shards import shards
 from hetfl_jax.core.types import Array, ClientContext, Level, Population, Shard, Tally
 from hetfl_jax.data.population import population
-from hetfl_jax.engine import rounds
+from hetfl_jax.engine import execute
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.models import families
 from hetfl_jax.parts import drift, objective
@@ -49,7 +49,7 @@ def accuracies(fed: Federation, seed: int) -> np.ndarray:
 
     ids, key = jnp.arange(fed.train.size.shape[0]), jax.random.key(seed)
     test, everyone, key = run.place((test, fed.train, key))
-    ask = rounds.compiled(lambda test, pop, key: rounds.query(run, one, test, pop, ids, key).report, run)
+    ask = execute.compiled(lambda test, pop, key: execute.query(run, one, test, pop, ids, key).report, run)
     seen = jax.device_get(ask(test, everyone, key))
     return seen.correct / seen.examples
 

@@ -27,8 +27,9 @@ from hetfl_jax.data import preprocess
 from hetfl_jax.data.population import population
 from hetfl_jax.data.sources import load
 from hetfl_jax.data.views import rotations
+from hetfl_jax.engine.execute import compiled
 from hetfl_jax.engine.executors import executor
-from hetfl_jax.engine.rounds import compiled, make_round
+from hetfl_jax.engine.rounds import make_round
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import ifca
 from hetfl_jax.models import MLP, families

@@ -42,7 +42,14 @@ def gram(updates: PyTree) -> Array:
 
 
 def similarity(gram: np.ndarray) -> np.ndarray:
-    """Cosine similarity ``G_ij / (|u_i| |u_j| + 1e-12)``; 0 beside an update that is zero."""
+    """Cosine similarity ``G_ij / (|u_i| |u_j| + 1e-12)``; 0 beside an update that is zero.
+
+    Args:
+      gram: [N, N] float64, of ``gram``.
+
+    >>> similarity(np.array([[4.0, -4.0], [-4.0, 4.0]])).round(6).tolist()
+    [[1.0, -1.0], [-1.0, 1.0]]
+    """
     norm = np.sqrt(np.diag(gram))
     return gram / (norm[:, None] * norm + 1e-12)
 
@@ -75,7 +82,18 @@ def bipartition(similar: np.ndarray, method: str = "complete") -> Cut:
 
 
 def split(similar: np.ndarray, clusters: Sequence[np.ndarray], gamma_max: float, method: str) -> list[np.ndarray]:
-    """Every cluster of more than two in two, where its cut passes ``gamma > gamma_max``; members are global numbers."""
+    """Every cluster of more than two in two, where its cut passes ``gamma > gamma_max``; members are global numbers.
+
+    Args:
+      similar: [N, N] similarities of all clients.
+      clusters: members of each, global numbers.
+      gamma_max: 0 splits whatever has a cut.
+      method: one of ``LINKAGES``.
+
+    >>> similar = np.array([[1.0, 0.9, -1.0], [0.9, 1.0, -0.8], [-1.0, -0.8, 1.0]])
+    >>> [members.tolist() for members in split(similar, [np.arange(3)], 0.5, "complete")]
+    [[0, 1], [2]]
+    """
     out: list[np.ndarray] = []
     for members in clusters:
         cut = bipartition(similar[np.ix_(members, members)], method) if len(members) > 2 else None

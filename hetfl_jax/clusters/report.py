@@ -24,7 +24,15 @@ def matched(found: np.ndarray, groups: np.ndarray) -> float:
 
 
 def shown(models: int, tree: bool = False) -> Shown:
-    """What people see of a bank of ``models``; with ``tree`` its route keeps a tree of splits."""
+    """What people see of a bank of ``models``; with ``tree`` its route keeps a tree of splits.
+
+    Args:
+      models: k, in the bank.
+      tree: whether the route keeps a tree of splits, as CFL's.
+
+    >>> shown(2).sentence({"clusters": [3, 1]})[:11]
+    '2 model(s),'
+    """
 
     def figures(
         folder: Path, lines: Sequence[Arguments], server: PyTree, losses: np.ndarray, groups: np.ndarray | None
@@ -61,7 +69,17 @@ def sentence(line: Arguments) -> str:
 
 
 def of_round(info: Arguments, models: int, groups: np.ndarray | None) -> Line:
-    """The metrics line of a round with clusters: clients in each, recovery of known groups, and CFL's criteria."""
+    """The metrics line of a round with clusters: clients in each, recovery of known groups, and CFL's criteria.
+
+    Args:
+      info: arrays of the round, on the host: ``member`` and ``member_ids`` [K], -1 of items that are not shown.
+      models: k.
+      groups: [N] true group of each client, ``None`` where there is none.
+
+    >>> info = {"member": np.array([1, 0, -1, 1]), "member_ids": np.array([0, 1, -1, 2])}
+    >>> of_round(info, 2, np.array([1, 0, 1]))
+    {'clusters': [1, 2], 'recovery': 1.0}
+    """
     cluster, ids = np.asarray(info["member"]), np.asarray(info["member_ids"])
     cluster, ids = cluster[ids >= 0], ids[ids >= 0]
     line: Line = {"clusters": np.bincount(cluster, minlength=models).tolist()}
@@ -78,7 +96,12 @@ _NORMS = ("mean_norm", "largest_norm")
 
 
 def plot(folder: Path, lines: Sequence[Arguments]) -> list[Path]:
-    """Clients in each cluster over rounds, and how many are in the right one where that is known; returns the file."""
+    """Clients in each cluster over rounds, and how many are in the right one where that is known; returns the file.
+
+    Args:
+      folder: of the run.
+      lines: of ``metrics.jsonl``; those without clusters are left out.
+    """
     from matplotlib.figure import Figure
 
     points = [line for line in lines if "clusters" in line]
@@ -103,7 +126,13 @@ def plot(folder: Path, lines: Sequence[Arguments]) -> list[Path]:
 
 
 def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> list[Path]:
-    """The loss of every model on every client, clients in the order of their true groups; returns the file."""
+    """The loss of every model on every client, clients in the order of their true groups; returns the file.
+
+    Args:
+      folder: of the run.
+      losses: [N, models] mean training losses.
+      groups: [N] true group of each client, or ``None``.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -120,7 +149,15 @@ def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> 
 
 
 def plot_tree(folder: Path, parent: np.ndarray, born: np.ndarray, table: np.ndarray, rounds: int) -> list[Path]:
-    """CFL's splits over rounds, the clients of each cluster at its end; returns the file."""
+    """CFL's splits over rounds, the clients of each cluster at its end; returns the file.
+
+    Args:
+      folder: of the run.
+      parent: [models] the cluster that each was split off.
+      born: [models] the round of the split.
+      table: [N] cluster of each client.
+      rounds: so far.
+    """
     from matplotlib.figure import Figure
 
     count = len(parent)

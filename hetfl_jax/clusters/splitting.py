@@ -54,7 +54,15 @@ class Rule(NamedTuple):
 
 
 def by_table(start: Callable[[], Clusters], size: int) -> Route:
-    """Every item trains the cluster that the table says."""
+    """Every item trains the cluster that the table says.
+
+    Args:
+      start: -> the clusters before the first round, all clients in one.
+      size: rows of the bank, the most clusters there can be.
+
+    Returns:
+      A ``Route`` whose clients judge nothing: 0 passes before training.
+    """
     unjudged = Tally(*(jnp.zeros(size) for _ in Tally._fields))
 
     def plan(key: Array, state: Clusters, plan: Plan, ask: Callable[..., PyTree]) -> tuple[Plan, PyTree]:
@@ -89,7 +97,22 @@ def _update(total: merge.Total) -> PyTree:
 
 
 def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool) -> Algorithm:
-    """A bank by table whose clusters are split between rounds."""
+    """A bank by table whose clusters are split between rounds.
+
+    ``fires_c = ||mean_{i in c} u_i|| < eps1 and max_{i in c} ||u_i|| > eps2``, u_i the update of member i. Then the
+    round is run once more with the same randomness, updates are collected, and the cluster is cut on the host.
+
+    Args:
+      inner: the bank.
+      base: the method inside it.
+      rule: when and how to split.
+      keep_updates: keep the members' updates of every split, [size, N, P] float32, to place new clients by.
+
+    Returns:
+      ``inner`` with ``between``, the work on the host.
+
+    Source: Sattler, Mueller, Samek 2020 (arXiv 1910.01991), algorithms 1 and 2.
+    """
 
     def client(context: ClientContext) -> Reply:
         reply = inner.client(context)

@@ -35,5 +35,9 @@ def traced(count: Array) -> Array:
 
 
 def total(parts: np.ndarray) -> np.ndarray:
-    """int64 numbers from [..., 3] digits."""
+    """int64 numbers from [..., 3] digits, on the host. Digits need not be carried: sums of them are fine.
+
+    >>> total(np.array([[5, 0, 3], [32768, 1, 0]])).tolist()
+    [3221225477, 65536]
+    """
     return (np.asarray(parts).astype(np.int64) << _BASE * np.arange(3)).sum(-1)

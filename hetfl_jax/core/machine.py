@@ -13,7 +13,11 @@ CACHE = "HETFL_CACHE"  #: environment variable: the folder of compiled programs
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this process may use: those it is pinned to.
+
+    >>> cores() >= 1
+    True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -74,18 +78,32 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
 
 def wait_for_all(name: str) -> None:
-    """Go on when every process has come here."""
+    """Go on when every process has come here; with one process, at once.
+
+    Args:
+      name: of the place, the same in all of them.
+
+    >>> wait_for_all("nothing to wait for")
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process writes what is written once.
+
+    >>> is_first()  # of one process
+    True
+    """
     return jax.process_index() == 0
 
 
 def host_memory() -> int:
-    """Bytes of main memory that are free for use."""
+    """Bytes of main memory that are free for use.
+
+    >>> host_memory() > 0
+    True
+    """
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -93,13 +111,24 @@ def host_memory() -> int:
 
 
 def device_memory() -> int:
-    """Bytes of one device's memory; of the host where devices are its cores."""
+    """Bytes of one device's memory; of the host where devices are its cores.
+
+    >>> device_memory() > 0
+    True
+    """
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return int(stats["bytes_limit"]) if stats else host_memory()
 
 
 def free_disk(folder: str) -> int:
-    """Free bytes where a folder is or will be."""
+    """Free bytes where a folder is or will be.
+
+    Args:
+      folder: it need not be there; the nearest one above it that is counts.
+
+    >>> free_disk("no/such/folder") > 0
+    True
+    """
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent

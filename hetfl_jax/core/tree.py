@@ -34,7 +34,15 @@ def finite(tree: PyTree) -> Array:
 
 
 def take(tree: PyTree, index: PyTree) -> PyTree:
-    """``leaf[index]`` for every leaf: rows of a stacked tree."""
+    """``leaf[index]`` for every leaf: rows of a stacked tree.
+
+    Args:
+      tree: leaves [K, ...].
+      index: anything an array is indexed by, e.g. [k] int.
+
+    >>> take({"a": jnp.arange(6).reshape(3, 2)}, jnp.array([2, 0]))["a"].tolist()
+    [[4, 5], [0, 1]]
+    """
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 

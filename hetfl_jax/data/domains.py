@@ -53,7 +53,11 @@ def combined(source: Source | None, texts: Sequence[str], load: Callable[[str], 
 
 
 def changes(texts: Sequence[str]) -> list[str]:
-    """The domains that are made of the source; of no domains the source itself."""
+    """The domains that are made of the source; of no domains the source itself.
+
+    >>> changes(("plain", "npz:svhn.npz", "inverted")), changes(())
+    (['plain', 'inverted'], ['plain'])
+    """
     return [text for text in texts if not text.startswith("npz:")] if texts else ["plain"]
 
 
@@ -63,6 +67,15 @@ def per_domain(examples: int, clients: int, domains: int, test_examples: int) ->
     >>> part = per_domain(10, 4, 2, 5)
     >>> part.rows.tolist(), part.test_index.tolist()
     ([0, 1, 2, 3, 5, 6, 7, 8], [0, 1, 2, 3])
+
+    Args:
+      examples: rows of all domains, domain after domain, equally many of each.
+      clients: N, a multiple of ``domains``.
+      domains: how many there are.
+      test_examples: rows of all domains' test sets.
+
+    Raises:
+      ValueError: clients that cannot be dealt evenly, or without an example.
     """
     if clients % domains or clients < domains:
         _fail(f"{clients} clients in {domains} domains: need equally many in each, data.clients")
@@ -200,6 +213,10 @@ def resized(x: np.ndarray, side: Sequence[int]) -> np.ndarray:
 
     >>> resized(np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1), (1, 2))[0, 0, :, 0].tolist()
     [1, 5]
+
+    Args:
+      x: [M, H, W, C] uint8.
+      side: new height and width.
     """
     if tuple(side) == x.shape[1:3]:
         return x

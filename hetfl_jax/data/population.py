@@ -93,7 +93,16 @@ def population(
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
-    """[N, C] bool: which labels occur among each client's consecutive examples, [n] or [n, S]."""
+    """[N, C] bool: which labels occur among each client's consecutive examples, [n] or [n, S].
+
+    Args:
+      labels: client after client, -1 for none.
+      size: [N] examples of each client.
+      count: C.
+
+    >>> held_classes(np.array([0, 2, 2]), np.array([1, 2]), 3).tolist()
+    [[True, False, False], [False, False, True]]
+    """
     held = np.zeros((size.size, count), bool)
     client = np.repeat(np.arange(size.size), size * (labels.size // max(len(labels), 1)))
     there = labels.ravel() >= 0
@@ -165,7 +174,12 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
 
 
 def joined(first: Population, second: Population) -> Population:
-    """The clients of two populations over one pool, one after the other."""
+    """The clients of two populations over one pool, one after the other.
+
+    >>> pop = population(np.zeros((4, 2)), np.array([0, 1, 1, 0]), np.array([3, 1, 2]), np.array([1, 2]))
+    >>> joined(pop, pop).size.tolist(), joined(pop, pop).offset.tolist()
+    ([1, 2, 1, 2], [0, 1, 3, 4])
+    """
     second = second._replace(offset=second.offset + first.rows.shape[0])
     clients: list[PyTree] = [(*pop[2:7], pop.view) for pop in (first, second)]
     *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)

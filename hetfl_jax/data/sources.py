@@ -203,8 +203,21 @@ def text(path: str, *, length: int = 64, rows: int = 100, test_rows: int = 10, t
     row. Test windows stand place by place: a batch of ``test_rows`` is one place of all rows. Of the test stream only
     the first ``test_tokens`` are taken, 0 for all.
 
+    Args:
+      path: of an .npz file with the streams.
+      length: tokens of a window.
+      rows: N, equal parts of the training stream, a writer each.
+      test_rows: equal parts of the test stream.
+      test_tokens: 0 for all.
+
     Raises:
       ValueError: a value out of range, or arrays that are not streams.
+
+    >>> import tempfile
+    >>> path = f"{tempfile.mkdtemp()}/stream.npz"
+    >>> np.savez(path, train=np.arange(10), test=np.arange(4))
+    >>> text(path, length=3, rows=2, test_rows=1).x_train.tolist()
+    [[0, 1, 2], [3, 4, -1], [5, 6, 7], [8, 9, -1]]
     """
     found, _ = _read(path, ("train", "test"), "train=..., test=...")
     streams = [found.get(name, np.zeros((0, 0))) for name in ("train", "test")]

@@ -16,7 +16,11 @@ SLOTS = "slots"  #: the argument of every ``make`` for what is chosen apart from
 
 
 def names() -> tuple[str, ...]:
-    """Names of the methods that come with the package."""
+    """Names of the methods that come with the package.
+
+    >>> "fedavg" in names(), len(names()) == len(set(names()))
+    (True, True)
+    """
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 

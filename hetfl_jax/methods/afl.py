@@ -34,10 +34,25 @@ def make(
     """AFL with N = ``clients``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
+      clients: N, in the population; a weight is kept of each.
       weight_rate: of the weights, 1 / loss, > 0.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a rate not above 0, or no clients.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients=6).judge is None
+    True
     """
     if not weight_rate > 0:
         raise ValueError(f"weight_rate {weight_rate}, allowed > 0 (method.args.weight_rate)")

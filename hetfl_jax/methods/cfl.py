@@ -56,6 +56,9 @@ def make(
     """CFL over a population of ``clients``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       eps1, eps2: bounds on the norm of the mean update and on the largest norm; about a tenth of the largest mean norm
         seen, and 3 to 4 times that.
       gamma_max: least gamma of a split; 0 is the plain criterion of the published code, which also cuts pure clusters.
@@ -64,9 +67,20 @@ def make(
       min_clients: a cluster with fewer participants is not split.
       first_round: rounds before the first split.
       keep_updates: keep the updates at every split, by which new and absent clients are placed.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range, or kept updates that do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=9, clients=9, eps1=0.2, eps2=0.6).choice.models
+    8
     """
     size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(family.shapes[0]["params"])) if keep_updates else 0
     _check(clients, eps1, eps2, gamma_max, linkage, max_clusters, min_clients, 4 * max_clusters * clients * size)

@@ -43,6 +43,9 @@ def make(
     """DepthFL over a family whose levels differ in depth.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       clients_per_level: [L] clients of each level.
       feddyn: whether FedDyn is there, with alpha ``feddyn_alpha``; else this is DepthFL(FedAvg).
       feddyn_denominator, max_correction: see ``parts.server.feddyn``.
@@ -50,9 +53,20 @@ def make(
       train_all: ``False`` trains only a client's deepest exit: the row that the published table calls InclusiveFL.
       average_untrained: in that case, average exits also over the clients that held but did not train them, as the
         published code does.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: FedDyn's alpha <= 0, or another value out of range.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4, 4)), [dict(depth=2), dict(depth=1)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients_per_level=(3, 3)).levels
+    2
     """
     refuse("depthfl", slots or Slots(), objective=True)
     rule = drift.feddyn(feddyn_alpha) if feddyn else None

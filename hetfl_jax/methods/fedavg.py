@@ -25,7 +25,24 @@ def make(
     server_optimizer: Arguments = server.PLAIN,
     slots: Slots | None = None,
 ) -> Algorithm:
-    """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``."""
+    """FedAvg with ``cohort`` clients a round; ``server_optimizer`` as in ``parts.server.optimizer``.
+
+    Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2).levels
+    2
+    """
     return compose(
         family,
         local=local,

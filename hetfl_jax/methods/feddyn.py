@@ -42,15 +42,28 @@ def make(
     """FedDyn with alpha ``feddyn_alpha``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
       cohort: clients a round, if ``participation`` is 0.
       clients_per_level: [L] clients of each level.
       mean_examples: if > 0, ``alpha_k = alpha * mean_examples / n_k`` (as the paper's code does for unequal clients).
       participation: if > 0, every client takes part with this probability instead.
       feddyn_denominator, max_correction: see ``parts.server.feddyn``.
       keep_models: keep every client's last model, a second model-sized memory, and evaluate their mean.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: alpha <= 0, or another value out of range.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients_per_level=(3, 3)).levels
+    2
     """
     refuse("feddyn with a participation probability", slots or Slots(), select=participation > 0)
     rule = drift.feddyn(feddyn_alpha, mean_examples)

@@ -35,13 +35,27 @@ def make(
     """FedPAQ with ``levels`` s of the quantiser; a codec in ``slots`` takes its place.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       levels: s, 0 for no quantiser.
       scope: what has a norm of its own, see ``parts.codec.qsgd``; the paper's theory has one for the "whole" change.
       shift, scale, ratio, bandwidth: of the simulated time, see ``parts.clock.clock``; the paper's ratios are 100 for
         logistic regression and 1000 for nets.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, levels=4).price().up.tolist()
+    [392, 280]
     """
     slots = slots or Slots()
     if levels and not slots.uplink:

@@ -51,13 +51,27 @@ def make(
     """FjORD over the levels of ``family``, nested widths.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       clients_per_level: [L] clients of each level.
       distill, alpha, temperature: see ``parts.ordered.ordered_dropout``.
       dropout: ``ordered``, or a baseline: ``random``, ``both``, both without distillation.
       most_dropped: of ``both``, see ``parts.ordered.random_dropout``.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range, levels that are not nested widths, or a norm that all rates would overwrite.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients_per_level=(3, 3)).levels
+    2
     """
     if dropout not in DROPOUTS:
         raise ValueError(f"dropout {dropout!r} is not one of {', '.join(DROPOUTS)} (method.args.dropout)")

@@ -37,11 +37,25 @@ def make(
     """HeteroFL over the levels of ``family``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       proportions: how often each level occurs (``dynamic``); ``fixed`` takes the population's levels.
       mask: the masked loss; class rows in the aggregation are counted either way, as in the official code.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: an unknown assignment, or proportions that do not match the levels.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, proportions=(1, 3)).drawn
+    (1.0, 3.0)
     """
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment {assignment!r} is not one of {', '.join(ASSIGNMENTS)} (method.args.assignment)")

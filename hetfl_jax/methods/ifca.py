@@ -77,6 +77,9 @@ def make(
     """IFCA with ``clusters`` models.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       averaging: ``models`` or ``gradients``.
       weighted: weigh clients by their examples.
       over, over_args: another method inside, e.g. ``heterofl``, with its arguments, in place of plain local training;
@@ -97,9 +100,20 @@ def make(
       proportions, clients_per_level, clients: how often each level occurs, and how many clients there are, for a method
         inside that wants to know. FedDyn and DepthFL inside divide a cluster's sums by all clients unless ``over_args``
         gives fewer.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=4, clusters=3).choice.models
+    3
     """
     _check(cohort, clusters, averaging, min_share, family, [*shared, *(redraw if warm_start else ())])
     if over:
@@ -162,7 +176,7 @@ def _check(cohort: int, clusters: int, averaging: str, min_share: float, family:
         raise ValueError(f"{clusters} clusters, allowed 1..{cohort}, the clients of a round (method.args.clusters)")
     if averaging not in AVERAGING:
         raise ValueError(f"averaging {averaging!r} is not one of {', '.join(AVERAGING)} (method.args.averaging)")
-    if not 0 <= min_share * clusters <= 1:
+    if not 0 <= min_share <= 1 / clusters:  # no arithmetic: a product of a setting is traced
         raise ValueError(f"min_share {min_share}, allowed 0..1/clusters = {1 / clusters:.4g} (method.args.min_share)")
     known = family.shapes[0]["params"]
     if wrong := [name for name in layers if name not in known]:

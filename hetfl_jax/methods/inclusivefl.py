@@ -69,11 +69,25 @@ def make(
     """InclusiveFL over a family whose levels differ in depth.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       beta: weight of the momentum, 0 for none.
       timing: take the momentum of the ``previous`` round, or of the ``same``.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range, a family without depths, or layers of unlike shape.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4, 4, 4)), [dict(depth=3), dict(depth=2)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2).members
+    2
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta {beta}, allowed 0..1 (method.args.beta)")

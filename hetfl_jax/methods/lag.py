@@ -57,6 +57,9 @@ def make(
     """LAG over ``clients`` workers; the paper's rate is ``1 / L``, L the smoothness of the whole sum.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      clients: M, the workers; all of them take part in every round.
       population: the workers' examples, from which ``smoothness`` is found if it is not given.
       rule: one of ``lazy.RULES``.
       window: D, steps that W sums.
@@ -66,9 +69,20 @@ def make(
       server_learning_rate: of the step along the sum; 0: 1, of the two IAG rules ``1 / M``.
       lc_start: as the published code starts: gradients of ones count as sent, and nobody uploads in the first D rounds.
       extension: one of ``EXTENSIONS``.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range, mini-batches or a net that is not linear without an extension that allows them.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=()), [{}], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.01, batch_size=9, full_batch=True), clients=6).levels
+    1
     """
     slots = slots or Slots()
     how = _checked(family, local, rule, extension, lc_start, xi, l2)

@@ -33,11 +33,25 @@ def make(
     """q-FFL with ``q``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       q: how much more a client with a large loss counts, >= 0; 0 for not at all.
       static_step_size: every ``h_k`` is ``1 / rate``.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a negative q.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, q=2.0).levels
+    2
     """
     if not q >= 0:
         raise ValueError(f"q {q}, allowed >= 0 (method.args.q)")

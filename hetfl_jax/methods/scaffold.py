@@ -35,14 +35,29 @@ def make(
     """SCAFFOLD over a population of ``clients``; its messages are twice as large as FedAvg's.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
+      clients: N, in the population.
       mean_examples: if > 0, variates are weighed by ``n_k / mean_examples``, as FedDyn's authors do.
       participation, keep_models: as in ``feddyn``.
       server_learning_rate: of the server's step along the mean.
       authors_rate: divide by the learning rate of round 0 in every round, as the code of FedDyn's authors does, in
         place of the round's own.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients=6).levels
+    2
     """
     refuse("scaffold with a participation probability", slots or Slots(), select=participation > 0)
     if not local.plain:

@@ -33,10 +33,24 @@ def make(
     """SHeteroFL over the widths of ``family``; a client's budget is the level of the population.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       multiplicity: a client counts once for every width it trains, as in the published code and its table; else once.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: levels that do not lie inside each other, or a net with running statistics.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2).levels
+    2
     """
     refuse("sheterofl", slots or Slots(), objective=True)
     if any((np.diff(window.extents, axis=0) > 0).any() for window in family.windows.values()):

@@ -48,6 +48,9 @@ def make(
     """Split-Mix over ``1 / base_width`` base nets of ``family``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       clients: in the population.
       base_width: of ``family``, against the full net.
       budgets, budget_order: how wide a net each client can train, see ``parts.budgets.schedule``.
@@ -57,9 +60,20 @@ def make(
       post_average: with ``family.norm=bn``, passes over a client's training data whose mean statistics its model has
         when it is judged on the client's test data (20 in the paper); 0 for one pass over everybody's.
       order_by_validation: the first bases are those with the best validation accuracy, not those of the least number.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a value out of range, budgets that are no whole bases, or a family with several levels.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, clients=6, base_width=0.5, budgets='2-1').members
+    2
     """
     slots = slots or Slots()
     refuse("splitmix", slots, capacity=True)

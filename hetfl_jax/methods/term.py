@@ -35,13 +35,27 @@ def make(
     """TERM with ``t = tilt``.
 
     Args:
+      family: the net at its levels, see ``models.families.family``.
+      local: local training, see ``parts.local.local``.
+      cohort: clients a round, >= 1.
       tilt: 1 / loss, any finite number.
       by_examples: p_k grows with the client's examples, else all are alike.
+      slots: what is chosen apart from the method, see ``parts.compose.Slots``.
+
+    Returns:
+      An ``Algorithm``: pure functions that ``engine.rounds.make_round`` runs.
 
     Raises:
       ValueError: a tilt that is not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> make(fam, local(learning_rate=0.1, batch_size=4), cohort=2, tilt=-1.0).levels
+    2
     """
-    if not math.isfinite(tilt):
+    if not -math.inf < tilt < math.inf:
         raise ValueError(f"tilt {tilt}, allowed any finite number (method.args.tilt)")
     weights = merge.Weights(fair.tilted(tilt, by_examples), asks_received=True)
     return compose(

@@ -105,7 +105,19 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
 
 
 def examples_at_once(out: Sequence[int], kernel: Sequence[int], itemsize: int) -> int:
-    """The largest equal part of a batch whose patches and output gradients stay in cache; few channels gain nothing."""
+    """The largest equal part of a batch whose patches and output gradients stay in cache; few channels gain nothing.
+
+    Args:
+      out: [B, H, W, C] of the output.
+      kernel: [h, w, I, C].
+      itemsize: bytes of a number.
+
+    Returns:
+      A divisor of B.
+
+    >>> examples_at_once((20, 28, 28, 8), (5, 5, 1, 8), 4), 20 % examples_at_once((20, 28, 28, 64), (5, 5, 32, 64), 4)
+    (20, 0)
+    """
     if kernel[3] < _FAST_CHANNELS:
         return out[0]
     each = itemsize * out[1] * out[2] * (kernel[0] * kernel[1] * kernel[2] + kernel[3])
@@ -273,7 +285,19 @@ def _parts(x: Array, shape: Sequence[int]) -> Array:
 
 
 def lowered(lowering: str) -> Callable[..., Array]:
-    """``conv`` (or ``depthwise_conv``) in the call shape of ``nn.Conv(conv_general_dilated=...)``."""
+    """``conv`` (or ``depthwise_conv``) in the call shape of ``nn.Conv(conv_general_dilated=...)``.
+
+    Args:
+      lowering: one of ``LOWERINGS``; ``auto`` is ``canonical`` on a CPU, else ``rows``.
+
+    Returns:
+      A function of (x [B, H, W, I], kernel [h, w, I, C], strides, padding, ...), as flax calls it.
+
+    >>> import flax.linen as nn
+    >>> layer = nn.Conv(3, (3, 3), conv_general_dilated=lowered("rows"))
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 2)))[0].shape
+    (1, 4, 4, 3)
+    """
 
     def run(
         x: Array,

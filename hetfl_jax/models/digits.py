@@ -16,6 +16,14 @@ class DigitsCNN(BaseNet):
     """conv 5x5, pool, conv 5x5, pool, conv 5x5, then three linear layers; 14,219,210 parameters at 28x28x3.
 
     Scaler, norm and ReLU are behind every layer but the last. ``hidden``: three convolutions, two linear layers.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(DigitsCNN(), [{}], jnp.zeros((1, 28, 28, 3)))
+    >>> costs(fam).parameters.tolist()
+    [14219210]
     """
 
     hidden: Sequence[int] = (64, 64, 128, 2048, 512)
@@ -45,6 +53,14 @@ class AlexNet(BaseNet):
     """Five convolutions and three linear layers, no dropout; 57,063,498 parameters at 256x256x3.
 
     Scaler, norm and ReLU are behind every layer but the last. ``hidden``: five convolutions, two linear layers.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(AlexNet(), [{}], jnp.zeros((1, 256, 256, 3)))
+    >>> costs(fam).parameters.tolist()
+    [57063498]
     """
 
     hidden: Sequence[int] = (64, 192, 384, 256, 256, 4096, 4096)
@@ -73,7 +89,11 @@ class AlexNet(BaseNet):
 
 
 def flattened(x: Array) -> Array:
-    """[B, H, W, C] -> [B, C H W], channel-major, so that a prefix of channels is a prefix of the flat axis."""
+    """[B, H, W, C] -> [B, C H W], channel-major, so that a prefix of channels is a prefix of the flat axis.
+
+    >>> flattened(jnp.arange(4.0).reshape(1, 1, 2, 2)).tolist()
+    [[0.0, 2.0, 1.0, 3.0]]
+    """
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
 
 

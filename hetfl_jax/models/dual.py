@@ -18,6 +18,13 @@ class DualNorm(nn.Module):
     y_noise``, each branch after its own affine map.
 
     ``shared``: both branches have one affine map, and nothing may lie between them.
+
+    Source: Xie et al., CVPR 2020; Hong et al., ICLR 2022.
+
+    >>> net, x = DualNorm(), jnp.array([[1.0], [3.0]])
+    >>> variables = net.init(jax.random.key(0), x, train=False)
+    >>> variables["batch_stats"]["mean"].shape, net.apply(variables, x, train=False, noise=0.5).shape
+    ((2, 1), (2, 1))
     """
 
     shared: bool = False

@@ -18,6 +18,13 @@ class ExitResNet(BaseNet):
     Exit l reads ``sigmoid(attention_l(x)) * x`` of its level's output x, brings it to the last level's width and
     resolution by separable convolutions (the bottleneck), then mean and a linear layer; the last level has only those
     two. The trunk goes on from x itself. Returns [depth, B, C].
+
+    Fields: ``hidden`` channels of each level at width 1, ``depth`` levels that are there, ``norm``, ``groups`` of gn.
+
+    >>> from hetfl_jax.models.families import family
+    >>> net = ExitResNet(hidden=(4, 8, 8), norm="none")
+    >>> family(net, [dict(depth=3), dict(depth=1)], jnp.zeros((1, 8, 8, 3))).exits.tolist()
+    [3, 1]
     """
 
     hidden: Sequence[int] = (64, 128, 256, 512)

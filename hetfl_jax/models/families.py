@@ -160,7 +160,17 @@ def collects_statistics(fam: Family) -> bool:
 
 
 def init(fam: Family, key: Array) -> PyTree:
-    """Start variables of the full model."""
+    """Start variables of the full model.
+
+    Args:
+      fam: of the model.
+      key: of the run.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3)))
+    >>> init(fam, jax.random.key(0))["params"]["dense_0"]["kernel"].shape
+    (3, 4)
+    """
     return fam.nets[0].init(key, fam.prepare(tree.zeros(fam.example), None))
 
 
@@ -210,7 +220,13 @@ def trained(fam: Family, path: Path, all_exits: bool) -> np.ndarray:
 
 
 def active_exits(fam: Family, level: Level) -> Array | np.ndarray:
-    """[E] bool, which exits of a level's base the level has; a plain NumPy array where it is dense."""
+    """[E] bool, which exits of a level's base the level has; a plain NumPy array where it is dense.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4, 4)), [dict(depth=2), dict(depth=1)], jnp.zeros((1, 3)))
+    >>> active_exits(fam, 1).tolist(), active_exits(fam, Within(0, jnp.int32(1))).tolist()
+    ([True], [True, False])
+    """
     number = np.arange(fam.exits[base_of(level)])
     return jnp.asarray(number) < jnp.asarray(fam.exits)[level.level] if isinstance(level, Within) else number >= 0
 
@@ -223,6 +239,12 @@ def view(fam: Family, variables: PyTree, level: Level) -> View:
 
     Raises:
       ValueError: a masked level of a family that runs dense only.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> small = view(fam, init(fam, jax.random.key(0)), 1)
+    >>> small.variables["params"]["dense_0"]["kernel"].shape, small.apply(small.variables, jnp.zeros((5, 3)))[0].shape
+    ((3, 2), (1, 5, 10))
     """
     base = base_of(level)
 

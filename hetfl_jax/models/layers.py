@@ -34,12 +34,20 @@ def active_channels(full: int, width: float) -> int:
 
 
 def traced_channels(full: int, width: Array | None) -> Array | None:
-    """``active_channels`` for a traced rate; ``None`` (all channels) stays ``None``."""
+    """``active_channels`` for a traced rate; ``None`` (all channels) stays ``None``.
+
+    >>> int(traced_channels(10, jnp.float32(0.6))), traced_channels(10, None)
+    (6, None)
+    """
     return None if width is None else channels_at(full, width)
 
 
 def channels_at(full: int, width: float | Array) -> Array:
-    """``active_channels`` of a rate that may be traced, int32."""
+    """``active_channels`` of a rate that may be traced, int32.
+
+    >>> int(channels_at(5, 0.5))
+    3
+    """
     return jnp.maximum(1, jnp.ceil(full * width - _SLACK)).astype(jnp.int32)
 
 
@@ -95,12 +103,34 @@ def dense_layer(x: Array, features: int, *, zero_bias: bool = False, rate: float
 
 
 def scale(x: Array, width: float | Array, *, train: bool) -> Array:
-    """HeteroFL's Scaler: divide by the width rate while training, identity in evaluation (section 3 of the paper)."""
+    """HeteroFL's Scaler: divide by the width rate while training, identity in evaluation (section 3 of the paper).
+
+    Args:
+      x: activations, any shape.
+      width: rate of the level, 0 < w <= 1.
+      train: whether the net trains.
+
+    >>> float(scale(jnp.float32(2), 0.5, train=True)), float(scale(jnp.float32(2), 0.5, train=False))
+    (4.0, 2.0)
+    """
     return x / width if train else x
 
 
 def check_norm(kind: str, smallest: int, groups: int = GROUPS) -> None:
-    """Reject an unknown norm, and gn groups that do not divide the narrowest layer."""
+    """Reject an unknown norm, and gn groups that do not divide the narrowest layer.
+
+    Args:
+      kind: one of ``NORMS``.
+      smallest: channels of the narrowest layer.
+      groups: of gn.
+
+    Raises:
+      ValueError: either.
+
+    >>> check_norm("gn", 6)
+    Traceback (most recent call last):
+    ValueError: norm 'gn' has 4 groups, which do not divide a layer of 6 channels (models)
+    """
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is not one of {', '.join(NORMS)} (models)")
     if kind == "gn" and smallest % groups:

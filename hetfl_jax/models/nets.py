@@ -117,6 +117,14 @@ class MLP(BaseNet):
 
     With ``depth`` d > 0 only the first d hidden layers are there, and each has an exit: [d, B, C]; without ``exits``
     there is one head behind the last of them, as in a net of that depth.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(MLP(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 28, 28, 1)))
+    >>> costs(fam).parameters.tolist()
+    [159010, 79510]
     """
 
     hidden: Sequence[int] = (200,)
@@ -142,6 +150,14 @@ class Logistic(BaseNet):
     """Logistic regression: the first class has logit 0, the others are linear: (D + 1) (C - 1) parameters, from 0.
 
     Without ``bias`` D (C - 1).
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(Logistic(classes=3), [{}], jnp.zeros((1, 4)))
+    >>> costs(fam).parameters.tolist()
+    [10]
     """
 
     hidden: Sequence[int] = ()
@@ -159,7 +175,16 @@ class Logistic(BaseNet):
 
 
 class CNN(BaseNet):
-    """The FedAvg CNN (McMahan et al. 2017): conv 5x5, pool, conv 5x5, pool, dense; 1,663,370 parameters at 28x28x1."""
+    """The FedAvg CNN (McMahan et al. 2017): conv 5x5, pool, conv 5x5, pool, dense; 1,663,370 parameters at 28x28x1.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(CNN(), [dict(width=1.0)], jnp.zeros((1, 28, 28, 1)))
+    >>> costs(fam).parameters.tolist()
+    [1663370]
+    """
 
     hidden: Sequence[int] = (32, 64, 512)
     rescales: ClassVar[bool] = True
@@ -181,7 +206,16 @@ class CNN(BaseNet):
 
 
 class LeNet(BaseNet):
-    """The net of CFL's published code: unpadded conv 5x5, pool, twice, then linear; 18,506 parameters at 62 classes."""
+    """The net of CFL's published code: unpadded conv 5x5, pool, twice, then linear; 18,506 parameters at 62 classes.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(LeNet(classes=62), [{}], jnp.zeros((1, 28, 28, 1)))
+    >>> costs(fam).parameters.tolist()
+    [18506]
+    """
 
     hidden: Sequence[int] = (6, 16)
     rescales: ClassVar[bool] = True
@@ -206,6 +240,14 @@ class TutorialCNN(BaseNet):
 
     Twice conv 5x5 and ReLU with pool 3x3/2 and local response norm (radius 4, alpha 0.001/9, beta 0.75; after the pool
     of the first, before that of the second), then two linear layers with ReLU.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(TutorialCNN(), [{}], jnp.zeros((1, 24, 24, 3)))
+    >>> costs(fam).parameters.tolist()
+    [1068298]
     """
 
     hidden: Sequence[int] = (64, 64, 384, 192)
@@ -254,6 +296,14 @@ class Conv(BaseNet):
 
     With ``depth`` d > 0 only the first d convolutions are there, and each has an exit: [d, B, C]; without ``exits``
     there is one head behind the last of them.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(Conv(hidden=(4, 8), norm="none"), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 8, 8, 1)))
+    >>> costs(fam).parameters.tolist()
+    [426, 146]
     """
 
     hidden: Sequence[int] = (64, 128, 256, 512)
@@ -285,6 +335,14 @@ class PreResNet(BaseNet):
     """HeteroFL's pre-activation ResNet with basic blocks; stages of strides 1, 2, 2, 2 and no norm after the stem.
 
     The published CIFAR-10 figures come from blocks 1-1-1-2 (9.6 M parameters); the later code has 2-2-2-2 (11.2 M).
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(PreResNet(hidden=(4, 4), blocks=(1, 1), norm="none"), [{}], jnp.zeros((1, 8, 8, 3)))
+    >>> costs(fam).parameters.tolist()
+    [750]
     """
 
     hidden: Sequence[int] = (64, 128, 256, 512)

@@ -15,6 +15,14 @@ class ResNet(BaseNet):
     A block is ``relu(norm(conv(relu(norm(conv(x))))) + s(x))``, where s is a 1x1 convolution with norm if the block
     changes shape; 11,173,962 parameters at 32x32x3. Under random dropout a stage's blocks drop the same units of what
     they add to.
+
+    Fields: ``hidden`` sizes at width 1, ``width`` the level's rate, ``classes`` outputs, ``norm`` one of ``NORMS``.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models.families import family
+    >>> fam = family(ResNet(hidden=(4, 8), blocks=(1, 1), norm="none"), [dict(width=1.0)], jnp.zeros((1, 8, 8, 3)))
+    >>> fam.windows["params", "head", "kernel"].extents.tolist()
+    [[8, 10]]
     """
 
     hidden: Sequence[int] = (64, 128, 256, 512)

@@ -79,7 +79,10 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From a layer's output to a logit for each token."""
+    """From a layer's output to a logit for each token.
+
+    ``z = W_2 norm(gelu(W_1 x))``; ``embedding`` are the features at width 1, ``classes`` the tokens.
+    """
 
     embedding: int
     classes: int
@@ -100,6 +103,15 @@ class Transformer(BaseNet):
     is divided by the root of its own head width. With ``depth`` d > 0 only the first d layers are there and each has a
     decoder as its exit; without ``exits`` the last one has the only decoder. The official net scales whatever its
     switch says; here ``scaler`` is obeyed.
+
+    Fields: ``hidden`` as above, ``embedding`` features of a token, ``heads``, ``length`` positions, ``dropout``,
+    ``classes`` tokens, ``width`` and ``depth`` the level's.
+
+    >>> from hetfl_jax.models.families import family
+    >>> net = Transformer(hidden=(16, 16), embedding=8, heads=2, length=4, classes=10)
+    >>> fam = family(net, [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 4), jnp.int32))
+    >>> fam.windows["params", "layer_0", "linear1", "kernel"].extents.tolist()
+    [[8, 16], [4, 8]]
     """
 
     hidden: Sequence[int] = (512, 512, 512, 512)

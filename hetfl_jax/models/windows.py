@@ -49,22 +49,38 @@ def _path(keys: tuple[PyTree, ...]) -> Path:
 
 
 def flat(values: PyTree) -> dict[Path, PyTree]:
-    """Leaves by path."""
+    """Leaves by path.
+
+    >>> flat({"params": {"head": {"bias": 1}}})
+    {('params', 'head', 'bias'): 1}
+    """
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
 
 
 def map_leaves(fn: Callable[[Path, PyTree], PyTree], values: PyTree) -> PyTree:
-    """``fn(path, leaf)`` over a tree of variables, the path as strings: a key of ``Family.windows``."""
+    """``fn(path, leaf)`` over a tree of variables, the path as strings: a key of ``Family.windows``.
+
+    >>> map_leaves(lambda path, leaf: "/".join(path), {"params": {"head": {"bias": 1}}})
+    {'params': {'head': {'bias': 'params/head/bias'}}}
+    """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_path(path), leaf), values)
 
 
 def base_of(level: Level) -> int:
-    """The static level whose shapes are used."""
+    """The static level whose shapes are used.
+
+    >>> base_of(2), base_of(Within(0, jnp.int32(2)))
+    (2, 0)
+    """
     return level.base if isinstance(level, Within) else level
 
 
 def index_of(level: Level) -> int | Array:
-    """The level itself, as a number."""
+    """The level itself, as a number.
+
+    >>> index_of(2), int(index_of(Within(0, jnp.int32(2))))
+    (2, 2)
+    """
     return level.level if isinstance(level, Within) else level
 
 
@@ -86,12 +102,36 @@ def mask(fam: Family, level: int | Array, like: PyTree, base: int = 0) -> PyTree
 
 
 def masked_by(fam: Family, level: Within, values: PyTree) -> PyTree:
-    """``values``, of the shapes of the level's base, with zeros outside the level's window."""
+    """``values``, of the shapes of the level's base, with zeros outside the level's window.
+
+    Args:
+      fam: of the model.
+      level: a traced level inside a static one.
+      values: variables, or some of their collections.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> ones = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[0])
+    >>> masked_by(fam, Within(0, jnp.int32(1)), ones)["params"]["dense_0"]["bias"].tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
     return jax.tree.map(lambda v, keep: jnp.where(keep, v, 0), values, mask(fam, level.level, values, level.base))
 
 
 def mask_leaf(fam: Family, path: Path, level: int | Array, base: int = 0) -> Array:
-    """``mask`` of one leaf, of the shape that level ``base`` gives it."""
+    """``mask`` of one leaf, of the shape that level ``base`` gives it.
+
+    Args:
+      fam: of the model.
+      path: of the leaf, a key of ``fam.windows``.
+      level: may be traced.
+      base: a static level that holds it.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> mask_leaf(fam, ("params", "dense_0", "bias"), 1).tolist()
+    [True, True, False, False]
+    """
     extents = fam.windows[path].extents
     inside = jnp.ones(tuple(extents[base]), bool)
     for axis in range(extents.shape[1]):
@@ -133,7 +173,19 @@ def _there(shapes: PyTree, values: PyTree) -> PyTree:
 
 
 def widen(fam: Family, values: PyTree, level: int) -> PyTree:
-    """The inverse of ``narrow``: zero outside the window."""
+    """The inverse of ``narrow``: zero outside the window.
+
+    Args:
+      fam: of the model.
+      values: a tree of the level's shapes; what the family does not know stays as it is.
+      level: whose shapes these are.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> small = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[1])
+    >>> widen(fam, small, 1)["params"]["dense_0"]["bias"].tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
     leaves = flat(values)
 
     def leaf(path: Path, shape: PyTree) -> Array:
@@ -147,7 +199,21 @@ def widen(fam: Family, values: PyTree, level: int) -> PyTree:
 
 
 def overlay(fam: Family, old: PyTree, new: PyTree, level: int) -> PyTree:
-    """``old`` with the level's window replaced by ``new``; entries outside it survive."""
+    """``old`` with the level's window replaced by ``new``; entries outside it survive.
+
+    Args:
+      fam: of the model.
+      old: a tree of full shape.
+      new: a tree of the level's shapes; leaves that it lacks stay.
+      level: whose shapes these are.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), fam.shapes[0])
+    >>> ones = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[1])
+    >>> overlay(fam, zeros, ones, 1)["params"]["dense_0"]["bias"].tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
     leaves = flat(new)
 
     def leaf(path: Path, value: Array) -> Array:
@@ -187,6 +253,11 @@ def spread(fam: Family, path: Path, weights: Array, along: Array | None = None) 
     Args:
       weights: [L] float.
       along: [L, C] float instead of ``weights`` for entries along the leaf's class axis.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> spread(fam, ("params", "dense_0", "bias"), jnp.array([2.0, 5.0])).tolist()
+    [7.0, 7.0, 2.0, 2.0]
     """
     window = fam.windows[path]
     shape = tuple(int(n) for n in window.extents[0])
@@ -214,6 +285,11 @@ def memory_extents(fam: Family, memory: PyTree) -> tuple[list[tuple[int, ...]], 
     """For each level, the leading extents of every leaf of a client memory ``{name: {"params": tree}}``.
 
     A leaf that the family does not know has its own shape at every level.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> [extents[0] for extents in memory_extents(fam, {"sum": {"params": fam.shapes[0]["params"]}})]
+    [(4,), (2,)]
     """
 
     def extents(level: int, path: Path, leaf: PyTree) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hetfl_jax.core.absent import HIGHEST, LOWEST
 from hetfl_jax.core.random import permute
@@ -114,7 +115,15 @@ def repetitions(ids: Array) -> Array:
 
 
 def mean_loss(tally: Tally) -> Array:
-    """Loss per example; ``LOWEST`` where there is no example."""
+    """Loss per example; ``LOWEST`` where there is no example.
+
+    Args:
+      tally: sums, leaves [K].
+
+    >>> found = mean_loss(Tally(jnp.array([8.0, 3.0]), (), jnp.array([4.0, 0.0])))
+    >>> float(found[0]), bool(found[1] == LOWEST)
+    (2.0, True)
+    """
     return jnp.where(tally.examples > 0, tally.loss / jnp.maximum(tally.examples, 1), LOWEST)
 
 
@@ -123,6 +132,17 @@ def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
 
     ``table_k = sum of losses / number of examples`` over all that client k trained on in this round. With batches of
     equal size this is the mean over its steps of the mini-batch loss, in training mode, while the weights change.
+
+    Args:
+      table: [N] float32.
+      plan: ids [K] of the items.
+      seen: what they did.
+      ok: [K] bool, whose reply counts.
+
+    >>> plan = Plan(jnp.array([2, 0]), jnp.ones(2, bool), jnp.zeros(2, int))
+    >>> seen = Seen(Tally(jnp.array([8.0, 3.0]), (), jnp.array([4.0, 3.0])), (), (), ())
+    >>> remembered(jnp.full(3, 9.0), plan, seen, jnp.array([True, False])).tolist()
+    [9.0, 9.0, 2.0]
     """
 
     def per_client(values: Array) -> Array:
@@ -133,7 +153,12 @@ def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
 
 
 def need(fine: bool, message: str, key: str) -> None:
-    """A ``ValueError`` that names the argument, unless its value is fine."""
+    """A ``ValueError`` that names the argument, unless its value is fine.
+
+    >>> need(False, "cohort of 0 clients, allowed >= 1", "cohort")
+    Traceback (most recent call last):
+    ValueError: cohort of 0 clients, allowed >= 1 (select.args.cohort)
+    """
     if not fine:
         raise ValueError(f"{message} (select.args.{key})")
 
@@ -148,10 +173,17 @@ def weighted(cohort: int) -> Select:
 
     A client's chance to be in the cohort is not ``cohort * p_k``, since what is left after each draw changes.
 
+    Args:
+      cohort: K, >= 1 and at most the clients of the population.
+
     Raises:
       ValueError: a cohort below 1, or (when the round is built) above the population.
 
     Source: fair_flearn, ``fedbase.py``, sampling 2.
+
+    >>> people = Population(None, None, None, None, jnp.array([0, 5, 3]), None, None)
+    >>> sorted(weighted(2).choose(jax.random.key(0), 0, (), people, None)[0].ids.tolist())
+    [1, 2]
     """
     need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
 
@@ -233,7 +265,7 @@ def power_of_choice(
     need(every >= 1 if kind == "adapow" else every == 0, f"every {every} rounds, allowed {allowed}", "every")
     need(shrink > 1, f"shrink {shrink}, allowed > 1", "shrink")
     # What divides to below 1 divides no further: powers stay finite.
-    factor = jnp.float32(min(shrink, candidates + 1))
+    factor = np.float32(min(shrink, candidates + 1))
     most = math.ceil(math.log(candidates + 1) / math.log(factor))
 
     def init(clients: int) -> PyTree:
@@ -295,5 +327,9 @@ def intermittent(select: Select, absent: float = 0.2) -> Select:
 
 
 def round_off(number: float) -> float:
-    """A product of decimal fractions without its last digits, so that 0.7 * 10 is 7 and not a little less."""
+    """A product of decimal fractions without its last digits, so that 0.7 * 10 is 7 and not a little less.
+
+    >>> int(0.29 * 100), int(round_off(0.29 * 100))
+    (28, 29)
+    """
     return round(number, 9)

@@ -41,9 +41,9 @@ def clock(parameters: int, *, shift: float, scale: float, ratio: float, bandwidt
     for name, value in (("shift", shift), ("scale", scale), ("bandwidth", bandwidth)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} {value}, allowed >= 0 and finite (method.args.{name})")
-    each = shift + (1 / scale if scale else 0.0)
-    if not each > 0:
+    if not (shift > 0 or scale > 0):
         raise ValueError(f"shift {shift} and scale {scale}: need one above 0 (method.args.shift)")
+    each = shift + (1 / scale if scale else 0.0)
     if not bandwidth and not 0 < ratio < float("inf"):
         raise ValueError(f"ratio {ratio}, allowed > 0 and finite, or bandwidth > 0 (method.args.ratio)")
     return Clock(shift, scale, bandwidth or 32 * parameters / (ratio * each))
@@ -57,6 +57,12 @@ def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]
     Args:
       items: what every item did.
       waits: [K] exponential draws of mean 1.
+
+    >>> from types import SimpleNamespace
+    >>> seen = SimpleNamespace(work=jnp.array([[[0], [10]], [[0], [4]]]), up=jnp.array([[100, 0, 0], [60, 0, 0]]))
+    >>> items = SimpleNamespace(valid=jnp.array([True, True]), seen=seen)
+    >>> [float(part) for part in durations(Clock(1.0, 0.0, 8.0), items, jnp.zeros(2))]  # 10 examples; 160 bits
+    [10.0, 20.0]
     """
     there = jnp.asarray(items.valid)
     examples = items.seen.work[:, 1].sum(-1).astype(jnp.float32)
@@ -66,7 +72,15 @@ def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]
 
 
 def remembering(server: Server) -> Server:
-    """A server rule with room for the time in its slot."""
+    """A server rule with room for the time in its slot.
+
+    Args:
+      server: any; its own slot stays inside.
+
+    >>> from hetfl_jax.parts.server import optimizer
+    >>> float(remembering(optimizer()).init({"params": {"w": jnp.zeros(1)}}).time)
+    0.0
+    """
 
     def update(slot: Timed, *args: PyTree) -> tuple[PyTree, PyTree]:
         inner, variables = server.update(slot.slot, *args)

@@ -32,12 +32,26 @@ class Drift(NamedTuple):
 
 
 def received(context: ClientContext) -> PyTree:
-    """The parameters as they came."""
+    """The parameters as they came: ``w_received``, a tree at the client's level.
+
+    Args:
+      context: of a client; ``context.sent.variables`` is what the server sent.
+
+    >>> from hetfl_jax.core.types import ClientContext
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> sent = Sent({"params": {"w": jnp.array([1.0, 2.0])}})
+    >>> received(ClientContext(None, 0, 0, (), (), sent, {}))["w"].tolist()
+    [1.0, 2.0]
+    """
     return context.sent.variables["params"]
 
 
 def none() -> Drift:
-    """No correction."""
+    """No correction: gradients as they are, no memory, nothing sent besides the model.
+
+    >>> none().gradient({"w": 3.0}, {"w": 1.0}, None), none().init({"w": 1.0})
+    ({'w': 3.0}, {})
+    """
     return Drift(
         lambda params: {},
         lambda gradient, params, context: gradient,
@@ -46,15 +60,34 @@ def none() -> Drift:
 
 
 def frozen(layers: Sequence[str]) -> Drift:
-    """Layers that are not trained: they come back bit for bit, whatever the weight decay."""
+    """Layers that are not trained: they come back bit for bit, whatever the weight decay.
+
+    Args:
+      layers: names of top-level layers, as in ``family.shapes[0]["params"]``.
+
+    >>> frozen(["conv_0"]).frozen
+    ('conv_0',)
+    """
     return none()._replace(frozen=tuple(layers))
 
 
 def proximal(weight: float) -> Drift:
     """FedProx: the gradient of ``weight / 2 * ||params - received||^2``, inside the clipping.
 
+    Args:
+      weight: mu, >= 0, in units of 1 / learning rate; 0 changes nothing.
+
     Raises:
       ValueError: a negative weight.
+
+    Source: Li et al., MLSys 2020 (arXiv 1812.06127), equation 2.
+
+    >>> from hetfl_jax.core.types import ClientContext
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> came = {"w": jnp.array([1.0, 2.0])}
+    >>> told = ClientContext(None, 0, 0, (), (), Sent({"params": came}), {})
+    >>> proximal(0.5).gradient({"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 2.0])}, told)["w"].tolist()
+    [1.0, 0.0]
     """
     if not 0 <= weight < float("inf"):
         raise ValueError(f"proximal weight {weight}, allowed >= 0 and finite (method.args.proximal_weight)")
@@ -66,7 +99,16 @@ def proximal(weight: float) -> Drift:
 
 
 def summed(l2: float = 0.0) -> Drift:
-    """The gradient of a sum over the client's examples in place of a mean's: ``n_k gradient + l2 params``."""
+    """The gradient of a sum over the client's examples in place of a mean's: ``n_k gradient + l2 params``.
+
+    Args:
+      l2: of every client, >= 0.
+
+    >>> from types import SimpleNamespace
+    >>> told = SimpleNamespace(shard=SimpleNamespace(size=4))
+    >>> summed(0.5).gradient({"w": jnp.array(2.0)}, {"w": jnp.array(1.0)}, told)["w"].item()
+    8.5
+    """
 
     def gradient(gradient: PyTree, params: PyTree, context: ClientContext) -> PyTree:
         return jax.tree.map(lambda g, p: context.shard.size * g + l2 * p, gradient, params)
@@ -87,6 +129,17 @@ def feddyn(alpha: float, mean_examples: float = 0.0) -> Drift:
 
     Raises:
       ValueError: alpha <= 0.
+
+    >>> from hetfl_jax.core.types import ClientContext
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> came = {"w": jnp.array([1.0, 2.0])}
+    >>> memory = {"sum": {"params": {"w": jnp.array([0.0, 4.0])}}}
+    >>> told = ClientContext(None, 0, 0, (), (), Sent({"params": came}), memory)
+    >>> feddyn(0.5).gradient({"w": jnp.zeros(2)}, came, told)["w"].tolist()
+    [-0.5, 1.0]
+    >>> after, sent = feddyn(0.5).update({"w": jnp.array([2.0, 2.0])}, told, 10)
+    >>> after["sum"]["params"]["w"].tolist(), sent
+    ([1.0, 4.0], {})
     """
     if not 0 < alpha < float("inf"):
         raise ValueError(f"FedDyn alpha {alpha}, allowed > 0; without FedDyn use fedavg (method.args.feddyn_alpha)")
@@ -116,6 +169,17 @@ def scaffold(rate: Callable[[Array], Array | float], mean_examples: float = 0.0)
 
     Args:
       rate: (round) -> the learning rate that local steps of this round had.
+
+    >>> from hetfl_jax.core.types import ClientContext
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> came = {"w": jnp.array([1.0, 2.0])}
+    >>> common, own = ({"params": {"w": jnp.array(v)}} for v in ([1.0, 1.0], [0.0, 3.0]))
+    >>> told = ClientContext(None, 0, 0, (), (), Sent({"params": came}, common), {"variate": own})
+    >>> rule = scaffold(lambda round: 0.1)
+    >>> rule.gradient({"w": jnp.zeros(2)}, came, told)["w"].tolist()
+    [1.0, -2.0]
+    >>> [v["params"]["w"].tolist() for v in (rule.update(came, told, 10)[0]["variate"], rule.update(came, told, 10)[1])]
+    [[-1.0, 2.0], [-1.0, -1.0]]
     """
 
     def weight(context: ClientContext) -> Array | float:
@@ -138,7 +202,17 @@ def scaffold(rate: Callable[[Array], Array | float], mean_examples: float = 0.0)
 
 
 def remembering(drift: Drift) -> Drift:
-    """``drift`` whose clients also keep the last model they trained (``last``): what FedDyn calls the model "all"."""
+    """``drift`` whose clients also keep the last model they trained (``last``): what FedDyn calls the model "all".
+
+    Args:
+      drift: any; its own memory stays beside it.
+
+    Returns:
+      A ``Drift`` with ``models["all"]``, the mean of every client's last model.
+
+    >>> list(remembering(none()).init({"w": jnp.zeros(2)})), list(remembering(none()).models)
+    (['last'], ['all'])
+    """
 
     def init(params: PyTree) -> PyTree:
         return {**drift.init(params), "last": {"params": params}}

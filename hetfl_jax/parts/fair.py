@@ -83,17 +83,26 @@ def q_ffl(
 
     Raises:
       ValueError: q below 0, a learning rate or scale not above 0.
+
+    Source: Li et al., ICLR 2020, algorithm 2.
+
+    >>> from types import SimpleNamespace
+    >>> told = SimpleNamespace(received=Tally(jnp.float32(8), (), jnp.float32(4)), known=(), share=())
+    >>> above, below = q_ffl(1.0, 0.5)(told, {"params": {"w": jnp.array([0.5, 0.5])}})
+    >>> round(float(above), 4), round(float(below), 4)  # F = 2, ||g||^2 = 2
+    (4.0, 6.0)
     """
     for name, value, fine in (("q", q, ">= 0"), ("learning_rate", learning_rate, "> 0"), ("scale", scale, "> 0")):
         if isinstance(value, int | float) and not (value > 0 or (value == 0 and name == "q")):
             raise ValueError(f"{name} {value}, allowed {fine} (method.args.{name})")
 
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
+        power, rate, least = jnp.asarray(q), jnp.asarray(learning_rate), jnp.asarray(floor)
         unit = scale if isinstance(context.known, tuple) else context.known
-        farthest = jnp.exp(MOST / jnp.maximum(q, 1.0))
-        loss = jnp.clip(jnp.maximum(received_loss(context), floor), unit / farthest, unit * farthest)
-        norm = squared_norm(delta["params"]) / jnp.square(learning_rate)
-        pair = numerator_and_denominator(loss, norm, q, learning_rate, epsilon, scale=unit, fixed_step=fixed_step)
+        farthest = jnp.exp(MOST / jnp.maximum(power, 1.0))
+        loss = jnp.clip(jnp.maximum(received_loss(context), least), unit / farthest, unit * farthest)
+        norm = squared_norm(delta["params"]) / jnp.square(rate)
+        pair = numerator_and_denominator(loss, norm, power, rate, epsilon, scale=unit, fixed_step=fixed_step)
         share = share_of(context, jnp.float32(1))
         return share * pair[0], share * pair[1]
 
@@ -101,7 +110,15 @@ def q_ffl(
 
 
 def received_loss(context: ClientContext) -> Array:
-    """F_k: the client's mean loss of the model as it came."""
+    """F_k: the client's mean loss of the model as it came; 0 without examples.
+
+    Args:
+      context: of a client whose slots asked for ``received``.
+
+    >>> from types import SimpleNamespace
+    >>> float(received_loss(SimpleNamespace(received=Tally(jnp.float32(6), (), jnp.float32(4)))))
+    1.5
+    """
     received = context.received
     assert isinstance(received, Tally), "these weights need Weights(..., asks_received=True)"
     return received.loss / jnp.maximum(received.examples, 1)
@@ -165,6 +182,12 @@ def tilted(tilt: Array | float, by_examples: bool = True) -> Callable[[ClientCon
 
     Args:
       by_examples: the share of a client is n_k, else 1.
+
+    >>> from types import SimpleNamespace
+    >>> received, shard = Tally(jnp.float32(8), (), jnp.float32(4)), SimpleNamespace(size=jnp.int32(4))
+    >>> told = SimpleNamespace(received=received, shard=shard, known=jnp.float32(2), share=())
+    >>> [float(weight) for weight in tilted(3.0)(told, {})]
+    [4.0, 4.0]
     """
 
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
@@ -177,6 +200,14 @@ def tilted(tilt: Array | float, by_examples: bool = True) -> Callable[[ClientCon
 
 
 def agnostic(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
-    """AFL's weight of a reply: lambda_k, which the server keeps."""
+    """AFL's weight of a reply: lambda_k, which the server keeps.
+
+    Args:
+      context: of the client; ``context.known`` is lambda_k.
+
+    >>> from types import SimpleNamespace
+    >>> [round(float(weight), 2) for weight in agnostic(SimpleNamespace(known=jnp.float32(0.25), share=()), {})]
+    [0.25, 0.25]
+    """
     weight = share_of(context, jnp.float32(1)) * context.known
     return weight, weight

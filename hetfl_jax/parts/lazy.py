@@ -144,8 +144,18 @@ def _gradient(delta: PyTree, rate: Array) -> PyTree:
 def server(window: int, learning_rate: float = 1.0) -> Server:
     """``theta <- theta + learning_rate * mean``; the slot [D] has squared lengths of the latest steps, newest first.
 
+    Args:
+      window: D, steps that W sums, >= 1.
+      learning_rate: of the step along the mean, > 0.
+
     Raises:
       ValueError: a window or a learning rate out of range.
+
+    >>> rule = server(2)
+    >>> variables, mean = {"params": {"w": jnp.zeros(2)}}, {"params": {"w": jnp.array([3.0, 4.0])}}
+    >>> slot, after = rule.update(rule.init(variables), variables, mean, mean, jnp.array(True))
+    >>> slot.tolist(), after["params"]["w"].tolist()
+    ([25.0, 0.0], [3.0, 4.0])
     """
     if window < 1:
         raise ValueError(f"window of {window} steps, allowed >= 1 (method.args.window)")
@@ -163,7 +173,14 @@ def server(window: int, learning_rate: float = 1.0) -> Server:
 
 
 def idle_unless_asked(client: Client) -> Client:
-    """Who does not send was not asked: nothing came and nothing was computed."""
+    """Who does not send was not asked: nothing came and nothing was computed.
+
+    Args:
+      client: of a method whose uplink may send no bits.
+
+    Returns:
+      ``client`` whose report has no work and no bits received where it sent none.
+    """
 
     def run(context: ClientContext) -> Reply:
         reply = client(context)
@@ -175,7 +192,15 @@ def idle_unless_asked(client: Client) -> Client:
 
 
 def at_both_points(plainly: Client, client: Client) -> Client:
-    """The client's step on the batch of this round, also from where its last upload was."""
+    """The client's step on the batch of this round, also from where its last upload was.
+
+    Args:
+      plainly: the client without a codec and without memory.
+      client: the client whose ticket takes the change from the old point.
+
+    Returns:
+      A client of twice the work.
+    """
 
     def run(context: ClientContext) -> Reply:
         there = context.sent._replace(variables={**context.sent.variables, **context.memory["point"]})

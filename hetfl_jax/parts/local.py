@@ -250,13 +250,27 @@ def client_statistics(collect: Callable[[Array, Array], PyTree], shard: Shard, b
 
 
 def local_steps(settings: Local, size: Array) -> Array:
-    """Steps that a client with ``size`` examples makes; the last partial batch of an epoch is kept."""
+    """Steps that a client with ``size`` examples makes; the last partial batch of an epoch is kept.
+
+    Args:
+      settings: of local training.
+      size: int32 examples, any shape.
+
+    >>> int(local_steps(local(learning_rate=0.1, batch_size=4, epochs=2), jnp.int32(6)))
+    4
+    """
     by_epochs = settings.epochs * -(-size // settings.batch_size)
     return jnp.where(jnp.asarray(settings.steps) > 0, settings.steps, by_epochs).astype(jnp.int32)
 
 
 def memory_of(settings: Local, params: PyTree) -> PyTree:
-    """What local training itself keeps of a client between its rounds: ``{name: {"params": tree}}``."""
+    """What local training itself keeps of a client between its rounds: ``{name: {"params": tree}}``.
+
+    >>> memory_of(local(learning_rate=0.1, batch_size=4), {"w": jnp.zeros(2)})
+    {}
+    >>> list(memory_of(local(learning_rate=0.1, batch_size=4, momentum=0.9, keep_momentum=True), {"w": jnp.zeros(2)}))
+    ['momentum']
+    """
     return {"momentum": {"params": jax.tree.map(jnp.zeros_like, params)}} if settings.keep_momentum else {}
 
 

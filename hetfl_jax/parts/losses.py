@@ -12,7 +12,16 @@ from hetfl_jax.parts.server import Server
 
 
 def received_losses(seen: Seen, ok: Array) -> Array:
-    """[K] mean loss of the received model on each item's examples; 0 where there is none."""
+    """[K] mean loss of the received model on each item's examples; 0 where there is none.
+
+    Args:
+      seen: what every item did, with ``received``.
+      ok: [K] bool, whose reply counts.
+
+    >>> seen = Seen((), (), (), (), Tally(jnp.array([8.0, 6.0, 9.0]), (), jnp.array([4.0, 3.0, 0.0])))
+    >>> received_losses(seen, jnp.array([True, False, True])).tolist()
+    [2.0, 0.0, 0.0]
+    """
     received = seen.received
     assert isinstance(received, Tally), "these servers need Weights(..., asks_received=True)"
     return jnp.where(ok & (received.examples > 0), received.loss / jnp.maximum(received.examples, 1), 0)
@@ -33,6 +42,13 @@ def with_level(server: Server, start: float, of: Callable[[Array, Array, Array],
     Args:
       start: the number in the first round.
       of: (losses [K], examples [K], ok [K]) -> the number; items that are not ok are to be left out.
+
+    >>> from hetfl_jax.parts.server import optimizer
+    >>> rule = with_level(optimizer(), 1.0, largest)
+    >>> slot = rule.init({"params": {"w": jnp.zeros(1)}})
+    >>> seen = Seen((), (), (), (), Tally(jnp.array([8.0, 6.0]), (), jnp.array([4.0, 1.0])))
+    >>> float(rule.learn(slot, None, seen, jnp.ones(2, bool)).loss), rule.known(slot, jnp.arange(2)).tolist()
+    (6.0, [1.0, 1.0])
     """
 
     def learn(slot: Level, plan: Plan, seen: Seen, ok: Array) -> Level:
@@ -101,6 +117,18 @@ def agnostic(server: Server, clients: int, rate: float) -> Server:
     After a round ``lambda <- projection onto the simplex of (lambda + rate * F)``, with F_k the loss of the model that
     client k was sent, and 0 of clients that did not take part. ``average`` is evaluated too, the mean of the models
     after all rounds so far, which is the model that the theory speaks of.
+
+    Args:
+      server: what is done with the mean.
+      clients: N, in the population.
+      rate: of the weights, 1 / loss, > 0.
+
+    Source: Mohri, Sivek, Suresh, ICML 2019, algorithm 1.
+
+    >>> from hetfl_jax.parts.server import optimizer
+    >>> rule = agnostic(optimizer(), 4, 0.1)
+    >>> rule.known(rule.init({"params": {"w": jnp.zeros(1)}}), jnp.array([2, 0])).tolist()
+    [0.25, 0.25]
     """
 
     def init(variables: PyTree) -> Agnostic:

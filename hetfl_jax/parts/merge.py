@@ -48,7 +48,16 @@ def _same(weight: Array) -> tuple[Array, Array]:
 
 
 def share_of(context: ClientContext, own: Array) -> Array:
-    """How much a reply counts as the selection says, or ``own`` where it leaves that to the method."""
+    """How much a reply counts as the selection says, or ``own`` where it leaves that to the method.
+
+    Args:
+      context: of the client.
+      own: float32 scalar, e.g. its number of examples.
+
+    >>> from types import SimpleNamespace
+    >>> [float(share_of(SimpleNamespace(share=share), jnp.float32(7))) for share in ((), jnp.float32(2))]
+    [7.0, 2.0]
+    """
     return own if isinstance(context.share, tuple) else context.share
 
 
@@ -72,6 +81,24 @@ def overlap_mean(
       own_exit: clients train their deepest exit alone, and a leaf of an exit counts only for the clients that train it.
       count_untrained: it counts for the clients that hold and do not train it too, with a change of 0.
       weights: how much a reply counts, in place of ``by_examples``: ``mean = sum_k a_k m_k delta_k / sum_k b_k m_k``.
+
+    Returns:
+      A ``Merge``: ``lift`` one reply, add them, ``settle`` into (mean, coverage), both of full shape.
+
+    Source: McMahan et al. 2017 (by examples); Diao et al., ICLR 2021, algorithm 1 (by counts, class rows).
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = families.family(MLP(hidden=(2,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> from types import SimpleNamespace
+    >>> rule = overlap_mean(fam, by_examples=False)
+    >>> def reply(level, change):
+    ...     delta = jax.tree.map(lambda s: jnp.full(s.shape, change), fam.shapes[level])
+    ...     shard = SimpleNamespace(size=jnp.int32(1), classes=jnp.ones(10, bool))
+    ...     total = rule.lift(delta, SimpleNamespace(level=level, shard=shard, share=()))
+    ...     return total._replace(delta=windows.widen(fam, total.delta, level))
+    >>> mean, coverage = rule.settle(jax.tree.map(jnp.add, reply(0, 1.0), reply(1, 3.0)))
+    >>> mean["params"]["dense_0"]["bias"].tolist(), coverage["params"]["dense_0"]["bias"].tolist()
+    ([2.0, 1.0], [2.0, 1.0])
     """
     weights = weights or (BY_EXAMPLES if by_examples else BY_COUNT)
     family = with_class_axes(family) if class_rows else family
@@ -117,6 +144,9 @@ def padded(rows: Array, size: int) -> Array:
     """[..., C] as [..., size]: rows beyond the classes (the token that hides others) are nobody's.
 
     A net whose first classes have no entries of their own has fewer rows: those of the last classes.
+
+    >>> padded(jnp.array([1.0, 2.0]), 3).tolist(), padded(jnp.array([1.0, 2.0, 3.0]), 2).tolist()
+    ([1.0, 2.0, 0.0], [2.0, 3.0])
     """
     if size < rows.shape[-1]:
         return rows[..., rows.shape[-1] - size :]
@@ -124,7 +154,15 @@ def padded(rows: Array, size: int) -> Array:
 
 
 def settle_each(merge: Merge, total: Total) -> tuple[PyTree, PyTree]:
-    """``settle`` for each row of a total with a leading axis of members."""
+    """``settle`` for each row of a total with a leading axis of members.
+
+    Args:
+      merge: the rule.
+      total: leaves [members, ...], as a bank sums them.
+
+    Returns:
+      (mean, coverage), leaves [members, ...].
+    """
     return jax.vmap(merge.settle)(total)
 
 

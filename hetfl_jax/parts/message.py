@@ -48,7 +48,21 @@ def family_of(family: Family, what: str) -> Family:
 
 
 def bits(family: Family, codec: Codec) -> list[int]:
-    """Bits of a message of each level; for codecs whose length depends on the change, of one that is zero."""
+    """Bits of a message of each level; for codecs whose length depends on the change, of one that is zero.
+
+    Args:
+      family: of the model.
+      codec: any.
+
+    Returns:
+      [L] whole numbers.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.codec import qsgd
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> bits(fam, qsgd(fam, 5)), bits(fam, qsgd(fam, 5, length="elias"))
+    ([392, 280], [128, 128])
+    """
     if codec.length is not None:
         return [int(length) for length in codec.length]
     memory, found = codec.init(tree.zeros(family.shapes[0]["params"])), []

@@ -43,7 +43,17 @@ def of_exits(
     local: Callable[[Array, Shard], Array] = lambda exits, shard: exits,
     **options: Any,
 ) -> Objective:
-    """An objective that runs the net once: ``value(exits [E, B, C], active [E], labels [B], valid [B], context)``."""
+    """An objective that runs the net once: ``value(exits [E, B, C], active [E], labels [B], valid [B], context)``.
+
+    Args:
+      value: a mean over the valid rows, a scalar.
+      local: (exits, shard) -> exits as the client's own evaluation sees them; hits are counted on these.
+      options: further fields of ``Objective``.
+
+    >>> constant = of_exits(lambda exits, active, labels, valid, context: exits.mean())
+    >>> constant.all_exits, constant.score.name
+    (False, 'accuracy')
+    """
 
     def loss(forward: Forward, batch: Batch, context: ClientContext) -> tuple[Array, Aux]:
         exits, active, stats = forward(batch.x)
@@ -65,7 +75,16 @@ def hits(outputs: Array, labels: Array) -> Array:
 
 
 def last_exit(exits: Array, active: Active) -> Array:
-    """Logits of the deepest active exit, [B, C]."""
+    """Logits of the deepest active exit, [B, C].
+
+    Args:
+      exits: [E, B, C].
+      active: [E] bool, the first ones; NumPy where it is known, else traced.
+
+    >>> exits = jnp.arange(3.0).reshape(3, 1, 1)
+    >>> float(last_exit(exits, np.array([True, True, False]))[0, 0]), float(last_exit(exits, jnp.ones(3, bool))[0, 0])
+    (1.0, 2.0)
+    """
     if isinstance(active, np.ndarray):
         return exits[max(int(active.sum()) - 1, 0)]
     return exits[jnp.maximum(active.sum() - 1, 0)]
@@ -106,7 +125,14 @@ def mean_cross_entropy(logits: Array, labels: Array, valid: Array) -> Array:
 
 
 def cross_entropy() -> Objective:
-    """Mean cross-entropy of the deepest exit."""
+    """Mean cross-entropy of the deepest exit, in nats: ``- 1 / B sum_b log softmax(z_b)[y_b]`` over valid rows.
+
+    >>> run = lambda x: (jnp.zeros((1, 2, 4)), np.ones(1, bool), {})
+    >>> context = ClientContext(None, 0, 0, None, (), (), {})
+    >>> batch = Batch(None, jnp.array([0, 1]), jnp.array([True, True]))
+    >>> round(float(cross_entropy().loss(run, batch, context)[0]), 4)
+    1.3863
+    """
 
     def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
         return mean_cross_entropy(last_exit(exits, active), labels, valid)
@@ -127,7 +153,13 @@ RMSE = Score("rmse", _squares, _root_of_mean, least=True)
 
 
 def squared_error() -> Objective:
-    """Mean of ``(f(x) - y)^2`` (no 1/2) of a net with one output; the labels are numbers, the score is ``RMSE``."""
+    """Mean of ``(f(x) - y)^2`` (no 1/2) of a net with one output; the labels are numbers, the score is ``RMSE``.
+
+    >>> run = lambda x: (jnp.array([[[1.0], [5.0]]]), np.ones(1, bool), {})
+    >>> batch = Batch(None, jnp.array([0.0, 2.0]), jnp.array([True, True]))
+    >>> float(squared_error().loss(run, batch, ClientContext(None, 0, 0, None, (), (), {}))[0])
+    5.0
+    """
 
     def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
         errors = _squares(last_exit(exits, active), labels)
@@ -157,6 +189,13 @@ def all_exits(
 
     Raises:
       ValueError: a ramp or temperature out of range.
+
+    Source: Kim et al., ICLR 2023, equation 1, with the smoothing of the published code.
+
+    >>> same = lambda x: (jnp.zeros((2, 1, 4)), np.ones(2, bool), {})
+    >>> batch = Batch(None, jnp.array([0]), jnp.array([True]))
+    >>> round(float(all_exits().loss(same, batch, ClientContext(None, 0, 0, None, (), (), {}))[0]), 4)  # 2 log 4
+    2.7726
     """
     if ramp_rounds < 0 or ramp_power < 0:
         raise ValueError(f"ramp of {ramp_rounds} rounds, power {ramp_power}: allowed >= 0 (method.args.ramp_rounds)")
@@ -197,6 +236,12 @@ def batch_masked_cross_entropy() -> Objective:
     """Split-Mix's loss for clients of few classes: logits of classes that the BATCH does not hold become zero.
 
     Unlike ``masked_cross_entropy``, which asks what the client holds; evaluation sees the logits as they are.
+
+    >>> run = lambda x: (jnp.full((1, 2, 4), 9.0), np.ones(1, bool), {})
+    >>> batch = Batch(None, jnp.array([0, 0]), jnp.array([True, True]))
+    >>> loss, _ = batch_masked_cross_entropy().loss(run, batch, ClientContext(None, 0, 0, None, (), (), {}))
+    >>> round(float(loss), 6) == round(float(jnp.log(1 + 3 * jnp.exp(-9.0))), 6)  # three absent classes at logit 0
+    True
     """
 
     def value(exits: Array, active: Active, labels: Array, valid: Array, context: ClientContext) -> Array:
@@ -211,6 +256,13 @@ def masked_cross_entropy() -> Objective:
 
     Not to minus infinity: absent classes still add ``exp(0)`` each to the denominator and may win the argmax; they get
     no gradient. The same holds in the client's own evaluation.
+
+    Source: Diao et al., ICLR 2021, section 3.
+
+    >>> from types import SimpleNamespace
+    >>> holds = SimpleNamespace(classes=jnp.array([True, True, False]))
+    >>> masked_cross_entropy().local(jnp.array([[[1.0, -2.0, 5.0]]]), holds).tolist()
+    [[[1.0, -2.0, 0.0]]]
     """
 
     def held(exits: Array, shard: Shard) -> Array:

@@ -41,8 +41,15 @@ class Private(NamedTuple):
 def checked(private: Private | None, coded: bool) -> Private:
     """``private``, or nothing that is.
 
+    Args:
+      private: what stays on the client, ``None`` for nothing.
+      coded: whether a codec is chosen.
+
     Raises:
       ValueError: codecs, which would code the leaves that stay.
+
+    >>> checked(None, coded=True).paths
+    frozenset()
     """
     if private and coded:
         raise ValueError("a codec where some leaves stay on the client: need none (uplink.name, downlink.name)")
@@ -52,8 +59,19 @@ def checked(private: Private | None, coded: bool) -> Private:
 def norms(family: Family) -> Private:
     """All leaves of norms: scale, bias and running statistics.
 
+    Args:
+      family: of the model.
+
     Raises:
       ValueError: a net without norms.
+
+    Source: FedBN, Li et al., ICLR 2021.
+
+    >>> import jax.numpy as jnp
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,), norm="bn_tracked"), [{}], jnp.zeros((1, 3)))
+    >>> sorted(path[-1] for path in norms(fam).paths)
+    ['bias', 'mean', 'scale', 'var']
     """
     layers = {path[:-1] for path in family.windows if path[0] == "params" and path[-1] == "scale"}
     found = [path for path in family.windows if path[0] == "batch_stats" or path[:-1] in layers]

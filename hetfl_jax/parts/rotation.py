@@ -20,7 +20,14 @@ class Rotation(NamedTuple):
 
 
 def start(size: int) -> Rotation:
-    """Before the first round: a new order is drawn at once."""
+    """Before the first round: a new order is drawn at once.
+
+    Args:
+      size: M, members of the bank.
+
+    >>> start(3).order.tolist(), int(start(3).pointer)
+    ([0, 1, 2], 3)
+    """
     return Rotation(jnp.arange(size, dtype=jnp.int32), jnp.int32(size))
 
 
@@ -28,6 +35,17 @@ def turns(key: Array, state: Rotation, valid: Array) -> tuple[Array, Rotation]:
     """[K] int32 the member whose turn it is at each valid client, one after the other, and the state after them.
 
     Members come in a random order, all of them before any comes again; then a new order is drawn.
+
+    Args:
+      key: of the round.
+      state: orders and how many had their turn.
+      valid: [K] bool, items that are there.
+
+    Source: Hong et al., ICLR 2022, algorithm 2.
+
+    >>> first, state = turns(jax.random.key(0), start(4), jnp.ones(6, bool))
+    >>> sorted(first[:4].tolist()), int(state.pointer)
+    ([0, 1, 2, 3], 2)
     """
     size, cohort = state.order.shape[0], valid.shape[0]
     keys = jax.random.split(key, cohort // size + 2)
@@ -40,7 +58,12 @@ def turns(key: Array, state: Rotation, valid: Array) -> tuple[Array, Rotation]:
 
 
 def with_others(key: Array, first: Array, size: int, count: int) -> Array:
-    """[count] int32 ``first`` and then others of ``size`` members, at random and without repetition."""
+    """[count] int32 ``first`` and then others of ``size`` members, at random and without repetition.
+
+    >>> found = with_others(jax.random.key(0), jnp.int32(2), 4, 4).tolist()
+    >>> found[0], sorted(found)
+    (2, [0, 1, 2, 3])
+    """
     others = jax.random.permutation(key, size - 1)[: count - 1] if size > 1 else jnp.zeros(0, jnp.int32)
     return jnp.concatenate([first[None], others + (others >= first)]).astype(jnp.int32)
 
@@ -54,6 +77,12 @@ def rotation(size: int, budgets: Budgets, repeats: bool = False) -> Route:
       size: members of the bank.
       budgets: how many of them each client trains.
       repeats: whether a client may come several times in one round.
+
+    Source: Hong et al., ICLR 2022, algorithm 2.
+
+    >>> from hetfl_jax.parts.budgets import schedule
+    >>> rotation(4, schedule("4-2-1", 0.25, 6)).models
+    4
     """
     most = max(budgets.bases)
     unjudged = Tally(*(jnp.zeros(1) for _ in Tally._fields))

@@ -57,7 +57,16 @@ class Select(NamedTuple):
 def stateless(
     choose: Callable[[Array, Population], Cohort], needs: Callable[[int], Needs] = lambda clients: Needs()
 ) -> Select:
-    """A selection from (key, population) alone."""
+    """A selection from (key, population) alone.
+
+    Args:
+      choose: (key, population) -> ``Cohort`` with K places.
+      needs: (clients) -> what it takes at the server.
+
+    >>> first_two = stateless(lambda key, population: Cohort(jnp.arange(2), jnp.ones(2, bool)))
+    >>> first_two.choose(None, 0, (), None, None)[0].ids.tolist(), first_two.init(5)
+    ([0, 1], ())
+    """
     rule = lambda key, round, state, population, ask: (choose(key, population), state)  # noqa: E731
     return Select(lambda clients: (), rule, needs=needs)
 
@@ -81,8 +90,17 @@ def uniform(cohort: int) -> Select:
 
     Costs O(cohort), whatever the population.
 
+    Args:
+      cohort: K, >= 1 and at most the clients of the population.
+
     Raises:
       ValueError: a cohort below 1, or (when the round is built) above the population.
+
+    >>> from hetfl_jax.core.types import Population
+    >>> people = Population(None, None, None, None, jnp.ones(5, int), jnp.array([0, 1, 1, 0, 1]), None)
+    >>> cohort, _ = uniform(3).choose(jax.random.key(0), 0, (), people, None)
+    >>> len(set(cohort.ids.tolist())), cohort.valid.tolist()
+    (3, [True, True, True])
     """
     if cohort < 1:
         raise ValueError(f"cohort of {cohort} clients, allowed >= 1 (method.args.cohort)")
@@ -97,7 +115,13 @@ def uniform(cohort: int) -> Select:
 
 
 def everyone() -> Select:
-    """All clients, in the order of their ids."""
+    """All clients, in the order of their ids; K is N.
+
+    >>> from hetfl_jax.core.types import Population
+    >>> people = Population(None, None, None, None, jnp.ones(3, int), None, None)
+    >>> everyone().choose(jax.random.key(0), 0, (), people, None)[0].ids.tolist()
+    [0, 1, 2]
+    """
 
     def choose(key: Array, population: Population) -> Cohort:
         clients = population.size.shape[0]
@@ -112,8 +136,16 @@ def bernoulli(probability: float, clients: int) -> Select:
     The number of participants is drawn first (binomial, without 0), then they are, uniformly: the same law. The cohort
     has as many places as are exceeded with probability below 1e-9; a larger draw is cut there.
 
+    Args:
+      probability: of each client, 0 < p <= 1.
+      clients: N, in the population.
+
     Raises:
       ValueError: a probability outside (0, 1].
+
+    >>> cohort, _ = bernoulli(0.3, 10).choose(jax.random.key(0), 0, (), None, None)
+    >>> cohort.ids.shape, bool(cohort.valid.any())
+    ((10,), True)
     """
     if not 0 < probability <= 1:
         raise ValueError(f"participation probability {probability}, allowed 0 < p <= 1 (method.args.participation)")
@@ -135,7 +167,13 @@ def bernoulli(probability: float, clients: int) -> Select:
 
 
 def own_level() -> Capacity:
-    """Fixed capacity: the level that the population assigns to the client."""
+    """Fixed capacity: the level that the population assigns to the client.
+
+    >>> from hetfl_jax.core.types import Population
+    >>> people = Population(None, None, None, None, None, jnp.array([0, 1, 1, 0, 1]), None)
+    >>> own_level().of(None, jnp.array([1, 3]), people).tolist()
+    [1, 0]
+    """
     return Capacity(lambda key, ids, population: population.level[ids], by_client=True)
 
 
@@ -143,6 +181,13 @@ def drawn_level(proportions: Sequence[float]) -> Capacity:
     """Dynamic capacity (HeteroFL): each round a level for every client, independently, with these proportions.
 
     The draw depends on the round and the client id only, as if made for all clients before selecting.
+
+    Args:
+      proportions: [L] how often each level occurs, > 0; they need not sum to 1.
+
+    >>> levels = drawn_level((1, 3)).of(jax.random.key(0), jnp.arange(1000), None)
+    >>> 0.7 < float(levels.mean()) < 0.8
+    True
     """
     logits = np.log(np.asarray(proportions, np.float32))
 

@@ -54,8 +54,21 @@ def optimizer(name: str = "sgd", learning_rate: float = 1.0, **settings: Any) ->
     Entries without coverage keep their value and their moments bit for bit; statistics see no optimizer, they become
     the mean. ``sgd`` with learning rate 1 is plain averaging.
 
+    Args:
+      name: one of ``OPTIMIZERS``.
+      learning_rate: of the server, > 0; 1 with ``sgd`` is the mean itself.
+      settings: further arguments of the optax optimizer, e.g. ``b1=0.9`` of adam.
+
     Raises:
       ValueError: an unknown name, or a learning rate <= 0.
+
+    Source: Reddi et al., ICLR 2021 (FedOpt).
+
+    >>> variables = {"params": {"w": jnp.array([1.0, 1.0])}}
+    >>> mean, held = {"params": {"w": jnp.array([0.5, 9.0])}}, {"params": {"w": jnp.array([3.0, 0.0])}}
+    >>> rule = optimizer("sgd", 0.5)
+    >>> rule.update(rule.init(variables), variables, mean, held, jnp.array(True))[1]["params"]["w"].tolist()
+    [1.25, 1.0]
     """
     where = "method.args.server_optimizer"
     if name not in OPTIMIZERS:
@@ -71,7 +84,17 @@ def optimizer(name: str = "sgd", learning_rate: float = 1.0, **settings: Any) ->
 
 
 def from_optax(transform: optax.GradientTransformation) -> Server:
-    """Any optax transformation as a server rule; see ``optimizer``."""
+    """Any optax transformation as a server rule; see ``optimizer``.
+
+    Args:
+      transform: it sees ``-mean delta`` as a gradient, and the parameters.
+
+    >>> rule = from_optax(optax.sgd(1.0))
+    >>> variables, mean = {"params": {"w": jnp.array([1.0])}}, {"params": {"w": jnp.array([0.5])}}
+    >>> held = {"params": {"w": jnp.ones(1)}}
+    >>> rule.update(rule.init(variables), variables, mean, held, jnp.array(True))[1]["params"]["w"].tolist()
+    [1.5]
+    """
 
     def update(
         slot: PyTree, variables: PyTree, mean: PyTree, coverage: PyTree, any_ok: Array, extra: PyTree = ()
@@ -116,6 +139,16 @@ def feddyn(
 
     Raises:
       ValueError: an unknown denominator.
+
+    Source: Acar et al., ICLR 2021, algorithm 1.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(), classes=1), [{}], jnp.zeros((1, 1)))
+    >>> ones = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[0])
+    >>> rule = feddyn(fam, (10,))
+    >>> slot, after = rule.update(rule.init(ones), ones, ones, jax.tree.map(lambda v: 5 * v, ones), jnp.array(True))
+    >>> float(slot["head"]["bias"][0]), float(after["params"]["head"]["bias"][0])  # m = 5/10, w = 1 + 1 + m
+    (0.5, 2.5)
     """
     if denominator not in DENOMINATORS:
         raise ValueError(
@@ -163,8 +196,21 @@ def scaffold(clients: int, learning_rate: float = 1.0) -> Server:
 
     Wants a plain mean over clients.
 
+    Args:
+      clients: N, in the population.
+      learning_rate: of the step along the mean, > 0.
+
     Raises:
       ValueError: a learning rate <= 0.
+
+    Source: Karimireddy et al., ICML 2020, algorithm 1.
+
+    >>> variables = {"params": {"w": jnp.array([1.0, 1.0])}}
+    >>> mean, held = {"params": {"w": jnp.array([0.5, 9.0])}}, {"params": {"w": jnp.array([3.0, 0.0])}}
+    >>> rule, sent = scaffold(10), {"params": {"w": jnp.array([5.0, 0.0])}}
+    >>> slot, after = rule.update(rule.init(variables), variables, mean, held, jnp.array(True), sent)
+    >>> slot["w"].tolist(), after["params"]["w"].tolist()
+    ([0.5, 0.0], [1.5, 1.0])
     """
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"server learning rate {learning_rate}, allowed > 0 (method.args.server_learning_rate)")

@@ -61,6 +61,12 @@ def share(models: PyTree, examples: Array, depths: Sequence[int], dropped: Seque
       examples: [T] S, examples that each model's clients saw.
       depths: of the models.
       dropped: models that take no part.
+
+    Source: Liu et al., KDD 2022.
+
+    >>> models = {"dense_0": jnp.array([[1.0], [3.0]]), "dense_1": jnp.array([[5.0], [9.0]])}
+    >>> {name: v.ravel().tolist() for name, v in share(models, jnp.array([1.0, 3.0]), (3, 2)).items()}
+    {'dense_0': [2.5, 2.5], 'dense_1': [5.0, 9.0]}
     """
 
     def leaf(path: windows.Path, value: Array) -> Array:
@@ -92,8 +98,18 @@ def momentum(gradients: PyTree, depths: Sequence[int]) -> PyTree:
 
     ``m_s = mean over j = L_s - 1 .. L_s' - 1 of G^s'_j``; zero for the largest model.
 
+    Args:
+      gradients: changes of all models by layer, leaves [T, ...].
+      depths: [T] of the models.
+
     Raises:
       ValueError: layers of unlike shape.
+
+    Source: Liu et al., KDD 2022.
+
+    >>> gradients = {f"dense_{i}": jnp.array([[i + 1.0], [10.0]]) for i in range(3)}
+    >>> momentum(gradients, (3, 2))["dense"].ravel().tolist()  # the mean of layers 1 and 2 of the larger model
+    [0.0, 2.5]
     """
     kinds = sorted({layer[0] for name in gradients if (layer := layer_of(name))})
     above = next_larger(depths)
@@ -116,7 +132,20 @@ def momentum(gradients: PyTree, depths: Sequence[int]) -> PyTree:
 
 
 def mix(gradients: PyTree, momenta: PyTree, beta: float, depths: Sequence[int], known: Array) -> PyTree:
-    """``g <- beta m + (1 - beta) g`` on the last layer of every model for which m is ``known`` [T]."""
+    """``g <- beta m + (1 - beta) g`` on the last layer of every model for which m is ``known`` [T].
+
+    Args:
+      gradients: changes of all models by layer, leaves [T, ...].
+      momenta: of ``momentum``, by kind of layer.
+      beta: 0..1.
+      depths: [T] of the models.
+      known: [T] bool.
+
+    >>> gradients = {f"dense_{i}": jnp.ones((2, 1)) for i in range(3)}
+    >>> mixed = mix(gradients, {"dense": jnp.array([[0.0], [5.0]])}, 0.5, (3, 2), jnp.array([False, True]))
+    >>> mixed["dense_1"].ravel().tolist(), mixed["dense_2"].ravel().tolist()
+    ([1.0, 3.0], [1.0, 1.0])
+    """
     out = dict(gradients)
     for t, depth in enumerate(depths):
         for kind, rows in momenta.items():

@@ -51,7 +51,11 @@ class Part(NamedTuple):
 
 
 def fill(values: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros behind the values along every axis, up to ``shape``."""
+    """Zeros behind the values along every axis, up to ``shape``.
+
+    >>> fill(jnp.ones((1, 2)), (2, 3)).tolist()
+    [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    """
     return jnp.pad(values, [(0, full - own) for full, own in zip(shape, values.shape)])
 
 
@@ -68,7 +72,21 @@ def sizes(family: Family) -> dict[Path, np.ndarray]:
 
 
 def parts(family: Family, key: Array, delta: PyTree, level: Level) -> dict[Path, Part]:
-    """The leaves of a change by path; a leaf's key depends on its place in the full tree."""
+    """The leaves of a change by path; a leaf's key depends on its place in the full tree.
+
+    Args:
+      family: of the model.
+      key: of the message.
+      delta: the change of the parameters, of the shapes of the level's base.
+      level: dense or masked.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> delta = jax.tree.map(lambda s: jnp.ones(s.shape), fam.shapes[1]["params"])
+    >>> found = parts(fam, jax.random.key(0), delta, 1)["dense_0", "kernel"]
+    >>> found.full, found.value.shape, found.entries.tolist()
+    ((3, 4), (3, 2), [12, 6])
+    """
     base, number = windows.base_of(level), windows.index_of(level)
     full, leaves, found = windows.flat(family.shapes[0]["params"]), windows.flat(delta), {}
     for place, (path, entries) in enumerate(sizes(family).items()):
@@ -81,7 +99,11 @@ def parts(family: Family, key: Array, delta: PyTree, level: Level) -> dict[Path,
 
 
 def power_of_two(d: int) -> int:
-    """The smallest power of two that is at least d."""
+    """The smallest power of two that is at least d.
+
+    >>> [power_of_two(d) for d in (0, 1, 5, 8)]
+    [1, 1, 8, 8]
+    """
     return 1 << max(d - 1, 0).bit_length()
 
 
@@ -91,18 +113,39 @@ def chosen(entries: np.ndarray, fraction: float) -> np.ndarray:
     >>> chosen(np.array([30, 3, 0]), 0.1).tolist()  # 0.1 * 30 is a little more than 3
     [3, 1, 0]
     """
-    return np.clip(np.ceil(fraction * entries - 1e-9), np.minimum(entries, 1), entries).astype(np.int32)
+    return np.clip(np.ceil(float(fraction) * entries - 1e-9), np.minimum(entries, 1), entries).astype(np.int32)
 
 
 def keep(part: Part, k: np.ndarray, score: Array, scaled: bool) -> Array:
-    """The entries with the k [L] largest scores (>= 0), times ``d / k`` if ``scaled``; the others are 0."""
+    """The entries with the k [L] largest scores (>= 0), times ``d / k`` if ``scaled``; the others are 0.
+
+    Args:
+      part: the leaf.
+      k: [L] int32, how many entries each level sends.
+      score: of ``part.value``'s shape, >= 0.
+      scaled: whether the mean over random sets is to be the leaf.
+
+    >>> one = Part((4,), np.array([4]), jnp.array([1.0, -3.0, 0.0, 2.0]), None, 0, 0, jax.random.key(0))
+    >>> keep(one, np.array([2], np.int32), jnp.abs(one.value), True).tolist()
+    [0.0, -6.0, 0.0, 4.0]
+    """
     which = largest(part.only(score, -1), int(k[part.base]), part.at(k))
     factor = part.at((part.entries / np.maximum(k, 1)).astype(np.float32)) if scaled else 1.0
     return jnp.where(which, part.value * factor, 0)
 
 
 def rotated_signs(part: Part, unbiased: bool) -> Array:
-    """DRIVE of one leaf, see ``codec.drive``."""
+    """DRIVE of one leaf, see ``codec.drive``: one bit an entry.
+
+    Args:
+      part: the leaf; its key draws the rotation, which the receiver knows.
+      unbiased: which scale.
+
+    >>> one = Part((4,), np.array([4]), jnp.array([1.0, -3.0, 0.0, 2.0]), None, 0, 0, jax.random.key(0))
+    >>> sent = rotated_signs(one, True)
+    >>> round(float(sent @ one.value), 4)  # the product with the leaf is its square, 1 + 9 + 4
+    14.0
+    """
     size = np.array([power_of_two(int(d)) for d in part.entries])
     turn = part.draw(lambda key, shape: jax.random.rademacher(key, shape, jnp.float32))
     front = to_front(part.value * turn, part.inside, int(size[part.base]))
@@ -126,8 +169,19 @@ class Factors(NamedTuple):
 def factors(family: Family, path: Path, rank: int) -> Factors | None:
     """How a leaf is factored; None if no level does. All its axes but the last are the rows of the matrix.
 
+    Args:
+      family: of the model.
+      path: of the leaf, below ``params``.
+      rank: r, >= 1.
+
     Raises:
       ValueError: the levels that factor a leaf have fewer rows in common than the rank.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> how = factors(fam, ("dense_0", "kernel"), 1)
+    >>> how.pays.tolist(), how.rows.tolist(), factors(fam, ("dense_0", "bias"), 1)
+    ([True, True], [0], None)
     """
     extents = family.windows["params", *path].extents
     if extents.shape[1] < 2:
@@ -144,7 +198,15 @@ def factors(family: Family, path: Path, rank: int) -> Factors | None:
 
 
 def product(part: Part, kept: Array, how: Factors) -> tuple[Array, Array]:
-    """PowerSGD of one leaf: what is sent and what is kept; the transpose of Q lies in some rows of ``kept``."""
+    """PowerSGD of one leaf: what is sent and what is kept; the transpose of Q lies in some rows of ``kept``.
+
+    Args:
+      part: the leaf, M as a matrix [m, n].
+      kept: of the leaf's shape; its rows ``how.rows`` hold Q^T of the message before.
+      how: see ``factors``.
+
+    Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, algorithm 1.
+    """
     matrix = fill(part.value, part.full).reshape(-1, part.full[-1])
     old = fill(kept, part.full).reshape(matrix.shape)
     left = orthonormal(matmul(matrix, old[how.rows].T))
@@ -320,5 +382,9 @@ def orthonormal(columns: Array) -> Array:
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """``a @ b`` in float32 on every device."""
+    """``a @ b`` in float32 on every device.
+
+    >>> matmul(jnp.ones((1, 3)), jnp.ones((3, 1))).tolist()
+    [[3.0]]
+    """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -16,14 +16,35 @@ from hetfl_jax.parts.message import Codec
 
 
 def bits_of(family: Family, parts: Mapping[str, PyTree]) -> np.ndarray:
-    """[L] int64 bits of trees of collections as they are at every level."""
+    """[L] int64 bits of trees of collections as they are at every level.
+
+    Args:
+      family: of the model; a leaf that it does not know has its own shape at every level.
+      parts: by any name, ``{name: {"params": tree}}``; arrays or their shapes.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> bits_of(fam, {"variables": fam.shapes[0]}).tolist()
+    [2112, 1216]
+    """
     extents = windows.memory_extents(family, parts)
     sizes = [8 * leaf.dtype.itemsize for leaf in windows.flat(parts).values()]
     return np.asarray([sum(size * int(np.prod(e)) for size, e in zip(sizes, level)) for level in extents], np.int64)
 
 
 def down_bits(family: Family, sent: PyTree) -> Array:
-    """[L, 3] bits that a client of each level receives of a ``Sent``, see ``core.bits``."""
+    """[L, 3] bits that a client of each level receives of a ``Sent``, as digits of ``core.bits``.
+
+    Args:
+      family: of the model.
+      sent: parameters count as coded where ``sent.coded`` says so, all else as it is.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> bits.total(down_bits(fam, Sent(fam.shapes[0], {}))).tolist()
+    [2112, 1216]
+    """
     whole = bits_of(family, {"variables": sent.variables, "context": sent.context})
     if isinstance(sent.coded, tuple):
         return jnp.asarray(bits.digits(whole))
@@ -32,7 +53,18 @@ def down_bits(family: Family, sent: PyTree) -> Array:
 
 
 def memory_of(uplink: Codec, variables: PyTree) -> PyTree:
-    """One client's memory of a codec, and of those of what else is sent: ``batch_stats_error`` and so on."""
+    """One client's memory of a codec, and of those of what else is sent: ``batch_stats_error`` and so on.
+
+    Args:
+      uplink: the codec, with ``also`` for what else it codes.
+      variables: of the full model.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import codec
+    >>> fam = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3)))
+    >>> list(memory_of(codec.make("signs", fam, error_feedback=True), families.init(fam, jax.random.key(0))))
+    ['error']
+    """
     kept = dict(uplink.init(variables["params"]))
     for what, codec in uplink.also.items():
         kept |= _named(what, codec.init(variables[_collection(what)]))
@@ -47,6 +79,10 @@ def encoded(
 
     Args:
       travelling: the variables that leave the client, at full shape.
+
+    uplink: ``None`` sends everything as it is.
+    context: the client's; its key draws, its level counts.
+    memory: of the codecs, at the client's level.
     """
     codecs = {} if uplink is None else {"params": uplink, **uplink.also}
     plain = {"model": {k: v for k, v in travelling.items() if k not in codecs}, "extra": extra}

@@ -26,7 +26,17 @@ def shown() -> Shown:
 
 
 def senders(info: Info) -> list[int]:
-    """Clients whose message had bits, in the order of their ids."""
+    """Clients whose message had bits, in the order of their ids.
+
+    Args:
+      info: of one round, on the host.
+
+    >>> from types import SimpleNamespace
+    >>> seen = SimpleNamespace(up=np.array([[9, 0, 0], [0, 0, 0], [0, 1, 0]]))
+    >>> items = SimpleNamespace(ids=np.array([4, 2, 1]), valid=np.ones(3, bool), ok=np.ones(3, bool), seen=seen)
+    >>> senders(SimpleNamespace(items=items))
+    [1, 4]
+    """
     items = info.items
     sent = np.asarray(items.valid) & np.asarray(items.ok) & (np.asarray(items.seen.up) > 0).any(-1)
     return sorted(np.asarray(items.ids)[sent].tolist())

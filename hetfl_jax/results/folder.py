@@ -55,7 +55,7 @@ def check_folder(folder: Path, config: Arguments, complete: Complete, *, resume:
             f"{folder} already holds a run: --resume goes on, --overwrite starts over, or choose another run.name"
         )
     if saved.exists() and not overwrite:
-        _same_config(plain(complete(json.loads(saved.read_text()))), plain(config), folder)
+        same_config(plain(complete(json.loads(saved.read_text()))), plain(config), folder)
 
 
 def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, overwrite: bool) -> None:
@@ -79,13 +79,18 @@ def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, 
     machine.wait_for_all("claimed")
 
 
-def _same_config(old: PyTree, new: PyTree, folder: Path) -> None:
+def same_config(old: PyTree, new: PyTree, folder: Path, may_change: Sequence[str] = MAY_CHANGE) -> None:
+    """Refuse to go on with another config.
+
+    Raises:
+      ValueError: with the first key that changed.
+    """
     before, after = leaves(old), leaves(new)
     for name in sorted(set(before) | set(after)):
-        if name not in MAY_CHANGE and before.get(name) != after.get(name):
+        if name not in may_change and before.get(name) != after.get(name):
             raise ValueError(
                 f"cannot resume {folder}: {name} was {before.get(name)!r}, now {after.get(name)!r} "
-                f"(only {', '.join(MAY_CHANGE)} may change)"
+                f"(only {', '.join(may_change)} may change)"
             )
 
 
@@ -253,6 +258,32 @@ class Checkpoints:
     def close(self) -> None:
         """Release the manager."""
         self._manager.close()
+
+
+class Remembered:
+    """In place of ``Checkpoints`` where none are kept: only the best round is known."""
+
+    def __init__(self) -> None:
+        """No round yet."""
+        self._goodness: dict[int, float] = {}
+
+    def save(self, round: int, state: State, extra: Arguments, goodness: float) -> None:
+        """Remember how good a round is."""
+        self._goodness[round] = goodness
+
+    def restore(self, like: State, round: int | None = None) -> None:
+        """There is nothing."""
+
+    def rounds(self) -> list[int]:
+        """None can be restored."""
+        return []
+
+    def best(self) -> int | None:
+        """The best round, of equal ones the last, as ``Checkpoints`` has it."""
+        return max(self._goodness, key=lambda round: (self._goodness[round], round), default=None)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _on_disk(like: PyTree, saved: PyTree) -> PyTree:

@@ -1,14 +1,31 @@
 """The progress bar: round, loss, score, rounds/s and ETA; a line an evaluation where there is no terminal."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
 
 from hetfl_jax.core.types import Line
 from hetfl_jax.results.scores import evaluated, is_share, score_of
+
+
+class Bar(Protocol):
+    """What is told how far a run is, as a context."""
+
+    def __enter__(self) -> "Bar":
+        """Begin."""
+        ...
+
+    def __exit__(self, *_: Any) -> None:
+        """End."""
+        ...
+
+    def advance(self, round: int, line: Line | None = None) -> None:
+        """``round`` rounds are done; ``line`` is the newest metrics line, if there is one."""
+        ...
 
 
 class Progress:
@@ -17,7 +34,7 @@ class Progress:
     def __init__(self, rounds: int, done: int, quiet: bool):
         """Start at ``done`` of ``rounds``."""
         shown = sys.stderr.isatty() and not quiet
-        self._bar = Bar(
+        self._bar = RichProgress(
             TextColumn("round"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -54,3 +71,58 @@ class Progress:
         self._bar.update(self._task, completed=round, scores=scores, rate=rate)
         if self._lines and line is not None and evaluated([line]):
             print(f"round {round} of {task.total:g}: {scores}", file=sys.stderr, flush=True)
+
+
+class Whole:
+    """One bar over the rounds of all points of a sweep, which threads may move at once."""
+
+    def __init__(self, points: int, rounds: int, quiet: bool):
+        """Start at nothing of ``points`` runs of ``rounds`` rounds each, 0 where they differ."""
+        shown = sys.stderr.isatty() and not quiet
+        self._bar = RichProgress(
+            TextColumn("{task.fields[points]} points, rounds"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._points, self._ended, self._lines = points, 0, not shown and not quiet
+        self._task = self._bar.add_task("", total=rounds, points=f"0/{points}")
+
+    def __enter__(self) -> "Whole":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def of_point(self) -> "OfPoint":
+        """What one point is told to move."""
+        return OfPoint(lambda rounds: self._bar.advance(self._task, rounds))
+
+    def ended(self, text: str) -> None:
+        """A point is over."""
+        self._ended += 1
+        self._bar.update(self._task, points=f"{self._ended}/{self._points}")
+        if self._lines:
+            print(f"point {self._ended} of {self._points}: {text}", file=sys.stderr, flush=True)
+
+
+class OfPoint:
+    """The part of a bar that is one point's."""
+
+    def __init__(self, move: Callable[[int], None]):
+        """``move`` is told by how many rounds it goes on."""
+        self._move, self._done = move, 0
+
+    def __enter__(self) -> "OfPoint":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leave the bar to the other points."""
+
+    def advance(self, round: int, line: Line | None = None) -> None:
+        """``round`` rounds are done."""
+        self._move(round - self._done)
+        self._done = round

@@ -183,7 +183,7 @@ def render(rows: Sequence[Line], summary: Line) -> str:
         scores = (written(row[key], key in row["shares"]) for key in shown)
         out.add_row(name, *scores, f"{row['parameters']:,}", f"{row['macs']:,}", _megabytes(row["bytes"]))
     buffer = StringIO()
-    Console(file=buffer, width=max(130, 16 * len(out.columns))).print(out)
+    Console(file=buffer, width=max(130, 16 * len(out.columns)), force_jupyter=False).print(out)
     ratio = summary["traffic_ratio"]
     ways = ("down", "up")
     down, up = (_megabytes(summary[f"{way}_bytes"]) + _of_float32(summary.get(f"{way}_ratio")) for way in ways)
@@ -238,6 +238,21 @@ def seed_table(tables: Sequence[Sequence[Line]]) -> list[Line]:
     return rows
 
 
+def render_points(keys: Sequence[str], rows: Sequence[Line]) -> str:
+    """The rows of a sweep as text: swept keys, then level, last score and best."""
+    out = Table(title=f"{len(rows)} rows")
+    for key in keys:
+        out.add_column(key)
+    for name in ("level", "last", "best round"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        cells = (written(row[name], name in row["shares"]) for name in ("last", "best"))
+        out.add_row(*(str(row.get(key, "")) for key in keys), row["level"], *cells)
+    buffer = StringIO()
+    Console(file=buffer, width=120, force_jupyter=False).print(out)
+    return buffer.getvalue()
+
+
 def render_seeds(rows: Sequence[Line]) -> str:
     """``seed_table`` as text."""
     out = Table(title=f"mean and deviation over {rows[0]['seeds']} seeds")
@@ -249,5 +264,5 @@ def render_seeds(rows: Sequence[Line]) -> str:
         cells = (f"{written(mean, share).rstrip('%')} +- {written(apart, share)}" for mean, apart in pairs)
         out.add_row(row["level"], *cells)
     buffer = StringIO()
-    Console(file=buffer, width=80).print(out)
+    Console(file=buffer, width=80, force_jupyter=False).print(out)
     return buffer.getvalue()

@@ -14,6 +14,7 @@ from hetfl_jax.core.types import Config
 from hetfl_jax.run import finished
 from hetfl_jax.run.config import as_text, config_names, load_config
 from hetfl_jax.run.keys import KEYS
+from hetfl_jax.run.stop import STOPPED, Stopped
 
 DEFAULT_CONFIG = "heterofl_digits"
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2."""
     parser = _parser()
     given, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
-    if rest and not (given.command in ("train", "config") and all(r.startswith("--config") for r in rest)):
+    if rest and not (given.command in ("train", "config", "sweep") and all(r.startswith("--config") for r in rest)):
         parser.error(_unknown(next(r for r in rest if not r.startswith("--config")) if rest else "", given.command))
     machine.use_all_cores()
     machine.use_cache()
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hetfl: stopped; go on with --resume", file=sys.stderr)
         return 130
+    except Stopped as error:
+        print(f"hetfl: {error}; go on with --resume", file=sys.stderr)
+        return STOPPED
     except jax.errors.JaxRuntimeError as error:
         return _device_error(error)
     except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, OSError) as error:
@@ -57,7 +61,7 @@ def _unknown(argument: str, command: str) -> str:
     """What to say of an argument that there is not: a key of the config is written with its block."""
     name = argument.lstrip("-").partition("=")[0].rpartition(".")[2]
     places = [f"--config.{block}.{name}" for block, keys in KEYS.items() if name in keys]
-    hint = f": did you mean {' or '.join(places)}?" if places and command in ("train", "config") else ""
+    hint = f": did you mean {' or '.join(places)}?" if places and command in ("train", "config", "sweep") else ""
     return f"unknown argument {argument!r}{hint}"
 
 
@@ -105,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, help="several hosts: how many")
     train.add_argument("--process", type=int, help="several hosts: the number of this one, from 0")
     train.add_argument("--seeds", metavar="A..B", help="one run a seed (0..4, or 0,2,5), then mean and deviation")
+    many = command("sweep", _sweep, "Run a config at many points, which share programs.")
+    many.add_argument("--over", action="append", default=[], metavar="KEY=V,V,...", help="values, of numbers also A..B")
+    many.add_argument("--zip", action="store_true", help="first values of all lists, then second ones, ...: no product")
+    many.add_argument(
+        "--sweep", default="", metavar="NAME,...", help="sweep_NAME() of the config's file, their product"
+    )
+    many.add_argument("--resume", action="store_true", help="run what is missing")
+    many.add_argument("--overwrite", action="store_true", help="delete what the sweep's folder holds")
+    many.add_argument("--dry-run", action="store_true", help="print points, programs and cost without training")
+    many.add_argument("--full", action="store_true", help="checkpoints and plots of every point")
     shown = command("config", _config, "Print a config, complete, with the meaning of every key.")
     shown.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="name or file, with :args")
     command("list", _list, "List configs, methods, nets, data sources, splits, codecs and selections.")
@@ -158,12 +172,36 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
     if not given.seeds:
         train.train(config, **options)
         return
-    _, rows = train.over_seeds(config, _seeds(given.seeds), **options)
+    from hetfl_jax.run.sweep import over_seeds
+
+    seeds = _seeds(given.seeds)
+    if given.profile:
+        raise ValueError("--profile of several runs: need one, without --seeds")
+    _, rows = over_seeds(config, seeds, resume=given.resume, overwrite=given.overwrite)
     folder = Path(config.run.folder) / config.run.name
     if not machine.is_first():
         return
     write_json(folder / "seeds.json", rows)
     print(tables.render_seeds(rows) + f"written to {folder / 'seeds.json'}")
+
+
+def _sweep(given: argparse.Namespace, rest: list[str]) -> None:
+    from hetfl_jax.run import points
+    from hetfl_jax.run.sweep import describe, summary, sweep
+
+    config = config_of(rest)
+    target = next((a.removeprefix("--config=") for a in rest if a.startswith("--config=")), DEFAULT_CONFIG)
+    if given.resume and given.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    lists = points.parse_over(given.over)
+    over: list[points.Values] = (points.zipped if given.zip else points.product)(lists) if lists else []
+    if given.sweep:
+        named = points.generated(target, given.sweep.split(","))
+        over = [{**first, **second} for first in named for second in over] if over else named
+    if given.dry_run:
+        print(describe(config, over))
+        return
+    print(summary(sweep(config, over, resume=given.resume, overwrite=given.overwrite, full=given.full)))
 
 
 def _seeds(text: str) -> list[int]:

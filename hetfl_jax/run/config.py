@@ -190,7 +190,7 @@ def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[
                 config.method.name = change.partition("=")[2]
     config = complete(config, tell)
     for change in given:
-        _check_key(config, change.partition("=")[0])
+        check_key(config, change.partition("=")[0])
     return _overridden(config, given)
 
 
@@ -231,8 +231,12 @@ def _overridden(config: Config, changes: Sequence[str]) -> Config:
     return holder.value.lock()
 
 
-def _check_key(config: Config, name: str) -> None:
-    """Every ``block.key`` must name a value that the config has; below a dict of anything there may be new ones."""
+def check_key(config: Config, name: str) -> None:
+    """Refuse a ``block.key`` that names no value of the config; below a dict of anything there may be new ones.
+
+    Raises:
+      ValueError: with the part that is unknown, and those that are known.
+    """
     place, above = config, ""
     for key in name.split("."):
         if not hasattr(place, "keys") or key not in place:

@@ -1,6 +1,7 @@
 """Evaluation through the executor: statistics pass, a method's questions, and the clients' own test data."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ from hetfl_jax.core.types import (
     Tally,
     Within,
 )
+from hetfl_jax.engine.execute import compiled, query
 from hetfl_jax.engine.executors import Executor
-from hetfl_jax.engine.rounds import compiled, query
+from hetfl_jax.engine.rounds import Remake, Settings
 from hetfl_jax.parts.local import tally
 
 #: (outputs [B, C], labels [B], valid [B]) -> [B], a value for each example; its mean over examples is shown
@@ -146,8 +148,9 @@ def evaluator(
     masked: bool = False,
     owners: Array | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    remake: Remake | None = None,
 ) -> Callable[..., Scores]:
-    """``evaluate(question, tier, server, memory, train, train_batches, test) -> scores by name``, jitted.
+    """``evaluate(question, tier, server, memory, train, train_batches, test, settings) -> scores by name``, jitted.
 
     ``question`` is the number of one of the algorithm's questions. Scores are scalars, but for ``client_accuracy`` (or
     by the name of another score) [clients with test data] and, where clients choose among several models, ``placed``
@@ -163,11 +166,12 @@ def evaluator(
       masked: one program at full shape for all levels, which compiles once but costs a full-size pass a level; else
         one program a level, at its true shape.
       metrics: further scores by name, means over the test set.
+      remake: settings -> the algorithm with these numbers; without it ``settings`` is left away.
 
     Raises:
       ValueError: several models with one set of statistics.
     """
-    shared = test_batches + validation_batches
+    shared, given = test_batches + validation_batches, algorithm
     if algorithm.choice is not None and algorithm.statistics is not None:
         raise ValueError("static batch norm has one set of statistics: several models need another norm (family.norm)")
     if any(question.own for question in algorithm.questions) and (owners is None or not owners.size):
@@ -176,8 +180,9 @@ def evaluator(
     @jax.named_scope("evaluation")
     def evaluate(
         number: int, tier: Level, server: PyTree, memory: PyTree, train: Population, batches: Population,
-        test: Population,
+        test: Population, settings: Settings = MappingProxyType({}),
     ) -> Scores:  # fmt: skip
+        algorithm = remake(settings) if remake else given
         asked = Asked(algorithm.questions[number], algorithm.score, metrics or {})
         if asked.question.own is not None:
             state, data = (server, memory), (train, test, jnp.asarray(owners), shared)
@@ -187,11 +192,13 @@ def evaluator(
             variables = with_statistics(algorithm, executor, variables, tier, batches, statistics_batch)
             seen, placed = _tallies(asked, executor, variables, tier, test, eval_batch), None
         else:
-            seen, placed = _of_own_model(tier, server, train, test)
+            seen, placed = _of_own_model(algorithm, tier, server, train, test)
         found = _scores(asked, seen, test_batches, shared, train.y.ndim > 1)
         return found if placed is None else {**found, "placed": placed[:shared]}
 
-    def _of_own_model(tier: Level, server: PyTree, train: Population, test: Population) -> tuple[Tally, Array]:
+    def _of_own_model(
+        algorithm: Algorithm, tier: Level, server: PyTree, train: Population, test: Population
+    ) -> tuple[Tally, Array]:
         assert algorithm.choice is not None
         every = tallies(algorithm, executor, server, tier, test, eval_batch)
         placed = algorithm.choice.place(server, _mean_loss(every)[:shared], None)

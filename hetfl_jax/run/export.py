@@ -8,7 +8,7 @@ import numpy as np
 from hetfl_jax.core.types import Config, Line, PyTree, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.engine.rounds import compiled
+from hetfl_jax.engine.execute import compiled
 from hetfl_jax.models import windows
 from hetfl_jax.results import fairness, plots, tables
 from hetfl_jax.results.folder import Checkpoints, read_metrics

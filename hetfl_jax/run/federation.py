@@ -1,10 +1,12 @@
 """From a config to a federation: data, capacity levels and method, all checked before anything compiles."""
 
 import inspect
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
 from hetfl_jax import methods
@@ -57,6 +59,8 @@ class Federation(NamedTuple):
     labels_table: dict[str, int] | None  #: old label -> new one, where labels were renumbered
     notes: tuple[str, ...]  #: what was understood of the data that one may not expect
     named: dict[str, str]  #: what method, source, net and split are called
+    remake: Callable[[Line], Algorithm] | None = None  #: the algorithm of other numbers, from the blocks of a config
+    reads_population: bool = False  #: whether the method looks at the data when it is built
     groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
@@ -79,15 +83,7 @@ def build(config: Config, own: Own | None = None) -> Federation:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
     fam = _family(config, mix, source, classes, own.net)
-    settings = local_training(config.train, fam)
-    if settings.full_batch and part.size.max() > settings.batch_size:
-        raise ValueError(
-            f"full_batch with batch_size {settings.batch_size}, but a client holds {part.size.max()} examples "
-            "(train.full_batch, batch_size)"
-        )
-    # What is beyond the largest client would be padding in every step.
-    settings = settings._replace(batch_size=min(settings.batch_size, int(part.size.max())))
-    _check_padding(fam, part.size, settings.batch_size)
+    settings = _settings(config, fam, part.size)
     level = assigned(mix, clients, config.capacity.order)
     if is_population(own.data) and np.asarray(own.data[0].level).any():
         level = np.asarray(own.data[0].level)
@@ -98,6 +94,12 @@ def build(config: Config, own: Own | None = None) -> Federation:
         *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
     )
     algorithm = _algorithm(config, make, fam, settings, mix, level, train)
+
+    def remake(blocks: Line) -> Algorithm:
+        other = ml_collections.ConfigDict(blocks)
+        local = local_training(other.train, fam)._replace(batch_size=settings.batch_size)
+        return _algorithm(other, make, fam, local, mix, level, train)
+
     if not algorithm.drawn:
         partition.check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
@@ -123,9 +125,25 @@ def build(config: Config, own: Own | None = None) -> Federation:
         labels_table=found.labels_table,
         notes=(*found.notes, *notes_of(config.data, source, part, own)),
         named=named_of(config, own),
+        remake=None if isinstance(make, Algorithm) else remake,
+        reads_population=not isinstance(make, Algorithm) and "population" in methods.arguments(make),
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
     )  # fmt: skip
+
+
+def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
+    """How clients of these sizes train, whose batches are no larger than any of them needs."""
+    settings = local_training(config.train, fam)
+    if settings.full_batch and size.max() > settings.batch_size:
+        raise ValueError(
+            f"full_batch with batch_size {settings.batch_size}, but a client holds {size.max()} examples "
+            "(train.full_batch, batch_size)"
+        )
+    # What is beyond the largest client would be padding in every step.
+    settings = settings._replace(batch_size=min(settings.batch_size, int(size.max())))
+    _check_padding(fam, size, settings.batch_size)
+    return settings
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:

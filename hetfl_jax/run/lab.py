@@ -10,16 +10,16 @@ import numpy as np
 
 from hetfl_jax.core import machine
 from hetfl_jax.core.fairness import fairness, quantiles
-from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State
+from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State, Tally
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.results.scores import is_share
 from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
-from hetfl_jax.run.evaluate import Metric, evaluator, over_clients, tallies
+from hetfl_jax.run.evaluate import Metric, over_clients
 from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.mix import parse_buckets
-from hetfl_jax.run.order import ordered
+from hetfl_jax.run.programs import Inputs, Shared, numbers, programs_of, trace
 from hetfl_jax.run.selections import check_memory
 
 #: names that every metrics line has
@@ -41,18 +41,26 @@ class Lab(NamedTuple):
     key: jax.Array
     store: Store
     ordered: Callable[[PyTree], PyTree]  #: server -> the server as it is evaluated, its models in order
+    losses: Callable[[PyTree], Tally]  #: server -> of every client's examples, where there is a choice of models
     plain: tuple[np.ndarray, np.ndarray] | tuple[()]  #: [L] bits of an item down and up, were nothing coded
 
 
-def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric] | None = None) -> Lab:
+def prepare(
+    config: Config, own: Own | None = None, metrics: Mapping[str, Metric] | None = None, shared: Shared | None = None,
+    device: jax.Device | None = None,
+) -> Lab:  # fmt: skip
     """Build a config's federation and its compiled functions; nothing compiles yet.
+
+    Args:
+      shared: programs of other runs, which this one shares if it can; then they are traced here.
+      device: on which the run is, if it is on one of several.
 
     Raises:
       ValueError: a value that is out of range.
     """
     own = own or Own()
     config = complete(config, method=own.method)
-    _check_run(config)
+    check_run(config)
     check_metrics(metrics)
     machine.warn_of_idle_cores()
     fed = build(config, own)
@@ -63,36 +71,35 @@ def prepare(config: Config, own: Own | None = None, metrics: Mapping[str, Metric
     executor = executors.executor(
         train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
     )
-    _check_size(fed)
     store = store_for(config, fed, executor)
+    _check_size(fed)
     check_memory(fed.algorithm)
-    key = executor.place(jax.random.key(config.run.seed))
-    population, batches, test = executor.place((fed.train, fed.train_batches, fed.test))
-    own_data = fed.partition.test_size
-    validation = range(fed.test_batches, fed.test_batches + fed.validation_batches)
-    score = evaluator(
-        fed.algorithm,
-        executor,
-        test_batches=fed.test_batches,
-        validation_batches=fed.validation_batches,
-        statistics_batch=config.run.statistics_batch_size,
-        eval_batch=config.run.eval_batch_size,
-        masked=config.run.eval_masked,
-        owners=None if own_data is None else executor.place(np.flatnonzero(own_data)),
-        metrics=metrics,
-    )
+
+    def place(values: PyTree) -> PyTree:
+        return executor.place(values) if device is None else jax.device_put(values, device)
+
+    key = place(jax.random.key(config.run.seed))
+    population, batches, test = place((fed.train, fed.train_batches, fed.test))
+    programs = programs_of(config, fed, executor, store, metrics, shared)
+    clients, told = fed.partition.size.size, numbers(config, fed)
+    if shared is not None:
+        asks = tuple(bool(question.memory) for question in fed.algorithm.questions)
+        trace(programs, executor, len(fed.tiers), Inputs(key, clients, population, batches, test, told, asks))
     return Lab(
         config,
         fed,
         executor,
-        rounds.make_round(fed.algorithm, executor, store),
-        lambda question, tier, server, memory: score(question, tier, server, memory, population, batches, test),
-        executor.place,
-        lambda: executor.place(rounds.start(fed.algorithm, store, fed.partition.size.size, key)),
+        rounds.stepper(programs.round, fed.algorithm, executor, store, told),
+        lambda question, tier, server, memory: programs.evaluate(
+            question, tier, server, memory, population, batches, test, told
+        ),
+        place,
+        lambda: place(rounds.start(fed.algorithm, store, clients, key, first=programs.first, settings=told)),
         population,
         key,
         store,
-        ordered(fed.algorithm, executor, test, validation, config.run.eval_batch_size),
+        lambda server: programs.order(server, test, told),
+        lambda server: programs.losses(server, population, told),
         fed.algorithm.price().plain if fed.algorithm.price else (),
     )
 
@@ -112,7 +119,12 @@ def check_metrics(metrics: Any) -> None:
             raise ValueError(f"metric {name!r}: this name is taken, allowed another one (metrics)")
 
 
-def _check_run(config: Config) -> None:
+def check_run(config: Config) -> None:
+    """Refuse rounds, seeds and sizes that are out of range.
+
+    Raises:
+      ValueError: with the key.
+    """
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
     for block, name, low in (("run", "seed", 0), ("data", "seed", -1)):
@@ -179,11 +191,7 @@ def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Path) -> lis
         return []
     losses = None
     if algorithm.choice is not None:
-        batch = lab.config.run.eval_batch_size
-        ask = rounds.compiled(
-            lambda server, data: tallies(algorithm, lab.executor, server, 0, data, batch), lab.executor
-        )
-        seen = jax.device_get(ask(state.server, lab.population))
+        seen = jax.device_get(lab.losses(state.server))
         losses = (seen.loss / seen.examples)[:, : models_in_use(lab, state)]
     server = jax.device_get(state.server)
     return draw(folder, lines, server, losses, fed.groups) if machine.is_first() else []

@@ -1,5 +1,6 @@
 """A run from config to result, readable from top to bottom like a lab protocol."""
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,8 @@ from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, S
 from hetfl_jax.data import partition
 from hetfl_jax.engine import profile, rounds
 from hetfl_jax.results import plots, tables
-from hetfl_jax.results.folder import Checkpoints, Metrics, check_folder, claim, write_json
-from hetfl_jax.results.progress import Progress
+from hetfl_jax.results.folder import Checkpoints, Metrics, Remembered, check_folder, claim, write_json
+from hetfl_jax.results.progress import Bar, Progress
 from hetfl_jax.results.scores import evaluated
 from hetfl_jax.run import ledger
 from hetfl_jax.run.config import complete, load_config
@@ -25,6 +26,7 @@ from hetfl_jax.run.federation import Own
 from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, prepare
 from hetfl_jax.run.mix import sizes
 from hetfl_jax.run.selections import check_memory, sentences
+from hetfl_jax.run.stop import Stopped, on_sigterm
 
 NEVER = -1e30  #: below all scores
 #: (round, scores of every tier by name, state) -> anything; called after each evaluation
@@ -92,15 +94,40 @@ def train(
     config = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
     folder, own = Path(config.run.folder) / config.run.name, Own(net, data, split, method)
     check_callbacks(callbacks)
-    check_folder(folder, config.to_dict(), partial(_completed, method), resume=resume, overwrite=overwrite)
+    check_folder(folder, config.to_dict(), partial(completed_for, method), resume=resume, overwrite=overwrite)
     lab = prepare(config, own, metrics)
-    quiet = quiet or not machine.is_first()
-    run = _begin(lab, folder, partial(_completed, method), resume=resume, overwrite=overwrite, quiet=quiet)
-    state = _rounds(lab, run, callbacks, quiet=quiet, trace=trace)
-    best = run.checkpoints.best()
-    run.checkpoints.close()
-    run.metrics.close()
-    return _finish(lab, state, run.metrics.lines, best, folder, quiet)
+    with on_sigterm() as stop:
+        return play(
+            lab, folder, partial(completed_for, method), callbacks, resume=resume, overwrite=overwrite,
+            quiet=quiet or not machine.is_first(), trace=trace, stop=stop,
+        )  # fmt: skip
+
+
+def play(
+    lab: Lab, folder: Path, completed: Callable[[Arguments], Line], callbacks: Sequence[Callback] = (), *,
+    resume: bool = False, overwrite: bool = False, quiet: bool = False, trace: bool = False,
+    stop: threading.Event | None = None, bar: Bar | None = None, light: bool = False,
+) -> Result:  # fmt: skip
+    """All rounds of a lab, written to a folder.
+
+    Args:
+      completed: brings a saved config of an older version to today's keys.
+      stop: once it is set, the run ends after the round in progress, with a checkpoint.
+      bar: what is told of every round, in place of a progress bar.
+      light: write neither checkpoints nor plots.
+
+    Raises:
+      Stopped: before the last round.
+    """
+    run = _begin(lab, folder, completed, resume=resume, overwrite=overwrite, quiet=quiet, light=light)
+    try:
+        with bar or Progress(lab.config.train.rounds, int(run.state.round), quiet) as bar:
+            state = _rounds(lab, run, callbacks, bar, quiet=quiet, trace=trace, stop=stop or threading.Event())
+        best = run.checkpoints.best()
+    finally:
+        run.checkpoints.close()
+        run.metrics.close()
+    return _finish(lab, state, run.metrics.lines, best, folder, quiet, light)
 
 
 def check_callbacks(callbacks: Any) -> None:
@@ -120,20 +147,21 @@ class Run(NamedTuple):
     """What a run writes to, and where it stands."""
 
     folder: Path
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | Remembered
     metrics: Metrics
     state: State
     totals: ledger.Totals
 
 
-def _completed(method: Any, saved: Arguments) -> Line:
-    """A config as it was saved, with the keys that did not exist then."""
+def completed_for(method: Any, saved: Arguments) -> Line:
+    """A config as it was saved, with the keys that did not exist then, for a method that may be the user's."""
     return complete(saved, tell=lambda text: None, method=method).to_dict()
 
 
 def _begin(
-    lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool
-) -> Run:
+    lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool,
+    light: bool,
+) -> Run:  # fmt: skip
     """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
     config, fed, first = lab.config, lab.federation, machine.is_first()
     claim(folder, config.to_dict(), completed, resume=resume, overwrite=overwrite)
@@ -149,7 +177,7 @@ def _begin(
         tables.say(note, quiet)
     head = tables.headline(config, fed.named, fed.partition.size.size)
     tables.say(f"{head}\n{tables.describe(about)}{_per_level(lab)}", quiet)
-    checkpoints = Checkpoints(folder, config.run.keep)
+    checkpoints = Remembered() if light else Checkpoints(folder, config.run.keep)
     if resume and (found := checkpoints.restore(state)):
         state, extra = lab.place(found[0]), found[1]
         lab.store.restore(int(state.round))
@@ -189,7 +217,9 @@ def _per_level(lab: Lab) -> str:
     return "; clients per level: " + ", ".join(f"{name} {n}" for name, n in zip(fed.mix.names, count))
 
 
-def _rounds(lab: Lab, run: Run, callbacks: Sequence[Callback], *, quiet: bool, trace: bool) -> State:
+def _rounds(
+    lab: Lab, run: Run, callbacks: Sequence[Callback], bar: Bar, *, quiet: bool, trace: bool, stop: threading.Event
+) -> State:
     """All rounds that are still to do, with their evaluations, metrics and checkpoints."""
     settings, total = lab.config.run, lab.config.train.rounds
     state, totals, done = run.state, run.totals, int(run.state.round)
@@ -198,36 +228,37 @@ def _rounds(lab: Lab, run: Run, callbacks: Sequence[Callback], *, quiet: bool, t
     if done == 0 and not run.metrics.lines:
         run.metrics.append([{"round": 0, **_evaluated(lab, state, 0, callbacks)}])
     clock, pending = time.perf_counter(), list[Info]()
-    with Progress(total, done, quiet) as progress:
-        for round in range(done, total):
-            traced = trace and round == min(done + 1, total - 1)
-            step = _traced_step(lab, run.folder, quiet) if traced else lab.step
-            state, info = step(state, lab.population, lab.key)
-            pending.append(info)
-            # At most two rounds are under way, so that the bar tells the truth and the device never waits.
-            jax.block_until_ready(pending[-2:][0])
-            check_plan(lab, pending[-2:][0], round + 2 - len(pending[-2:]))
-            last = round + 1 == total
-            evaluates = last or (round + 1) % settings.eval_every == 0
-            saves = last or (round + 1) % settings.checkpoint_every == 0
-            if not (evaluates or saves):
-                progress.advance(round + 1)
-                continue
-            lines, totals = _lines(lab, jax.device_get(pending), round + 2 - len(pending), totals)
-            pending = []
-            if evaluates:
-                lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
-            for line in lines:
-                line["seconds"] = round_seconds(clock, len(lines))
-            clock = time.perf_counter()
-            run.metrics.append(lines)
-            tables.warn_failures(lines)
-            if saves:
-                chosen_by = choosing(lines[-1], lab.federation.tiers[0].name, lab.federation.algorithm.score)
-                lab.store.commit(round + 1, run.checkpoints.rounds())
-                run.checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
-            progress.advance(round + 1, lines[-1])
-            _stop_if_lost(run.metrics.lines, run.folder)
+    for round in range(done, total):
+        traced = trace and round == min(done + 1, total - 1)
+        step = _traced_step(lab, run.folder, quiet) if traced else lab.step
+        state, info = step(state, lab.population, lab.key)
+        pending.append(info)
+        # At most two rounds are under way, so that the bar tells the truth and the device never waits.
+        jax.block_until_ready(pending[-2:][0])
+        check_plan(lab, pending[-2:][0], round + 2 - len(pending[-2:]))
+        last, early = round + 1 == total, stop.is_set()
+        evaluates = last or (round + 1) % settings.eval_every == 0
+        saves = last or (round + 1) % settings.checkpoint_every == 0 or early
+        if not (evaluates or saves):
+            bar.advance(round + 1)
+            continue
+        lines, totals = _lines(lab, jax.device_get(pending), round + 2 - len(pending), totals)
+        pending = []
+        if evaluates:
+            lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
+        for line in lines:
+            line["seconds"] = round_seconds(clock, len(lines))
+        clock = time.perf_counter()
+        run.metrics.append(lines)
+        tables.warn_failures(lines)
+        if saves:
+            chosen_by = choosing(lines[-1], lab.federation.tiers[0].name, lab.federation.algorithm.score)
+            lab.store.commit(round + 1, run.checkpoints.rounds())
+            run.checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
+        bar.advance(round + 1, lines[-1])
+        _stop_if_lost(run.metrics.lines, run.folder)
+        if early and not last:
+            raise Stopped(f"{run.folder}: stopped after round {round + 1} of {total}")
     return state
 
 
@@ -312,7 +343,9 @@ def check_plan(lab: Lab, info: Info, number: int) -> None:
         )
 
 
-def _finish(lab: Lab, state: State, lines: list[Line], best: int | None, folder: Path, quiet: bool) -> Result:
+def _finish(
+    lab: Lab, state: State, lines: list[Line], best: int | None, folder: Path, quiet: bool, light: bool
+) -> Result:
     """Final table, plots, and what is printed."""
     fed = lab.federation
     levels = sizes(fed.mix)
@@ -323,9 +356,10 @@ def _finish(lab: Lab, state: State, lines: list[Line], best: int | None, folder:
     if machine.is_first():
         write_json(folder / "table.json", {"levels": table, **summary})
         (folder / "table.txt").write_text(text)
-        held = partition.class_counts(fed.labels, fed.partition)
-        files += plots.plot(folder, lines, held, levels, title=lab.config.run.name)
-    files += draw_figures(lab, state, lines, folder)
+        if not light:
+            held = partition.class_counts(fed.labels, fed.partition)
+            files += plots.plot(folder, lines, held, levels, title=lab.config.run.name)
+    files += [] if light else draw_figures(lab, state, lines, folder)
     tables.say(text + tables.list_files(folder, files), quiet)
     return Result(jax.device_get(_models(lab, state)["params"]), tables.as_arrays(lines), table, summary, folder, files)
 
@@ -336,22 +370,3 @@ def _models(lab: Lab, state: State) -> PyTree:
     if algorithm.choice is None:
         return algorithm.model(state.server, 0)
     return jax.vmap(lambda member: algorithm.model(state.server, 0, member))(np.arange(algorithm.choice.models))
-
-
-def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[Line]]:
-    """One run a seed under ``run.name/seed<k>``, and the mean and deviation of each level's last and best score.
-
-    Raises:
-      ValueError: no seeds, one twice, or one that is no whole number >= 0; and as ``train``.
-    """
-    named = isinstance(config, str | Path)
-    config = complete(load_config(str(config)) if named else config, method=options.get("method"))
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds {seeds!r}: need some whole numbers >= 0, each once (seeds)")
-    results = []
-    for seed in seeds:
-        one = config.copy_and_resolve_references()
-        with one.unlocked():
-            one.run.seed, one.run.name = seed, f"{config.run.name}/seed{seed}"
-        results.append(train(one, **options))
-    return results, tables.seed_table([r.table for r in results])

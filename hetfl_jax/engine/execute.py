@@ -1,0 +1,157 @@
+"""What clients do, on one device or over a mesh: items of a round, and questions to clients.
+
+With ``runners``, all that knows of devices and client axes. Over a mesh three things cross devices, each in one
+collective: totals (an all-reduce), reports (an all-gather), and, where clients keep memory, the cohort's rows of it (a
+reduce-scatter to the devices that run them, an all-gather back to those that keep them).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hetfl_jax.core import tree
+from hetfl_jax.core.shards import shards
+from hetfl_jax.core.types import Algorithm, Array, ClientContext, Items, Outcome, Population, PyTree, Reply
+from hetfl_jax.engine.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
+from hetfl_jax.engine.runners import Pool
+from hetfl_jax.engine.stores import Store, device_store
+
+
+def compiled(fn: Callable[..., PyTree], executor: Executor, **options: PyTree) -> Callable[..., PyTree]:
+    """``jax.jit(fn)`` for this executor.
+
+    Over several CPU devices it waits for the result: two programs with collectives in flight at once can deadlock
+    there, because they share one thread pool.
+    """
+    if not executor.jit:
+        return fn
+    jitted = jax.jit(fn, **options)
+    if executor.mesh is None or jax.default_backend() != "cpu":
+        return jitted
+
+    @wraps(jitted)
+    def run(*args: PyTree) -> PyTree:
+        return jax.block_until_ready(jitted(*args))
+
+    run.jitted, run._cache_size = jitted, jitted._cache_size  # type: ignore[attr-defined]
+    return run
+
+
+def execute(
+    executor: Executor, algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, store: Store, memory: PyTree,
+    rows: Array | None = None,
+) -> tuple[Outcome, PyTree, Array]:  # fmt: skip
+    """Run items with the rows of ``memory``: (outcome in the order of the items, memory, device of each item).
+
+    ``rows`` [K] says which row of ``memory`` is an item's own; by default its client's id.
+    """
+    slots = items.valid.shape[0]
+    mesh = executor.mesh
+    rows = items.ids if rows is None else rows
+    if mesh is None:
+        items = items._replace(memory=store.gather(memory, rows))
+        outcome = executor.run(algorithm, sent, pool, items)
+        kept = store.scatter(memory, rows, items.valid, outcome.memory)
+        return outcome._replace(memory=()), kept, jnp.zeros(slots, jnp.int32)
+
+    order = deal(items.level, items.shard.size, items.valid, mesh.size)
+    dealt, rows = tree.take((items, rows), jnp.where(order < slots, order, 0))
+    dealt = dealt._replace(valid=dealt.valid & (order < slots))
+    with jax.named_scope("collective"):
+        dealt = dealt._replace(memory=_fetch(mesh, store, memory, rows))
+    outcome = executor.run(algorithm, sent, pool, dealt)
+    with jax.named_scope("collective"):
+        kept = _hand_back(mesh, store, memory, rows, dealt.valid, outcome.memory)
+    place = jnp.argsort(order)[:slots]
+    report, ok = tree.take((outcome.report, outcome.ok), place)
+    return Outcome(outcome.total, (), report, ok), kept, place // (order.shape[0] // mesh.size)
+
+
+def _fetch(mesh: Mesh, store: Store, memory: PyTree, ids: Array) -> PyTree:
+    """Rows of ``ids`` from the devices that keep them to those that run them, in one reduce-scatter."""
+    if not jax.tree.leaves(memory):
+        return memory
+
+    def on_device(block: PyTree, ids: Array) -> PyTree:
+        rows, back = tree.packed(store.gather(block, ids, jax.lax.axis_index(AXIS)), lead=1)
+        return back([jax.lax.psum_scatter(v, AXIS, tiled=True) for v in rows])
+
+    specs = (SPLIT, EVERYWHERE)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)(memory, ids)
+
+
+def _hand_back(mesh: Mesh, store: Store, memory: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
+    """Rows from the devices that ran them to those that keep them, in one all-gather."""
+    if not jax.tree.leaves(memory):
+        return memory
+
+    def on_device(block: PyTree, ids: Array, valid: Array, rows: PyTree) -> PyTree:
+        own, back = tree.packed(rows, lead=1)
+        everyone = back([jax.lax.all_gather(v, AXIS, tiled=True) for v in own])
+        return store.scatter(block, ids, valid, everyone, jax.lax.axis_index(AXIS))
+
+    specs = (SPLIT, EVERYWHERE, EVERYWHERE, SPLIT)
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+    return mapped(memory, ids, valid, rows)
+
+
+def survey(
+    executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array,
+    levels: Array | None = None, count: int = 1, valid: Array | None = None,
+) -> PyTree:  # fmt: skip
+    """What clients ``ids`` answer: ``fn(key, sent, level, shard)`` stacked; see ``query``."""
+    return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key, levels, count, valid).report
+
+
+def query(
+    executor: Executor,
+    fn: Callable[..., tuple[PyTree, PyTree]],
+    sent: PyTree,
+    population: Population,
+    ids: Array,
+    key: Array,
+    levels: Array | None = None,
+    count: int = 1,
+    valid: Array | None = None,
+    own: PyTree = (),
+) -> Outcome:
+    """Ask clients ``ids`` something through the executor: ``fn(key, sent, level, shard) -> (summed, stacked)``.
+
+    Surveys, the statistics pass and evaluation are all this; the sums come back with a leading axis of one.
+
+    Args:
+      levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
+        summed; without it the level is 0.
+      valid: [K] who is asked at all; the others answer 0.
+      own: leaves [K, ...], what each of them is told apart from the others, as a last argument of ``fn``.
+    """
+
+    def client(context: ClientContext) -> Reply:
+        told = (context.ticket,) if jax.tree.leaves(own) else ()
+        total, report = fn(context.key, context.sent, context.level, context.shard, *told)
+        return Reply(total, 0, (), report)
+
+    def absent(*_: PyTree) -> PyTree:
+        raise NotImplementedError("a query has no server")
+
+    count = 1 if levels is None else count
+    asked = Algorithm(
+        count, 1, absent, absent, absent, client, lambda total, level: total, absent, absent, absent
+    )  # fmt: skip
+    there = jnp.ones(ids.shape, bool) if valid is None else valid
+    at = jnp.zeros_like(ids) if levels is None else levels
+    items = Items(ids, client_keys(key, ids), there, at, jnp.zeros_like(ids), own, shards(population, ids), ())
+    return execute(executor, asked, sent, pool_of(population), items, device_store(), ())[0]
+
+
+def client_keys(key: Array, ids: Array) -> Array:
+    """[K] the key of each client, from that of a purpose and a round."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+
+
+def pool_of(population: Population) -> Pool:
+    """What all clients read their examples from."""
+    return population.x, population.y, population.rows, population.views

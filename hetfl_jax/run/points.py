@@ -1,0 +1,221 @@
+"""Points of a sweep: which configs it runs, from lists of values by dotted key."""
+
+import ast
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hetfl_jax.core.types import Config
+from hetfl_jax.run.config import check_key, complete, find_config
+from hetfl_jax.run.values import fitted
+
+Values = dict[str, Any]  #: by dotted key
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  #: of its folder: ``train.learning_rate=0.1,run.seed=0``
+    values: Values
+    config: Config
+
+
+def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path) -> list[Point]:
+    """The points of a sweep, all checked before any of them runs.
+
+    Args:
+      over: what each changes of the config, by dotted key.
+      folder: of the sweep; a point's run is in ``folder/name``.
+
+    Raises:
+      ValueError: no points, two with the same name, an unknown key, or a value of another kind.
+    """
+    if not over:
+        raise ValueError("a sweep of no points: need --over KEY=VALUE,... (over)")
+    made = [_point(config, dict(values), folder) for values in over]
+    names = [point.name for point in made]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two points are called {twice!r}: need each once (over)")
+    return made
+
+
+def _point(config: Config, values: Values, folder: Path) -> Point:
+    blocks = config.to_dict()
+    if "method.name" in values:
+        blocks["method"]["name"] = values["method.name"]
+        blocks = complete(blocks, tell=lambda text: None).to_dict()
+    for key, value in values.items():
+        check_key(blocks, key)
+        _set(blocks, key.split("."), value, key)
+    name = name_of(values)
+    blocks["run"]["name"], blocks["run"]["folder"] = name, str(folder)
+    return Point(name, values, complete(blocks, tell=lambda text: None))
+
+
+def _set(blocks: Values, path: Sequence[str], value: Any, key: str) -> None:
+    for part in path[:-1]:
+        blocks = blocks[part]
+    before = blocks.get(path[-1])
+    blocks[path[-1]] = value if before is None else fitted(value, before, key)
+
+
+def name_of(values: Values) -> str:
+    """A point's name, of which a folder can be called.
+
+    >>> name_of({"train.learning_rate": 0.1, "data.source": "npz:a/b.npz"})
+    'train.learning_rate=0.1,data.source=npz:a_b.npz'
+    """
+    return ",".join(f"{key}={value}" for key, value in values.items()).replace("/", "_").replace(" ", "")
+
+
+def product(over: Mapping[str, Sequence[Any]]) -> list[Values]:
+    """Every combination, the last key fastest.
+
+    Raises:
+      ValueError: a key without values, or values that are no list.
+
+    >>> product({"train.learning_rate": [0.1, 0.3], "run.seed": [0]})
+    [{'train.learning_rate': 0.1, 'run.seed': 0}, {'train.learning_rate': 0.3, 'run.seed': 0}]
+    """
+    lists = _lists(over)
+    return [dict(zip(lists, each)) for each in itertools.product(*lists.values())]
+
+
+def zipped(over: Mapping[str, Sequence[Any]]) -> list[Values]:
+    """The first values of all keys, then the second ones, and so on.
+
+    Raises:
+      ValueError: as ``product``, or lists that differ in length.
+
+    >>> zipped({"train.learning_rate": [0.1, 0.3], "run.seed": [0, 1]})
+    [{'train.learning_rate': 0.1, 'run.seed': 0}, {'train.learning_rate': 0.3, 'run.seed': 1}]
+    """
+    lists = _lists(over)
+    if len({len(values) for values in lists.values()}) > 1:
+        counts = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
+        raise ValueError(f"parallel lists of different lengths: {counts} (--zip)")
+    return [dict(zip(lists, each)) for each in zip(*lists.values())]
+
+
+def _lists(over: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    if not isinstance(over, Mapping):
+        raise ValueError(f"over is a {type(over).__name__}: need a dict of lists by key, train.learning_rate (over)")
+    for key, values in over.items():
+        if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+            raise ValueError(f"over {key} is a {type(values).__name__}: need a list of values (over)")
+    lists = {key: list(values) for key, values in over.items()}
+    if empty := next((key for key, values in lists.items() if not values), None):
+        raise ValueError(f"over {empty}: an empty list, need at least one value (over)")
+    return lists
+
+
+def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Lists of values from ``KEY=V1,V2,...`` or, of whole numbers, ``KEY=A..B``; commas within brackets stay.
+
+    Raises:
+      ValueError: a text without a key or values, or a key given twice.
+
+    >>> parse_over(["run.seed=0..2", "family.mix=a1,a1-e1", "family.hidden=(8,),(16,16)"])
+    {'run.seed': [0, 1, 2], 'family.mix': ['a1', 'a1-e1'], 'family.hidden': [(8,), (16, 16)]}
+    """
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        key = key.removeprefix("--").removeprefix("config.")
+        if not equals or not key or not values:
+            raise ValueError(f"--over {text!r}: need KEY=VALUE,VALUE,... such as train.learning_rate=0.01,0.1")
+        if key in found:
+            raise ValueError(f"--over {key} is given twice: need all its values in one list")
+        first, dots, last = values.partition("..")
+        if dots and first.lstrip("-").isdigit() and last.lstrip("-").isdigit():
+            if int(first) > int(last):
+                raise ValueError(f"--over {text!r}: allowed A..B with A <= B")
+            found[key] = list(range(int(first), int(last) + 1))
+        else:
+            found[key] = [_value(part) for part in _split(values)]
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def generated(target: str, names: Sequence[str]) -> list[Values]:
+    """The product of a config file's ``sweep_NAME()``, each of which yields dicts of dotted keys.
+
+    Raises:
+      ValueError: a name that the file has not, with those that it has.
+
+    A file with ``get_hyper(hyper)`` has the name ``hyper``.
+    """
+    path = find_config(target.partition(":")[0])
+    spec = importlib.util.spec_from_file_location("hetfl_jax_sweeps", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    makers: dict[str, Callable[[], Iterable[Values]]] = {
+        name.removeprefix("sweep_"): of
+        for name, of in vars(module).items()
+        if name.startswith("sweep_") and callable(of)
+    }
+    if hasattr(module, "get_hyper"):
+        makers["hyper"] = lambda: module.get_hyper(Hyper)
+    if wrong := [name for name in names if name not in makers]:
+        raise ValueError(f"sweep {wrong[0]!r} is not one of {', '.join(makers) or 'none'} of {path} (--sweep)")
+    lists = [[_without_prefix(values) for values in makers[name]()] for name in names]
+    if empty := next((name for name, values in zip(names, lists) if not values), None):
+        raise ValueError(f"sweep {empty!r} of {path} yields nothing (--sweep)")
+    return [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*lists)]
+
+
+def _without_prefix(values: Mapping[str, Any]) -> Values:
+    return {key.removeprefix("config."): value for key, value in values.items()}
+
+
+class Hyper:
+    """What ``get_hyper(hyper)`` of a config may call: lists of points, as parameter sweeps have them."""
+
+    @staticmethod
+    def sweep(name: str, values: Iterable[Any]) -> list[Values]:
+        """One point a value."""
+        return [{name: value} for value in values]
+
+    @staticmethod
+    def fixed(name: str, value: Any, length: int = 1) -> list[Values]:
+        """The same value, ``length`` times."""
+        return [{name: value}] * length
+
+    @staticmethod
+    def product(lists: Sequence[Iterable[Values]]) -> list[Values]:
+        """Every combination."""
+        return [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*lists)]
+
+    @staticmethod
+    def zipit(lists: Sequence[Sequence[Values]]) -> list[Values]:
+        """The first of all, then the second ones; a list of one stands for all."""
+        length = max(map(len, lists))
+        long = [list(each) * length if len(each) == 1 else list(each) for each in lists]
+        return [{k: v for part in parts for k, v in part.items()} for parts in zip(*long, strict=True)]
+
+    @staticmethod
+    def chainit(lists: Sequence[Iterable[Values]]) -> list[Values]:
+        """One after the other."""
+        return [values for each in lists for values in each]

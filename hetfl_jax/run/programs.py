@@ -1,0 +1,172 @@
+"""The compiled programs of a run, which runs that differ in numbers only may share."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hetfl_jax.core.settings import Guard, agree, numbers_of, replaced, settings
+from hetfl_jax.core.types import Algorithm, Config, Population, PyTree, State
+from hetfl_jax.engine import rounds
+from hetfl_jax.engine.execute import compiled
+from hetfl_jax.engine.executors import Executor
+from hetfl_jax.engine.rounds import Settings
+from hetfl_jax.engine.stores import Store
+from hetfl_jax.run.evaluate import Metric, evaluator, tallies
+from hetfl_jax.run.federation import Federation
+from hetfl_jax.run.order import ordered
+
+#: blocks whose floats programs take as arguments; of the others every value is part of the program
+TRACED = ("train", "method", "select", "uplink", "downlink", "adversary")
+#: keys that no program depends on: they say where a run writes, and when
+APART = {
+    "run": ("name", "folder", "seed", "eval_every", "checkpoint_every", "keep"),
+    "data": ("seed",),
+}
+
+
+class Programs(NamedTuple):
+    """Compiled functions of runs that differ in numbers; each is told them last."""
+
+    first: rounds.First
+    round: rounds.Programs
+    evaluate: Callable[..., dict[str, jax.Array]]
+    order: Callable[[PyTree, Population, Settings], PyTree]
+    losses: Callable[[PyTree, Population, Settings], PyTree]
+    guards: list[Guard]  #: for which numbers they are right; complete after ``traced``
+
+
+#: programs by structure, of runs that share them
+Shared = dict[str, list[Programs]]
+
+
+def numbers(config: Config, fed: Federation) -> dict[str, float]:
+    """What programs of a run are told: floats that are on (not 0), by dotted key; none of an ``Algorithm`` as given."""
+    if fed.remake is None:
+        return {}
+    blocks = config.to_dict()
+    found = numbers_of({block: blocks[block] for block in TRACED})
+    return {name: value for name, value in found.items() if value}
+
+
+def programs_of(
+    config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
+    shared: Shared | None = None,
+) -> Programs:  # fmt: skip
+    """The programs of a run: those of an earlier one, if they are right for it too, else new ones.
+
+    Args:
+      shared: where to look for them, and where new ones are kept; those in it must have been ``traced``.
+    """
+    values = numbers(config, fed)
+    if shared is None:
+        return _new(config, fed, executor, store, metrics, values)
+    known = shared.setdefault(structure(config, fed), [])
+    for programs in known:
+        if agree(programs.guards, values):
+            return programs
+    known.append(_new(config, fed, executor, store, metrics, values))
+    return known[-1]
+
+
+def _new(
+    config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
+    values: Mapping[str, float],
+) -> Programs:  # fmt: skip
+    guards, blocks = list[Guard](), config.to_dict()
+
+    def again(told: Settings) -> Algorithm:
+        assert fed.remake is not None
+        return fed.remake(replaced(blocks, settings(values, told, guards)))
+
+    remake = again if values else None
+    batch = config.run.eval_batch_size
+    validation = range(fed.test_batches, fed.test_batches + fed.validation_batches)
+    own = fed.partition.test_size
+
+    def losses(server: PyTree, population: Population, told: Settings) -> PyTree:
+        return tallies(remake(told) if remake else fed.algorithm, executor, server, 0, population, batch)
+
+    return Programs(
+        rounds.first_program(fed.algorithm, store, remake),
+        rounds.round_programs(fed.algorithm, executor, store, remake),
+        evaluator(
+            fed.algorithm,
+            executor,
+            test_batches=fed.test_batches,
+            validation_batches=fed.validation_batches,
+            statistics_batch=config.run.statistics_batch_size,
+            eval_batch=batch,
+            masked=config.run.eval_masked,
+            owners=None if own is None else executor.place(np.flatnonzero(own)),
+            metrics=metrics,
+            remake=remake,
+        ),
+        ordered(fed.algorithm, executor, validation, batch, remake),
+        compiled(losses, executor),
+        guards,
+    )
+
+
+def fixed(config: Config) -> str:
+    """What of a config is part of programs, as text: all but numbers that are on, and what no program depends on."""
+    blocks = config.to_dict()
+    found = numbers_of({block: blocks[block] for block in TRACED})
+    kept = replaced(blocks, dict.fromkeys((name for name, value in found.items() if value), "a number"))
+    for block, names in APART.items():
+        kept[block] = {name: value for name, value in kept[block].items() if name not in names}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def structure(config: Config, fed: Federation) -> str:
+    """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
+    own = fed.partition.test_size
+    shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
+    data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes), float(np.mean(fed.train.size))]
+    data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
+    if fed.reads_population:
+        data.append(fed.fingerprint)
+    text = json.dumps([fixed(config), data, fed.remake is None], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> None:
+    """Trace every program once, which completes the guards; nothing compiles, and nothing is computed."""
+    if not executor.jit:
+        return
+    state = jax.eval_shape(lambda key, told: programs.first(key, run.clients, told), run.key, run.told)
+    of_round = programs.round
+    if of_round.executed is None:
+        for step in (of_round.usual, of_round.again):
+            if step is not None:
+                jax.eval_shape(step, state, run.population, run.key, run.told)
+    else:
+        assert of_round.planned is not None
+        one, state = state.memory, State(state.server, (), state.round)
+        planned = jax.eval_shape(of_round.planned, state, run.population, run.key, run.told)
+        items = planned[1].ids.shape
+        rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*items, *leaf.shape), leaf.dtype), one)
+        jax.eval_shape(of_round.executed, state, *planned, rows, run.population, run.told)
+    server = jax.eval_shape(programs.order, state.server, run.test, run.told)
+    for number, asks in enumerate(run.asks_memory):
+        memory = state.memory if asks else ()
+        for tier in range(tiers):
+            jax.eval_shape(
+                lambda *data, n=number, t=tier: programs.evaluate(n, t, *data),
+                server, memory, run.population, run.batches, run.test, run.told,
+            )  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    """What the programs of one run are given."""
+
+    key: jax.Array
+    clients: int
+    population: Population
+    batches: Population
+    test: Population
+    told: dict[str, float]
+    asks_memory: tuple[bool, ...]

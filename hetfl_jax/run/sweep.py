@@ -1,0 +1,342 @@
+"""Many runs as one: points of a sweep share programs, run one a device, and are written like single runs."""
+
+import json
+import queue
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from hetfl_jax.core import machine
+from hetfl_jax.core.types import Config, Line
+from hetfl_jax.results import tables
+from hetfl_jax.results.folder import plain, same_config, write_json
+from hetfl_jax.results.progress import Whole
+from hetfl_jax.results.sweeps import write_tables
+from hetfl_jax.run.config import complete, load_config
+from hetfl_jax.run.dryrun import describe as cost
+from hetfl_jax.run.evaluate import Metric
+from hetfl_jax.run.federation import Federation, Own, build
+from hetfl_jax.run.lab import check_run, prepare
+from hetfl_jax.run.points import Point, points, product, zipped
+from hetfl_jax.run.programs import Shared, fixed
+from hetfl_jax.run.report import report
+from hetfl_jax.run.stop import Stopped, on_sigterm
+from hetfl_jax.run.train import Result, completed_for, play, train
+
+DONE, FAILED, WAITING = "done", "failed", "waiting"
+
+
+class Ended(NamedTuple):
+    """One point of a sweep, as it ended."""
+
+    point: Point
+    status: str  #: done, failed or waiting
+    result: Result | None = None  #: of a point that ran now
+    error: str | None = None
+    seconds: float | None = None
+
+
+class Sweep(NamedTuple):
+    """What ``sweep`` returns."""
+
+    table: list[Line]  #: one row a point and level: swept keys, then the columns of a run's table
+    points: list[Ended]
+    folder: Path
+    programs: int  #: how many programs of a round were built
+
+
+def sweep(
+    config: Config = "heterofl_digits", over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] = (), *,
+    parallel: bool = False, net: Any = None, data: Config = None, split: Any = None, method: Any = None,
+    metrics: Mapping[str, Metric] | None = None, resume: bool = False, overwrite: bool = False, quiet: bool = False,
+    full: bool = False, names: Callable[[Mapping[str, Any]], str] | None = None,
+) -> Sweep:  # fmt: skip
+    """Run a config at many points.
+
+    Points that differ in numbers only (rates, decay, q, seeds) share one compiled program. Unless ``train.devices``
+    says otherwise, each point has one device, and as many points run at once as there are devices; a point's result is
+    that of ``train`` with ``train.devices=1``, bit for bit.
+
+    Args:
+      over: lists of values by dotted key, whose product is run; or the points themselves, dicts of values.
+      parallel: run the first values of all lists, then the second ones, in place of the product.
+      net, data, split, method, metrics: as of ``train``, for all points.
+      resume: run only what is missing.
+      full: write checkpoints and plots of every point too, as ``train`` does; a point that was interrupted then goes on
+        from its checkpoint, else it starts again.
+      names: a point's name from its values, in place of ``key=value,...``.
+
+    Returns:
+      A ``Sweep``. The folder ``run.folder/run.name`` holds ``sweep.json``, ``sweep.csv`` (point, swept keys, round,
+      level, metric, value), ``summary.csv`` (mean and deviation over ``run.seed``), and a run's folder for each point.
+
+    Raises:
+      ValueError: before anything runs: an unknown key, a value of another kind, an empty list, two points of one name,
+        a folder that holds something else.
+
+    >>> import tempfile
+    >>> short = ("family.net=mlp", "train.rounds=2", "train.devices=1", f"run.folder={tempfile.mkdtemp()}")
+    >>> found = sweep(load_config("heterofl_digits:mix=a1,quick", *short), {"run.seed": [0, 1]}, quiet=True)
+    >>> [point.status for point in found.points], found.programs
+    (['done', 'done'], 1)
+    """
+    machine.use_cache_once()
+    if jax.process_count() > 1:
+        raise ValueError(f"a sweep in {jax.process_count()} processes: need one, a sweep for each host (--coordinator)")
+    base = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
+    folder = Path(base.run.folder) / base.run.name
+    listed = (zipped if parallel else product)(over) if isinstance(over, Mapping) else list(over)
+    todo = [_on_one_device(point, names) for point in points(base, listed, folder)]
+    own, shared = Own(net, data, split, method), Shared()
+    _check(todo, own)
+    before = _claim(folder, base, todo, resume=resume, overwrite=overwrite)
+    plan = _Plan(folder, base, before, full)
+    plan.write()
+    tables.say(f"{len(todo)} points, {sum(e.status == DONE for e in before.values())} done: {folder}", quiet)
+    whole = Whole(len(todo), sum(point.config.train.rounds for point in todo), quiet)
+    with whole, on_sigterm() as stop:
+        _run_all(plan, partial(_run, plan, own, metrics, shared, whole, stop), stop)
+    plan.write()
+    plan.write_tables()
+    if stop.is_set():
+        done = sum(e.status == DONE for e in plan.ended.values())
+        raise Stopped(f"{folder}: stopped, {done} of {len(todo)} points are done")
+    return Sweep(plan.table(), list(plan.ended.values()), folder, sum(map(len, shared.values())))
+
+
+def _on_one_device(point: Point, names: Callable[[Mapping[str, Any]], str] | None) -> Point:
+    """A point whose run has one device, unless the config says otherwise; its name may be given."""
+    config, name = point.config.copy_and_resolve_references(), names(point.values) if names else point.name
+    with config.unlocked():
+        config.train.devices = config.train.devices or 1
+        config.run.name = name
+    return point._replace(config=config, name=name)
+
+
+def _check(todo: Sequence[Point], own: Own) -> None:
+    """Build the method of every point, whose ranges are then checked; data is loaded once for points that differ in
+    numbers and seeds only.
+
+    Raises:
+      ValueError: as ``train``, with the point's name.
+    """
+    built: dict[str, Federation] = {}
+    for point in todo:
+        kind = fixed(point.config)
+        try:
+            check_run(point.config)
+            if kind not in built:
+                built[kind] = build(point.config, own)
+            elif (remake := built[kind].remake) is not None:
+                remake(point.config.to_dict())
+        except ValueError as error:
+            raise ValueError(f"point {point.name}: {error}") from error
+
+
+class _Plan:
+    """Where a sweep stands; what is written of it."""
+
+    def __init__(self, folder: Path, base: Config, ended: dict[str, Ended], full: bool):
+        """Nothing has run yet."""
+        self.folder, self.base, self.ended, self.full = folder, base, ended, full
+        self.lock, self.began = threading.Lock(), time.perf_counter()
+        self.programs = 0
+
+    def end(self, ended: Ended) -> None:
+        """Take down how a point ended, on disk too."""
+        with self.lock:
+            self.ended[ended.point.name] = ended
+            self.write()
+
+    def write(self) -> None:
+        """``sweep.json``."""
+        write_json(self.folder / "sweep.json", _described(self))
+
+    def write_tables(self) -> None:
+        """``sweep.csv`` and ``summary.csv`` of what is done, and the page of all."""
+        done = {name: e for name, e in self.ended.items() if e.status == DONE}
+        levels = {name: [row["level"] for row in _table(self.folder / name)] for name in done}
+        write_tables(self.folder, {name: e.point.values for name, e in done.items()}, levels)
+        if done:
+            report(self.folder, self.folder / "report.html")
+
+    def table(self) -> list[Line]:
+        """One row a point and level."""
+        done = [e for e in self.ended.values() if e.status == DONE]
+        return [{**e.point.values, **row} for e in done for row in _table(self.folder / e.point.name)]
+
+
+def _table(folder: Path) -> list[Line]:
+    rows: list[Line] = json.loads((folder / "table.json").read_text())["levels"]
+    return rows
+
+
+def _described(plan: _Plan) -> Line:
+    keys = dict.fromkeys(key for e in plan.ended.values() for key in e.point.values)
+    over = {key: [e.point.values[key] for e in plan.ended.values() if key in e.point.values] for key in keys}
+    return {
+        "command": shlex.join(["hetfl", *sys.argv[1:]]),
+        "version": version("hetfl_jax"),
+        "config": plan.base.to_dict(),
+        "over": {key: list(dict.fromkeys(map(_hashable, values))) for key, values in over.items()},
+        "points": [
+            {"name": name, "values": e.point.values, "status": e.status, "error": e.error, "seconds": e.seconds}
+            for name, e in plan.ended.items()
+        ],
+        "programs": plan.programs,
+        "seconds": round(time.perf_counter() - plan.began, 3),
+        "environment": tables.environment(jax.local_device_count()),
+    }
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def _claim(folder: Path, base: Config, todo: Sequence[Point], *, resume: bool, overwrite: bool) -> dict[str, Ended]:
+    """Make the folder this sweep's own; what of it is done already.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    waiting = {point.name: Ended(point, WAITING) for point in todo}
+    saved = folder / "sweep.json"
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run, not a sweep: choose another run.name")
+    if resume and not saved.exists():
+        raise ValueError(f"{folder} holds no sweep to go on with: leave --resume away, or see run.folder and run.name")
+    if saved.exists() and not (resume or overwrite):
+        raise ValueError(f"{folder} already holds a sweep: --resume runs what is missing, --overwrite starts over")
+    if saved.exists() and overwrite:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        return waiting
+    old = json.loads(saved.read_text())
+    names = [point["name"] for point in old["points"]]
+    if names != list(waiting):
+        raise ValueError(f"{folder} holds another sweep, of {len(names)} points: {', '.join(names[:3])}, ... (over)")
+    same_config(old["config"], plain(base.to_dict()), folder, ("run.folder", "run.name"))
+    for point in old["points"]:
+        if point["status"] == DONE and (folder / point["name"] / "table.json").exists():
+            waiting[point["name"]] = waiting[point["name"]]._replace(status=DONE, seconds=point["seconds"])
+    return waiting
+
+
+def _run_all(plan: _Plan, run: Callable[[Point, jax.Device | None], None], stop: threading.Event) -> None:
+    """Every waiting point, one a device where each has one device, else one after the other."""
+    waiting = [e.point for e in plan.ended.values() if e.status == WAITING]
+    alone = plan.base.train.devices > 1 or plan.base.train.executor == "debugging"
+    devices = [None] if alone else jax.local_devices()
+    if len(devices) == 1:
+        for point in waiting:
+            if not stop.is_set():
+                run(point, devices[0])
+        return
+    line: queue.SimpleQueue[Point] = queue.SimpleQueue()
+    for point in waiting:
+        line.put(point)
+
+    def work(device: jax.Device | None) -> None:
+        while not stop.is_set():
+            try:
+                run(line.get_nowait(), device)
+            except queue.Empty:
+                return
+
+    workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices[: len(waiting)]]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        stop.set()
+        for worker in workers:
+            worker.join()
+        raise
+
+
+def _run(
+    plan: _Plan, own: Own, metrics: Mapping[str, Metric] | None, shared: Shared, whole: Whole, stop: threading.Event,
+    point: Point, device: jax.Device | None,
+) -> None:  # fmt: skip
+    """One point, whatever becomes of it."""
+    folder, began = plan.folder / point.name, time.perf_counter()
+    going_on = plan.full and (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
+    try:
+        with plan.lock:  # one at a time builds and traces, so that the next one finds its programs
+            lab = prepare(point.config, own, metrics, shared, device)
+            plan.programs = sum(map(len, shared.values()))
+        result = play(
+            lab, folder, partial(completed_for, own.method), resume=going_on, overwrite=not going_on, quiet=True,
+            stop=stop, bar=whole.of_point(), light=not plan.full,
+        )  # fmt: skip
+    except Stopped:
+        return
+    except Exception as error:  # the other points go on
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        plan.end(Ended(point, FAILED, None, text, round(time.perf_counter() - began, 3)))
+        whole.ended(f"{point.name} failed: {text}")
+        return
+    plan.end(Ended(point, DONE, result, None, round(time.perf_counter() - began, 3)))
+    first = result.table[0]
+    whole.ended(f"{point.name}: {first['level']} {first['last']:.4g}" if first["last"] is not None else point.name)
+
+
+def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None = None) -> str:
+    """Points, programs and cost of a sweep as text; every point is built and traced, nothing is trained.
+
+    Raises:
+      ValueError: as ``sweep``.
+    """
+    own, shared = own or Own(), Shared()
+    todo = [_on_one_device(p, None) for p in points(config, over, Path(config.run.folder) / config.run.name)]
+    for point in todo:
+        prepare(point.config, own, None, shared)
+    programs, workers = sum(map(len, shared.values())), min(jax.local_device_count(), len(todo))
+    rounds = sum(point.config.train.rounds for point in todo)
+    head = f"{len(todo)} points, {rounds} rounds, {programs} programs of a round, {workers} points at once"
+    return "\n".join(
+        [head, *(point.name for point in todo), f"one of them, {todo[0].name}:", cost(todo[0].config, own)]
+    )
+
+
+def summary(found: Sweep) -> str:
+    """A sweep's end as text: a row a point and level, and the points that failed."""
+    keys = list(dict.fromkeys(key for e in found.points for key in e.point.values))
+    text = tables.render_points(keys, found.table)
+    failed = [f"{e.point.name} failed: {e.error}" for e in found.points if e.status == FAILED]
+    files = ", ".join(("report.html", "sweep.json", "sweep.csv", "summary.csv"))
+    return "\n".join([text + "\n".join(failed), f"written to {found.folder}/: {files}, a folder a point"]).lstrip()
+
+
+def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[list[Result], list[Line]]:
+    """A sweep over seeds: one run a seed under ``run.name/seed<k>``, and each level's mean and deviation over them.
+
+    Args:
+      options: as of ``sweep``.
+
+    Raises:
+      ValueError: no seeds, one twice, or one that is no whole number >= 0; a seed whose run failed; and as ``sweep``.
+    """
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds {seeds!r}: need some whole numbers >= 0, each once (seeds)")
+    found = sweep(
+        config, [{"run.seed": seed} for seed in seeds], full=True, names=lambda values: f"seed{values['run.seed']}",
+        **options,
+    )  # fmt: skip
+    if failed := next((e for e in found.points if e.status != DONE), None):
+        raise ValueError(f"{failed.point.name} failed: {failed.error}")
+    kept = {name: value for name, value in options.items() if name in ("net", "data", "split", "method", "metrics")}
+    results = [e.result or train(e.point.config, resume=True, quiet=True, **kept) for e in found.points]
+    return results, tables.seed_table([result.table for result in results])
