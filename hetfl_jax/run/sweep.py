@@ -165,10 +165,12 @@ class _Plan:
         write_json(self.folder / "sweep.json", _described(self))
 
     def write_tables(self) -> None:
-        """``sweep.csv`` and ``summary.csv`` of what is done."""
+        """``sweep.csv`` and ``summary.csv`` of what is done, and the page of all."""
         done = {name: e for name, e in self.ended.items() if e.status == DONE}
         levels = {name: [row["level"] for row in _table(self.folder / name)] for name in done}
         write_tables(self.folder, {name: e.point.values for name, e in done.items()}, levels)
+        if done:
+            report(self.folder, self.folder / "report.html")
 
     def table(self) -> list[Line]:
         """One row a point and level."""
