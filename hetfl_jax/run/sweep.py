@@ -108,8 +108,6 @@ def sweep(
         _run_all(plan, partial(_run, plan, own, metrics, shared, whole, stop), stop)
     plan.write()
     plan.write_tables()
-    if any(e.status == DONE for e in plan.ended.values()):
-        report(folder, folder / "report.html")
     if stop.is_set():
         done = sum(e.status == DONE for e in plan.ended.values())
         raise Stopped(f"{folder}: stopped, {done} of {len(todo)} points are done")
