@@ -203,6 +203,11 @@ class _Between(NamedTuple):
     step: Array
 
 
+def _reach(rank: Array, least: Array) -> Array:
+    """How many ranks are at least this. XLA adds floats several at a time on a CPU, and here they are exact."""
+    return (rank >= least).sum(dtype=jnp.float32 if rank.size < 1 << 24 else jnp.int32).astype(jnp.int32)
+
+
 def _threshold(rank: Array, count: Array) -> _Between:
     """Between which ranks the ``count`` largest begin.
 
@@ -219,7 +224,7 @@ def _threshold(rank: Array, count: Array) -> _Between:
         step = jnp.where(b.step % 3 == 2, width // 2, (share * width.astype(jnp.float32)).astype(jnp.int32))
         step = jnp.where(b.step < 2, ends[jnp.minimum(b.step, 1)] - b.low, step)
         middle = b.low + jnp.clip(step, 1, width - 1)
-        found = (rank >= middle).sum(dtype=jnp.int32)
+        found = _reach(rank, middle)
         lower, higher = b._replace(high=middle, above_high=found), b._replace(low=middle, above_low=found)
         return tree.select(found >= count, higher, lower)._replace(step=b.step + 1)
 
