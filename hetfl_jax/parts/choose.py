@@ -125,11 +125,14 @@ def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
     equal size this is the mean over its steps of the mini-batch loss, in training mode, while the weights change.
     """
 
+    _, client = jnp.unique(plan.ids, return_inverse=True, size=plan.ids.size)  # the table itself is passed over once
+
     def per_client(values: Array) -> Array:
-        return jnp.zeros(table.shape, jnp.float32).at[plan.ids].add(jnp.where(ok, values, 0))
+        return jnp.zeros(plan.ids.shape, jnp.float32).at[client].add(jnp.where(ok, values, 0))[client]
 
     examples = per_client(seen.tally.examples)
-    return jnp.where(examples > 0, per_client(seen.tally.loss) / jnp.maximum(examples, 1), table)
+    mean = per_client(seen.tally.loss) / jnp.maximum(examples, 1)
+    return table.at[plan.ids].set(jnp.where(examples > 0, mean, table[plan.ids]))
 
 
 def need(fine: bool, message: str, key: str) -> None:
