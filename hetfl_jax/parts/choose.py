@@ -257,9 +257,12 @@ def power_of_choice(
         need(candidates <= clients, f"{candidates} candidates, allowed {cohort}..{clients}", "candidates")
         ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), size, candidates)
         best = largest(ids, score(ids, size[ids] > 0, round, state, ask), cohort)
-        first = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
-        ids = jnp.where(round == 0, first, best.ids)
-        return Cohort(ids, jnp.where(round == 0, size[first] > 0, best.valid)), state
+
+        def first() -> tuple[Array, Array]:  # only then, since a draw reads the sizes of all clients
+            drawn = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
+            return drawn, size[drawn] > 0
+
+        return Cohort(*jax.lax.cond(round == 0, first, lambda: (best.ids, best.valid))), state
 
     if kind == "rpow":
         return Select(init, choose, remembered, hears=LOSS, needs=per_client(3))
