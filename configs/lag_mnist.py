@@ -20,9 +20,4 @@ def get_config(arg=""):
         train=dict(rounds=arg.rounds, full_batch=True, batch_size=60_000, learning_rate=6e-7),
         run=dict(name=f"lag_mnist_{arg.rule}", eval_every=10, checkpoint_every=arg.rounds),
     )
-    if not arg.quick:
-        return config
-    config.method.args.cohort = 10  # what `shrink` reads
-    config = shrink(config, epochs=1)
-    del config.method.args.cohort
-    return config
+    return shrink(config, epochs=1) if arg.quick else config
