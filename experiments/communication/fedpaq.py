@@ -79,26 +79,26 @@ def _split(x: np.ndarray, y: np.ndarray) -> Population:
 
 def curve(problem: Problem, r: int, tau: int, s: int) -> Callable[[float, int], tuple[np.ndarray, np.ndarray]]:
     """(rate, seed) -> (simulated time, training loss of all examples) after every round, the start first."""
-    family, people, store = problem.family, problem.people, device_store()
+    family, store = problem.family, device_store()
 
-    def loss(variables: Any) -> jax.Array:
+    def loss(variables: Any, people: Population) -> jax.Array:
         logits = family.nets[0].apply(variables, people.x)[0][-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), people.y[:, None], 1).mean()
 
     @jax.jit
-    def run(rate: jax.Array, key: jax.Array) -> Any:
-        settings = local(learning_rate=rate, batch_size=BATCH, steps=tau)
+    def run(rate: jax.Array, key: jax.Array, people: Population) -> Any:
+        settings = local(learning_rate=1.0, batch_size=BATCH, steps=tau)._replace(learning_rate=lambda round: rate)
         algorithm = fedpaq.make(family, settings, cohort=r, levels=s, scope=problem.scope, ratio=problem.ratio)
         step, first = make_round(algorithm, executor("bucketed"), store), start(algorithm, store, NODES, key)
 
         def one(state: Any, _: None) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             state, info = step(state, people, key)
-            return state, (info.numbers["simulated_time"], loss(state.server.variables))
+            return state, (info.numbers["simulated_time"], loss(state.server.variables, people))
 
-        return loss(first.server.variables), jax.lax.scan(one, first, length=ITERATIONS // tau)[1]
+        return loss(first.server.variables, people), jax.lax.scan(one, first, length=ITERATIONS // tau)[1]
 
     def of(rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        before, (time, after) = jax.device_get(run(jnp.float32(rate), jax.random.key(seed)))
+        before, (time, after) = jax.device_get(run(jnp.float32(rate), jax.random.key(seed), problem.people))
         return np.append(0.0, time), np.append(before, after)
 
     return of
