@@ -1,6 +1,6 @@
 """Accuracy at every rate p of FjORD with and without distillation, beside eFD: the table and plot of this folder.
 
-    HETFL_DATA=DATA taskset -c 0 python -m experiments.fjord.rates
+    HETFL_DATA=DATA taskset -c 0 python -m experiments.fjord.rates --source npz:cifar10.npz
     python -m experiments.fjord.rates --seeds 0 --rounds 2 --examples 2000      a try
 
 One process runs all: each row's programs are compiled once and serve every seed; the split is the same for all.
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--examples", type=int, default=20_000, help="of CIFAR-10, a random sample")
     parser.add_argument("--width", type=int, default=16, help="base width: channels of the first convolution")
-    parser.add_argument("--source", default="npz:cifar10_jpeg.npz")
+    parser.add_argument("--source", default="npz:cifar10.npz")
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.json and the plot go")
     given = parser.parse_args(arguments)
     machine.use_cache()
