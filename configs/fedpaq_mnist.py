@@ -8,8 +8,8 @@ Commands:
   hetfl train --config=fedpaq_mnist:bits=4                QSGD, levels 0..15 and a sign
   hetfl train --config=fedpaq_mnist:bits=8
   hetfl train --config=fedpaq_mnist:top=0.05              the largest 5 %, with error feedback
-Published (test accuracy in %, MB): float32 93.14, 302.45; 4 bits 93.03, 45.59; 8 bits 93.27, 85.06; the largest 5 % of
-the model itself, without error feedback, 11.35. What was run here, and how bytes are counted there:
+Published (test accuracy in %, MB): float32 93.14, 302.45; 4 bits 93.03, 45.59; 8 bits 93.27, 85.06; the largest 5 %,
+without error feedback, 11.35. What was run here, and how bytes are counted there:
 experiments/communication.
 """
 
