@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from hetfl_jax.core.random import permute
+from hetfl_jax.core.random import permute, words
 
 
 def test_it_is_a_permutation_at_every_size():
@@ -45,3 +45,17 @@ def test_a_cohort_of_a_million_clients_is_distinct_and_spread():
 def test_a_permutation_of_one():
     """All constants: XLA's CPU compiler does not get through the shuffle itself."""
     assert jax.jit(lambda key: permute(key, jnp.arange(1), 1))(jax.random.key(0)).tolist() == [0]
+
+
+def test_words_are_uniform_and_independent_of_their_neighbours():
+    """Every bit, and pairs of high bytes of neighbours and of two keys, by chi-square at the 1e-4 level."""
+    index = jnp.arange(1 << 18, dtype=jnp.uint32)
+    one, other = (np.asarray(words(jax.random.key(seed), index)) for seed in (1, 2))
+    share = np.unpackbits(one.view(np.uint8).reshape(-1, 4), axis=1).mean(0)
+    assert np.abs(share - 0.5).max() < 5 * 0.5 / np.sqrt(index.size)
+    for first, second in ((one[::2], one[1::2]), (one[::784], one[1::784]), (one, other)):
+        size = min(first.size, second.size)
+        side = 8 if size < 10_000 else 64
+        pair = (first[:size] >> 16).astype(np.int64) * side // 2**16 * side + (second[:size] >> 16) * side // 2**16
+        counts, expected = np.bincount(pair, minlength=side**2), size / side**2
+        assert ((counts - expected) ** 2 / expected).sum() < chi2.ppf(1 - 1e-4, side**2 - 1)

@@ -72,6 +72,26 @@ def shuffled(ids: Array | np.ndarray, size: int) -> Array:
     return permute(jax.random.key(0), jnp.asarray(ids, jnp.int32), size)
 
 
+def words(key: Array, index: Array) -> Array:
+    """32 random bits for each index, computed from the key and the index alone: no array of other indices is drawn.
+
+    A few multiplications an entry, an eighth of what ``jax.random.bits`` takes on a CPU; good enough to round by.
+
+    Args:
+      key: one key.
+      index: uint32, any shape, below 2^32.
+
+    Returns:
+      uint32 of ``index``'s shape.
+
+    >>> all_of_them = words(jax.random.key(0), jnp.arange(5, dtype=jnp.uint32))
+    >>> bool((words(jax.random.key(0), jnp.uint32(3)) == all_of_them[3]).all())
+    True
+    """
+    salt = jax.random.bits(key, (2,), jnp.uint32)
+    return _mix(_mix(index + salt[0]) ^ salt[1])
+
+
 def _mix(value: Array) -> Array:
     """Every bit of a 32-bit word depends on every other."""
     value = value * jnp.uint32(0x9E3779B1)

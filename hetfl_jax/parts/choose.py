@@ -145,11 +145,14 @@ def remembered(table: Array, plan: Plan, seen: Seen, ok: Array) -> Array:
     [9.0, 9.0, 2.0]
     """
 
+    _, client = jnp.unique(plan.ids, return_inverse=True, size=plan.ids.size)  # the table itself is passed over once
+
     def per_client(values: Array) -> Array:
-        return jnp.zeros(table.shape, jnp.float32).at[plan.ids].add(jnp.where(ok, values, 0))
+        return jnp.zeros(plan.ids.shape, jnp.float32).at[client].add(jnp.where(ok, values, 0))[client]
 
     examples = per_client(seen.tally.examples)
-    return jnp.where(examples > 0, per_client(seen.tally.loss) / jnp.maximum(examples, 1), table)
+    mean = per_client(seen.tally.loss) / jnp.maximum(examples, 1)
+    return table.at[plan.ids].set(jnp.where(examples > 0, mean, table[plan.ids]))
 
 
 def need(fine: bool, message: str, key: str) -> None:
@@ -286,9 +289,12 @@ def power_of_choice(
         need(candidates <= clients, f"{candidates} candidates, allowed {cohort}..{clients}", "candidates")
         ids = draw_without_replacement(jax.random.fold_in(key, CANDIDATES), size, candidates)
         best = largest(ids, score(ids, size[ids] > 0, round, state, ask), cohort)
-        first = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
-        ids = jnp.where(round == 0, first, best.ids)
-        return Cohort(ids, jnp.where(round == 0, size[first] > 0, best.valid)), state
+
+        def first() -> tuple[Array, Array]:  # only then, since a draw reads the sizes of all clients
+            drawn = draw_without_replacement(jax.random.fold_in(key, FIRST), size > 0, cohort)
+            return drawn, size[drawn] > 0
+
+        return Cohort(*jax.lax.cond(round == 0, first, lambda: (best.ids, best.valid))), state
 
     if kind == "rpow":
         return Select(init, choose, remembered, hears=LOSS, needs=per_client(3))

@@ -112,7 +112,7 @@ def qsgd(family: Family, levels: int, scope: str = "tensor", scaling: str = "l2"
         for path, part in parts.items():
             group, x = path[: scopes[scope]], part.value
             scale = sums[group] if scaling == "max" else jnp.sqrt(sums[group])
-            level = sparse.stochastic_levels(x, scale, levels, part.draw(jax.random.uniform))
+            level = sparse.stochastic_levels(x, scale, levels, part.uniform())
             factor = part.at(shrink(sizes[group])) if scaling == "shrunk" else 1.0
             sent[path] = scale * factor * jnp.sign(x) * (level / levels)
             if length == "elias":
@@ -147,7 +147,7 @@ def uniform(family: Family, bits: int) -> Codec:
         most = float(jnp.finfo(part.value.dtype).max)
         low = jnp.where(present, part.only(part.value, most).min(), 0)
         high = jnp.where(present, part.only(part.value, -most).max(), 0)
-        level = sparse.stochastic_levels(part.value - low, high - low, steps, part.draw(jax.random.uniform))
+        level = sparse.stochastic_levels(part.value - low, high - low, steps, part.uniform())
         return low + (high - low) * (level / steps)
 
     return _leafwise(family, code, lambda d: bits * d + 64)
@@ -206,8 +206,8 @@ def random_k(family: Family, fraction: float, unbiased: bool = True) -> Codec:
     """
 
     def score(part: sparse.Part) -> Array:
-        # 30 random bits as a normal positive float, in the same order: floats are ranked much faster.
-        return jax.lax.bitcast_convert_type((part.draw(jax.random.bits) >> 2) + (1 << 23), jnp.float32)
+        # 30 random bits as a normal positive float, in the same order.
+        return jax.lax.bitcast_convert_type((part.words() >> 2) + (1 << 23), jnp.float32)
 
     return _sparsifier(family, fraction, score, unbiased)
 

@@ -87,7 +87,8 @@ def shrink(config: ml_collections.ConfigDict, **train: Config) -> Config:
     config.data.clients = min(config.data.clients, 10)
     config.data.examples = 2_000
     config.family.hidden = tuple(min(32, width) for width in config.family.hidden)
-    config.method.args.cohort = min(config.method.args.cohort, 5)
+    if "cohort" in config.method.args:  # of some methods all clients take part
+        config.method.args.cohort = min(config.method.args.cohort, 5)
     config.train.update(dict(rounds=10, epochs=2, milestones=()) | train)
     config.run.update(dict(name=f"{config.run.name}_quick", eval_every=2, checkpoint_every=5))
     return config

@@ -32,13 +32,27 @@ def encode(codec, delta, level, memory=None, key=KEY):
     return windows.flat(sent), memory, int(bits.total(np.asarray(count)))
 
 
-def draws(fam, sample, level, key=KEY):
-    """A leaf's random numbers: by its place in the full tree, at its full shape, cut."""
-    own = windows.flat(fam.shapes[level]["params"])
-    return {
-        path: np.asarray(sample(jax.random.fold_in(key, i), leaf.shape))[tuple(map(slice, own[path].shape))]
-        for i, (path, leaf) in enumerate(windows.flat(fam.shapes[0]["params"]).items())
-    }
+def mixed(value):
+    """The hash of ``core.random`` on whole numbers of any size, cut to 32 bits after each step."""
+    value = value * 0x9E3779B1 % 2**32
+    value = (value ^ value >> 15) * 0x85EBCA77 % 2**32
+    value = (value ^ value >> 13) * 0xC2B2AE3D % 2**32
+    return value ^ value >> 16
+
+
+def words(fam, level, key=KEY):
+    """A leaf's random words: by its place in the full tree and each entry's place in the full leaf."""
+    own, found = windows.flat(fam.shapes[level]["params"]), {}
+    for i, (path, leaf) in enumerate(windows.flat(fam.shapes[0]["params"]).items()):
+        first, second = map(int, jax.random.bits(jax.random.fold_in(key, i), (2,)))
+        full = [mixed(mixed((place + first) % 2**32) ^ second) for place in range(leaf.size)]
+        found[path] = np.array(full, np.int64).reshape(leaf.shape)[tuple(map(slice, own[path].shape))]
+    return found
+
+
+def uniforms(fam, level):
+    """In [0, 1), from the upper 24 bits."""
+    return {path: (word // 256) / 2.0**24 for path, word in words(fam, level).items()}
 
 
 def numbers(tree):
@@ -83,7 +97,7 @@ def message(levels, signs):
 def test_qsgd(scope, scaling, s, level):
     fam = family()
     delta = changes(fam, 1, level)
-    x, u = numbers(delta), draws(fam, jax.random.uniform, level)
+    x, u = numbers(delta), uniforms(fam, level)
     group = {"tensor": lambda p: p, "layer": lambda p: p[:1], "whole": lambda p: ()}[scope]
     want, length = {}, 0
     for name in dict.fromkeys(map(group, x)):
@@ -109,7 +123,7 @@ def test_qsgd(scope, scaling, s, level):
 def test_uniform(level, b):
     fam = family()
     delta = changes(fam, 2, level)
-    x, u = numbers(delta), draws(fam, jax.random.uniform, level)
+    x, u = numbers(delta), uniforms(fam, level)
     want = {}
     for path, leaf in x.items():
         steps, low, high = 2**b - 1, leaf.min(), leaf.max()
@@ -141,10 +155,12 @@ def test_random_entries(level, unbiased):
     fam = family()
     delta = changes(fam, 4, level)
     x = numbers(delta)
+    word = words(fam, level)
     got = encode(codecs.random_k(fam, 0.4, unbiased), delta, level)[0]
     for path, leaf in x.items():
         k, kept = math.ceil(0.4 * leaf.size - 1e-9), np.asarray(got[path]) != 0
-        assert kept.sum() == k
+        order = np.argsort(-(word[path] // 4).ravel(), kind="stable")
+        assert sorted(np.flatnonzero(kept).tolist()) == sorted(order[:k].tolist())
         np.testing.assert_allclose(got[path][kept], leaf[kept] * (leaf.size / k if unbiased else 1), rtol=1e-6)
 
 
@@ -154,7 +170,7 @@ def test_drive(level, unbiased):
     fam = family()
     delta = changes(fam, 5, level)
     x = numbers(delta)
-    turns = draws(fam, lambda key, shape: jax.random.rademacher(key, shape, jnp.float32), level)
+    turns = {path: np.where(word >= 2**31, 1.0, -1.0) for path, word in words(fam, level).items()}
     want = {}
     for path, leaf in x.items():
         m = 2 ** math.ceil(math.log2(leaf.size))
