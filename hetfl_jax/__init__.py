@@ -17,6 +17,7 @@ from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import local
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import evaluate
+from hetfl_jax.run.plan import plan
 from hetfl_jax.run.train import Result, over_seeds, train
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "narrow",
     "over_seeds",
     "overlay",
+    "plan",
     "population",
     "query",
     "start",

@@ -79,11 +79,19 @@ def seconds(work: Work, levels: Sequence[int], clients: int, constants: Constant
 
     A bucket takes one step's launches besides, to be sorted, summed, widened and added.
     """
-    count = np.arange(work.items + 1)
-    chunks = float(_binomial(work.items, sum(work.share[level] for level in levels)) @ -(-count // clients))
+    each = chunks(work.items, sum(work.share[level] for level in levels), clients)
     launch = constants.launch * work.layers
     step = launch + clients * work.macs[levels[0]] / constants.rate
-    return constants.program + work.rounds * (work.steps * chunks * step + launch)
+    return constants.program + work.rounds * (work.steps * each * step + launch)
+
+
+def chunks(items: int, share: float, clients: int) -> float:
+    """How many chunks a bucket is expected to have that each of ``items`` falls into with probability ``share``.
+
+    >>> chunks(10, 1.0, 4), chunks(2, 0.5, 1)
+    (3.0, 1.0)
+    """
+    return round(float(_binomial(items, share) @ -(-np.arange(items + 1) // clients)), 9)
 
 
 @lru_cache(1024)

@@ -27,6 +27,7 @@ class Executor(NamedTuple):
     jit: bool = True
     mesh: Mesh | None = None
     platform: Platform | None = None  #: of its devices; by default that of this machine's
+    described: bool = False  #: whether its devices are only described: nothing can be put there
 
     def kind(self) -> Platform:
         """For what its programs are made."""
@@ -44,7 +45,7 @@ class Executor(NamedTuple):
         padded to a multiple of the devices. On one device nothing moves.
         """
         mesh = self.mesh
-        if mesh is None:
+        if mesh is None or self.described:
             return values
 
         def put(values: PyTree, spec: PartitionSpec) -> PyTree:
@@ -112,8 +113,8 @@ def executor(
     inner = makers[name]()
     if devices == 1 and mesh is None:
         return Executor(inner, platform=kind)
-    mesh = mesh or jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
-    return sharded(mesh, inner)._replace(platform=kind)
+    here = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,)) if mesh is None else mesh
+    return sharded(here, inner)._replace(platform=kind, described=mesh is not None)
 
 
 def sharded(mesh: Mesh, inner: Runner) -> Executor:

@@ -180,7 +180,8 @@ def _loops(
     for number, levels in enumerate(buckets):
         empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
         one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunks[number])
-        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunks[number]), one, (empty, rows))
+        with jax.named_scope(f"bucket_{number}_of_{chunks[number]}"):
+            part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunks[number]), one, (empty, rows))
         part = _widen(algorithm, part, min(levels))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     base = np.asarray([min(levels) for levels in buckets])
