@@ -25,7 +25,6 @@ def get_config(arg=""):
             rounds=40,
             epochs=5,
             weight_decay=1e-4,
-            buckets="one",  # compiling is what a short run costs
         ),
         run=dict(
             name="fjord_digits",

@@ -30,7 +30,6 @@ def get_config(arg=""):
             weight_decay=5e-4,
             clip_norm=1.0,
             milestones=(30,),
-            buckets="abcde" if arg.mix == "a1-b1-c1-d1-e1" else "each",  # compiling is what a short run costs
         ),
         run=dict(
             name="heterofl_digits",

@@ -19,6 +19,7 @@ from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.local import local
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import evaluate
+from hetfl_jax.run.plan import plan
 from hetfl_jax.run.report import report
 from hetfl_jax.run.sweep import Sweep, over_seeds, sweep
 from hetfl_jax.run.train import Result, train
@@ -50,6 +51,7 @@ __all__ = [
     "narrow",
     "over_seeds",
     "overlay",
+    "plan",
     "population",
     "query",
     "report",

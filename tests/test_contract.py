@@ -139,7 +139,7 @@ def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
     infos, compilations = [], []
     for _ in range(rounds):
         state, info = step(state, population, key)
-        infos.append(jax.device_get(info._replace(device=0)))
+        infos.append(jax.device_get(info._replace(device=0, ran=0)))
         compilations.append(step._cache_size() if run.jit else 0)
     clients = population.size.shape[0]
     state = jax.device_get(state)

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from hetfl_jax.core import platform
+
 _HEARTBEAT = 40  # seconds after which a silent host is lost, as XLA's collectives have it; jax waits for 100
 CACHE = "HETFL_CACHE"  #: environment variable: the folder of compiled programs
 
@@ -111,12 +113,15 @@ def host_memory() -> int:
 
 
 def device_memory() -> int:
-    """Bytes of one device's memory; of the host where devices are its cores.
+    """Bytes of one device's memory, of the platform that is traced for; of the host where devices are its cores.
 
     >>> device_memory() > 0
     True
     """
-    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    here = platform.current()
+    if here.memory:
+        return here.memory
+    stats = jax.local_devices()[0].memory_stats() if here.name != "cpu" else None
     return int(stats["bytes_limit"]) if stats else host_memory()
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetfl_jax.core import platform
 from hetfl_jax.core.types import Array
 
 INIT, PLAN, CLIENT, SURVEY, DATA = range(5)  #: purposes
@@ -57,7 +58,7 @@ def permute(key: Array, position: Array, size: Array | int) -> Array:
         return jnp.where(swap == 1, partner, value), None
 
     # A CPU compiles and runs a short loop faster; elsewhere every turn of a loop is a launch.
-    unroll = 4 if jax.default_backend() == "cpu" else _ROUNDS
+    unroll = 4 if platform.current().name == "cpu" else _ROUNDS
     value = jnp.asarray(position).astype(jnp.uint32)
     value, _ = jax.lax.scan(turn, value, (salt[0] % size, salt[1]), unroll=unroll)
     return value.astype(jnp.int32)

@@ -189,6 +189,7 @@ class Info(NamedTuple):
     arrays: dict[str, Array]  #: further arrays by name, for ``Shown.line``
     device: Array | int = 0  #: [K] int32, which device ran each item; filled in by the engine
     refused: Array | int = 0  #: items of clients that do not exist, or that share a row of memory; likewise
+    ran: Array | int = 0  #: see ``Outcome``; likewise
 
 
 class Reply(NamedTuple):
@@ -207,6 +208,7 @@ class Outcome(NamedTuple):
     memory: PyTree  #: leaves [K, ...]
     report: PyTree  #: leaves [K, ...]
     ok: Array  #: [K] bool, the item was valid and its reply finite
+    ran: Array | int = 0  #: [2, L] int32, of each level the level whose shape it ran at, and clients at once
 
 
 class State(NamedTuple):

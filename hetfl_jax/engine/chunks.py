@@ -24,5 +24,10 @@ def clients_at_once(asked: int, slots: int, buckets: int, each: int, memory: int
         return min(asked, slots)
     share = slots / buckets
     likely = min(slots, ceil(share + (sqrt(share) if buckets > 1 else 0)))
-    fits = max(1, min(MOST, memory // max(1, each)))
+    fits = that_fit(MOST, each, memory)
     return ceil(likely / ceil(likely / fits))
+
+
+def that_fit(wanted: int, each: int, memory: int) -> int:
+    """``wanted`` clients at once, or as many as surely fit into a device."""
+    return max(1, min(wanted, memory // max(1, each)))

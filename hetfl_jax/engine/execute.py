@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hetfl_jax.core import tree
+from hetfl_jax.core.platform import made_for
 from hetfl_jax.core.shards import shards
 from hetfl_jax.core.types import Algorithm, Array, ClientContext, Items, Outcome, Population, PyTree, Reply
 from hetfl_jax.engine.executors import AXIS, EVERYWHERE, SPLIT, Executor, deal
@@ -26,10 +27,11 @@ def compiled(fn: Callable[..., PyTree], executor: Executor, **options: PyTree) -
     Over several CPU devices it waits for the result: two programs with collectives in flight at once can deadlock
     there, because they share one thread pool.
     """
+    fn = made_for(executor.kind(), fn)
     if not executor.jit:
         return fn
     jitted = jax.jit(fn, **options)
-    if executor.mesh is None or jax.default_backend() != "cpu":
+    if executor.mesh is None or executor.kind().name != "cpu":
         return jitted
 
     @wraps(jitted)
@@ -67,7 +69,7 @@ def execute(
         kept = _hand_back(mesh, store, memory, rows, dealt.valid, outcome.memory)
     place = jnp.argsort(order)[:slots]
     report, ok = tree.take((outcome.report, outcome.ok), place)
-    return Outcome(outcome.total, (), report, ok), kept, place // (order.shape[0] // mesh.size)
+    return Outcome(outcome.total, (), report, ok, outcome.ran), kept, place // (order.shape[0] // mesh.size)
 
 
 def _fetch(mesh: Mesh, store: Store, memory: PyTree, ids: Array) -> PyTree:

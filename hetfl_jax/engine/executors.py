@@ -1,6 +1,6 @@
 """Executors: how the items of a round are run, as values chosen by configuration, on one device or over a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from hetfl_jax.core import platform as platforms
 from hetfl_jax.core import tree
+from hetfl_jax.core.platform import Platform
 from hetfl_jax.core.types import Algorithm, Array, Items, Outcome, PyTree, State
 from hetfl_jax.engine.runners import Buckets, Pool, Runner, bucketed, chunked, debugging, vmapped
 
@@ -24,6 +26,12 @@ class Executor(NamedTuple):
     run: Runner
     jit: bool = True
     mesh: Mesh | None = None
+    platform: Platform | None = None  #: of its devices; by default that of this machine's
+    described: bool = False  #: whether its devices are only described: nothing can be put there
+
+    def kind(self) -> Platform:
+        """For what its programs are made."""
+        return self.platform or platforms.current()
 
     @property
     def devices(self) -> int:
@@ -37,7 +45,7 @@ class Executor(NamedTuple):
         padded to a multiple of the devices. On one device nothing moves.
         """
         mesh = self.mesh
-        if mesh is None:
+        if mesh is None or self.described:
             return values
 
         def put(values: PyTree, spec: PartitionSpec) -> PyTree:
@@ -64,7 +72,10 @@ def _put(value: Array, sharding: NamedSharding) -> Array:
     return jax.device_put(np.asarray(value), sharding)
 
 
-def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = ()) -> Executor:
+def executor(
+    name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = (), wanted: Sequence[int] = (),
+    mesh: Mesh | None = None, platform: Platform | None = None,
+) -> Executor:  # fmt: skip
     """The executor called ``name``.
 
     Args:
@@ -76,6 +87,8 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: B
       devices: spread items over this many devices.
       buckets: of ``bucketed``: which levels share a bucket, e.g. ``((0,), (1, 2))``; a shared bucket has the shape of
         its largest level and masks the others, which saves a program. Default: one a level.
+      wanted: of ``bucketed`` with ``clients_per_chunk`` 0: clients at once of each bucket, fewer if they do not fit.
+      mesh, platform: in place of ``devices``, such as devices that are not here (``engine.topology``).
 
     Raises:
       ValueError: an unknown name, or more devices than there are.
@@ -88,18 +101,20 @@ def executor(name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: B
         raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()}, those of all hosts (train.devices)")
     if devices < jax.device_count() and jax.process_count() > 1:
         raise ValueError(f"{devices} devices, need all {jax.device_count()} of {jax.process_count()} processes, or 0")
-    chunk = clients_per_chunk or (1 if jax.default_backend() == "cpu" else 0)
+    kind = platform or platforms.current()
+    chunk = clients_per_chunk or (1 if kind.name == "cpu" else 0)
     if name == "debugging":
-        return Executor(debugging(), jit=False)
+        return Executor(debugging(), jit=False, platform=kind)
     makers: dict[str, Callable[[], Runner]] = {
         "vmapped": vmapped,
         "chunked": partial(chunked, chunk),
-        "bucketed": partial(bucketed, chunk, buckets),
+        "bucketed": partial(bucketed, chunk, buckets, wanted),
     }
     inner = makers[name]()
-    if devices == 1:
-        return Executor(inner)
-    return sharded(jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,)), inner)
+    if devices == 1 and mesh is None:
+        return Executor(inner, platform=kind)
+    here = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,)) if mesh is None else mesh
+    return sharded(here, inner)._replace(platform=kind, described=mesh is not None)
 
 
 def sharded(mesh: Mesh, inner: Runner) -> Executor:
@@ -112,12 +127,13 @@ def sharded(mesh: Mesh, inner: Runner) -> Executor:
         def on_device(sent: PyTree, pool: Pool, items: Items) -> Outcome:
             outcome = inner(algorithm, sent, pool, items)
             with jax.named_scope("collective"):
-                total, whole = tree.packed(outcome.total)
+                totals, whole = tree.packed(outcome.total)
                 rows, stacked = tree.packed((outcome.report, outcome.ok), lead=1)
                 report, ok = stacked([jax.lax.all_gather(v, AXIS, tiled=True) for v in rows])
-                return Outcome(whole([jax.lax.psum(v, AXIS) for v in total]), outcome.memory, report, ok)
+                total = whole([jax.lax.psum(v, AXIS) for v in totals])
+                return Outcome(total, outcome.memory, report, ok, outcome.ran)
 
-        specs = Outcome(EVERYWHERE, SPLIT, EVERYWHERE, EVERYWHERE)  # type: ignore[arg-type]
+        specs = Outcome(EVERYWHERE, SPLIT, EVERYWHERE, EVERYWHERE, EVERYWHERE)  # type: ignore[arg-type]
         # check_vma would sum gradients of the replicated model over devices; here the one psum is ours.
         return jax.shard_map(
             on_device, mesh=mesh, in_specs=(EVERYWHERE, EVERYWHERE, SPLIT), out_specs=specs, check_vma=False

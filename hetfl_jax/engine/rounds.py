@@ -123,7 +123,7 @@ def round_programs(algorithm: Algorithm, executor: Executor, store: Store, remak
 
     def step(
         algorithm: Algorithm, state: State, population: Population, key: Array
-    ) -> tuple[State, tuple[PyTree, Array, Array]]:
+    ) -> tuple[State, tuple[PyTree, dict[str, PyTree]]]:
         _check_memory(algorithm, store, state.memory, population.size.shape[0])
         plan, items, refused = _planned(algorithm, executor, state, population, key)
         sent = algorithm.send(state.server, state.round)
@@ -132,11 +132,12 @@ def round_programs(algorithm: Algorithm, executor: Executor, store: Store, remak
         )
         with jax.named_scope("server"):
             server, info = algorithm.server(state.server, plan, sent, outcome.total, outcome.report, outcome.ok)
-        return State(server, memory, state.round + 1), (info, device, refused)
+        marks: dict[str, PyTree] = {"device": device, "refused": refused, "ran": outcome.ran}
+        return State(server, memory, state.round + 1), (info, marks)
 
     def usual(state: State, population: Population, key: Array, settings: Settings) -> tuple[State, PyTree]:
-        state, (info, device, refused) = step(made(settings), state, population, key)
-        return state, info._replace(device=device, refused=refused)
+        state, (info, marks) = step(made(settings), state, population, key)
+        return state, info._replace(**marks)
 
     def again(state: State, population: Population, key: Array, settings: Settings) -> tuple[State, PyTree]:
         between = made(settings).between
@@ -158,7 +159,8 @@ def round_programs(algorithm: Algorithm, executor: Executor, store: Store, remak
         )
         with jax.named_scope("server"):
             server, info = algorithm.server(state.server, plan, sent, outcome.total, outcome.report, outcome.ok)
-        return State(server, (), state.round + 1), info._replace(device=device, refused=refused), rows
+        marks: dict[str, PyTree] = {"device": device, "refused": refused, "ran": outcome.ran}
+        return State(server, (), state.round + 1), info._replace(**marks), rows
 
     if store.on_host:
         if algorithm.between is not None:
@@ -235,9 +237,9 @@ def _with_host_work(programs: Programs, between: Between, executor: Executor, se
         def ask(fn: Callable[..., PyTree], sent: PyTree, ids: Array) -> PyTree:
             return survey(executor, fn, sent, population, ids, purpose_key(key, SURVEY, state.round))
 
-        after, (collected, device, refused) = again(state, population, key, settings)
+        after, (collected, marks) = again(state, population, key, settings)
         server, info = between.decide(state.server, collected, ask)
-        return after._replace(server=executor.place(server)), info._replace(device=device, refused=refused)
+        return after._replace(server=executor.place(server)), info._replace(**marks)
 
     return run
 

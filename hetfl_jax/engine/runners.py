@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.core import machine, tree
+from hetfl_jax.core import machine, platform, tree
 from hetfl_jax.core.jaxprs import computed_bytes
 from hetfl_jax.core.types import Algorithm, Array, ClientContext, Items, Level, Outcome, PyTree, Within
-from hetfl_jax.engine.chunks import clients_at_once
+from hetfl_jax.engine.chunks import clients_at_once, that_fit
 
 _COLUMNS = 1 << 14  # 64 KB of each member's sums
 
@@ -51,7 +51,7 @@ def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tup
 def add_reply(total: PyTree, member: PyTree, accumulated: PyTree) -> PyTree:
     """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
-    if members > 1 and jnp.ndim(member) and jax.default_backend() == "cpu":
+    if members > 1 and jnp.ndim(member) and platform.current().name == "cpu":
         return jax.tree.map(lambda a, t: _by_columns(t, member, a), accumulated, total)
     if members > 1 and jnp.ndim(member):
         # A product reads the chunk once, and in one order; a scatter on an accelerator adds in any order.
@@ -103,7 +103,10 @@ def vmapped() -> Runner:
         total, member, rows = jax.vmap(run_item, (None, None, 0))(sent, pool, items)
         member = jnp.broadcast_to(member, items.valid.shape)
         zero = jax.tree.map(lambda t: jnp.zeros((algorithm.members, *t.shape[1:]), t.dtype), total)
-        return Outcome(add_reply(total, member, zero), *rows)
+        everyone = np.full(algorithm.levels, items.valid.shape[0], np.int32)
+        memory, report, ok = rows
+        ran = jnp.asarray(np.stack([0 * everyone, everyone]))
+        return Outcome(add_reply(total, member, zero), memory, report, ok, ran)
 
     return run
 
@@ -117,13 +120,17 @@ def chunked(clients_per_chunk: int) -> Runner:
     return run
 
 
-def bucketed(clients_per_chunk: int, buckets: Buckets = ()) -> Runner:
-    """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once."""
+def bucketed(clients_per_chunk: int, buckets: Buckets = (), wanted: Sequence[int] = ()) -> Runner:
+    """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once.
+
+    ``wanted`` says how many clients of each bucket should run at once, where ``clients_per_chunk`` is 0.
+    """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
         each = tuple((level,) for level in range(algorithm.levels))
         # A query has one level, whatever the buckets of the training.
-        return _loops(algorithm, sent, pool, items, clients_per_chunk, buckets if len(each) > 1 and buckets else each)
+        own = len(each) > 1 and buckets
+        return _loops(algorithm, sent, pool, items, clients_per_chunk, buckets if own else each, wanted if own else ())
 
     return run
 
@@ -145,7 +152,10 @@ def executed_steps(steps: np.ndarray, chunk: int) -> int:
     return int(sum(ordered[i] * min(chunk, len(ordered)) for i in range(0, len(ordered), chunk)))
 
 
-def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets) -> Outcome:
+def _loops(
+    algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets,
+    wanted: Sequence[int] = (),
+) -> Outcome:  # fmt: skip
     """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
     if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
         raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
@@ -163,19 +173,33 @@ def _loops(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: 
     shapes = [jax.eval_shape(run, sent, pool, item) for run in runs]
     slots = items.valid.shape[0]
     sizes = [0 if chunk else computed_bytes(run, sent, pool, item) for run in runs]
-    tried = algorithm.members // algorithm.choice.models if algorithm.choice else 1
-    going = -(-slots // tried)  # of several starts one soon goes on alone
-    chunks = [clients_at_once(chunk, going, len(buckets), each, machine.device_memory()) for each in sizes]
+    chunks = _chunks(algorithm, slots, chunk, sizes, wanted)
     report = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), shapes[0][2][1])
     rows = (items.memory, report, jnp.zeros(slots, bool))
     total: PyTree = None
     for number, levels in enumerate(buckets):
         empty = jax.tree.map(lambda s: jnp.zeros((algorithm.members, *s.shape), s.dtype), shapes[number][0])
         one = partial(_chunk, runs[number], sent, pool, items, order, starts[number], counts[number], chunks[number])
-        part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunks[number]), one, (empty, rows))
+        with jax.named_scope(f"bucket_{number}_of_{chunks[number]}"):
+            part, rows = jax.lax.fori_loop(0, -(-counts[number] // chunks[number]), one, (empty, rows))
         part = _widen(algorithm, part, min(levels))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    return Outcome(total, *rows)
+    base = np.asarray([min(levels) for levels in buckets])
+    ran = np.stack([base, np.asarray(chunks)])[:, bucket_of].astype(np.int32)
+    memory, report, ok = rows
+    return Outcome(total, memory, report, ok, jnp.asarray(ran))
+
+
+def _chunks(
+    algorithm: Algorithm, slots: int, asked: int, sizes: Sequence[int], wanted: Sequence[int]
+) -> list[int]:  # fmt: skip
+    """Clients at once of each bucket, of which one client computes so many bytes."""
+    memory = machine.device_memory()
+    if wanted and not asked:
+        return [that_fit(min(number, slots), each, memory) for number, each in zip(wanted, sizes, strict=True)]
+    tried = algorithm.members // algorithm.choice.models if algorithm.choice else 1
+    going = -(-slots // tried)  # of several starts one soon goes on alone
+    return [clients_at_once(asked, going, len(sizes), each, memory) for each in sizes]
 
 
 def _chunk(
@@ -223,6 +247,8 @@ def debugging() -> Runner:
             wide = _widen(algorithm, add_reply(reply, member, empty), level)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
             rows.append(row)
-        return Outcome(total, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
+        ran = jnp.stack([jnp.arange(algorithm.levels), jnp.ones(algorithm.levels, int)]).astype(jnp.int32)
+        memory, report, ok = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return Outcome(total, memory, report, ok, ran)
 
     return run

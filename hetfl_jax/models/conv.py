@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from hetfl_jax.core import platform
 from hetfl_jax.core.types import Array
 
 LOWERINGS = ("auto", "canonical", "rows", "lax")
@@ -181,7 +182,7 @@ def _resolve(lowering: str) -> str:
         raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
     if lowering != "auto":
         return lowering
-    return "canonical" if jax.default_backend() == "cpu" else "rows"
+    return "canonical" if platform.current().name == "cpu" else "rows"
 
 
 def conv(
@@ -242,7 +243,7 @@ def depthwise_conv(
     Array([9., 9.], dtype=float32)
     """
     step, pads = _geometry(x, w, strides, padding)
-    return (_in_parts if jax.default_backend() == "cpu" else _slices)(x, w, step, pads)
+    return (_in_parts if platform.current().name == "cpu" else _slices)(x, w, step, pads)
 
 
 def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:

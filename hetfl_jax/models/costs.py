@@ -19,6 +19,7 @@ class Costs(NamedTuple):
     bytes: np.ndarray  #: [L] bytes of all variables: what travels one way
     macs: np.ndarray  #: [L] multiply-adds of one example's forward pass (convolutions and matrix products)
     first_macs: np.ndarray  #: [L] those of the first layer, whose input needs no gradient
+    layers: np.ndarray  #: [L] convolutions and matrix products
 
 
 def costs(fam: Family) -> Costs:
@@ -42,4 +43,5 @@ def costs(fam: Family) -> Costs:
         np.asarray([tree.nbytes(s) for s in fam.shapes], np.int64),
         np.asarray([sum(each) for each in layers], np.int64),
         np.asarray([each[0] if each else 0 for each in layers], np.int64),
+        np.asarray([len(each) for each in layers], np.int64),
     )

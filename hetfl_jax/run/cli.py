@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
     train.add_argument("--dry-run", action="store_true", help="print memory, programs and cost without training")
+    train.add_argument("--target", metavar="TPU", help="of --dry-run: compile for a topology, e.g. v5e:2x4")
     train.add_argument("--profile", action="store_true", help="trace one round and print where its time went")
     train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: the first one's address, or auto")
     train.add_argument("--processes", type=int, help="several hosts: how many")
@@ -165,10 +166,10 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
     if given.resume and given.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if given.dry_run:
-        from hetfl_jax.run.dryrun import describe
-
-        print(describe(config))
+        print(_dry_run(config, given.target))
         return
+    if given.target:
+        raise ValueError(f"--target={given.target} is for --dry-run: nothing runs on devices that are not here")
     if not given.seeds:
         train.train(config, **options)
         return
@@ -202,6 +203,16 @@ def _sweep(given: argparse.Namespace, rest: list[str]) -> None:
         print(describe(config, over))
         return
     print(summary(sweep(config, over, resume=given.resume, overwrite=given.overwrite, full=given.full)))
+
+
+def _dry_run(config: Config, target: str | None) -> str:
+    if target is None:
+        from hetfl_jax.run.dryrun import describe
+
+        return describe(config)
+    from hetfl_jax.run import plan
+
+    return plan.describe(plan.plan(config, target))
 
 
 def _seeds(text: str) -> list[int]:

@@ -11,10 +11,10 @@ from hetfl_jax.core.types import Config, Price, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import rounds
 from hetfl_jax.results import tables
-from hetfl_jax.run.federation import Federation, Own
+from hetfl_jax.run.buckets import expected_shares
+from hetfl_jax.run.federation import Own
 from hetfl_jax.run.lab import Lab, prepare
 from hetfl_jax.run.ledger import BACKWARD
-from hetfl_jax.run.mix import parse_buckets
 from hetfl_jax.run.selections import sentences
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
@@ -85,18 +85,13 @@ def _memory(lab: Lab, state: State) -> dict[str, str]:
 
 def _programs(lab: Lab) -> str:
     fed, config = lab.federation, lab.config
-    buckets = parse_buckets(config.train.buckets, fed.mix)
-    bodies = (len(buckets) or fed.family.levels) if config.train.executor == "bucketed" else 1
+    groups = lab.buckets or [(level,) for level in range(fed.family.levels)]
+    bodies = len(groups) if config.train.executor == "bucketed" else 1
+    names = "-".join("".join(fed.mix.names[level] for level in group) for group in groups)
     evaluations = (1 if config.run.eval_masked else len(fed.tiers)) * len(fed.algorithm.questions)
-    return f"1 round with {bodies} client bodies, {evaluations} evaluation"
-
-
-def expected_shares(fed: Federation) -> np.ndarray:
-    """[L] expected share of the items at each level."""
-    if fed.algorithm.drawn:
-        weights = np.asarray(fed.algorithm.drawn, float)
-        return weights / weights.sum()
-    return np.bincount(np.asarray(fed.train.level), minlength=fed.family.levels) / fed.train.level.shape[0]
+    return (
+        f"1 round with {bodies} client bodies" + (f" ({names})" if bodies > 1 else "") + f", {evaluations} evaluation"
+    )
 
 
 def matmul_rate(size: int = 1024) -> float:

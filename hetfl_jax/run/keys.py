@@ -114,7 +114,7 @@ KEYS = {
         "full_batch": Key(False, "a client's examples are one batch; batch_size is then the most one may hold"),
         "keep_momentum": Key(False, "a client's momentum lives on between its rounds, in its memory"),
         "executor": Key("bucketed", "bucketed (levels at their shapes), chunked, vmapped (masked), debugging (no jit)"),
-        "buckets": Key("each", "levels that share a program: each, one, or groups as a-b-cde"),
+        "buckets": Key("auto", "levels that share a program: auto (what takes least time), each, one, or a-b-cde"),
         "clients_per_chunk": Key(0, "clients under one vmap; 0: 1 on a CPU, else as many as fit"),
         "devices": Key(0, "over which clients are spread, 0 for all"),
         "store": Key("device", "where client memory lives: device, host or file"),

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax.core import machine
+from hetfl_jax.core import machine, platform
 from hetfl_jax.core.fairness import fairness, quantiles
 from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State, Tally
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.results.scores import is_share
+from hetfl_jax.run.buckets import chosen
 from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
 from hetfl_jax.run.evaluate import Metric, over_clients
 from hetfl_jax.run.federation import Federation, Own, build
-from hetfl_jax.run.mix import parse_buckets
 from hetfl_jax.run.programs import Inputs, Shared, numbers, programs_of, trace
 from hetfl_jax.run.selections import check_memory
 
@@ -43,6 +43,7 @@ class Lab(NamedTuple):
     ordered: Callable[[PyTree], PyTree]  #: server -> the server as it is evaluated, its models in order
     losses: Callable[[PyTree], Tally]  #: server -> of every client's examples, where there is a choice of models
     plain: tuple[np.ndarray, np.ndarray] | tuple[()]  #: [L] bits of an item down and up, were nothing coded
+    buckets: tuple[tuple[int, ...], ...] = ()  #: levels that share one; empty: one a level
 
 
 def prepare(
@@ -68,9 +69,8 @@ def prepare(
         raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
     train = config.train
     devices = train.devices or jax.device_count()
-    executor = executors.executor(
-        train.executor, train.clients_per_chunk, devices, parse_buckets(train.buckets, fed.mix)
-    )
+    buckets, wanted = chosen(config, fed, devices, platform.current(), own.method)
+    executor = executors.executor(train.executor, train.clients_per_chunk, devices, buckets, wanted)
     store = store_for(config, fed, executor)
     _check_size(fed)
     check_memory(fed.algorithm)
@@ -80,7 +80,7 @@ def prepare(
 
     key = place(jax.random.key(config.run.seed))
     population, batches, test = place((fed.train, fed.train_batches, fed.test))
-    programs, new = programs_of(config, fed, executor, store, metrics, shared)
+    programs, new = programs_of(config, fed, executor, store, metrics, shared, buckets)
     clients, told = fed.partition.size.size, numbers(config, fed)
     if shared is not None and new:
         asks = tuple(bool(question.memory) for question in fed.algorithm.questions)
@@ -101,6 +101,7 @@ def prepare(
         lambda server: programs.order(server, test, told),
         lambda server: programs.losses(server, population, told),
         fed.algorithm.price().plain if fed.algorithm.price else (),
+        buckets,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from hetfl_jax.core import bits
 from hetfl_jax.core.types import Account, Info, Line
 from hetfl_jax.models.costs import Costs
+from hetfl_jax.parts.local import Local
 
 BACKWARD = 2  #: multiply-adds of a backward pass over those of a forward pass: gradients of activations and of weights
 
@@ -104,6 +105,47 @@ def imbalance(info: Info, costs: Costs, devices: int) -> float:
     return round(float(work.max() / max(work.mean(), 1.0)), 4)
 
 
+def mean_steps(settings: Local, size: np.ndarray) -> float:
+    """Local steps of a client, on average."""
+    return float(_steps(settings, np.asarray(size)).mean())
+
+
+def _steps(settings: Local, size: np.ndarray) -> np.ndarray:
+    by_epochs = settings.epochs * -(-size // settings.batch_size)
+    return np.full_like(size, settings.steps) if settings.steps else by_epochs
+
+
+def executed(info: Info, costs: Costs, settings: Local, size: np.ndarray) -> float:
+    """Multiply-adds of the round's local training that ran, over those that its clients needed.
+
+    A bucket runs at the shape of its largest level; a chunk of clients as long as its longest, full of clients or not;
+    and a batch is as long as any, full of examples or not.
+
+    Args:
+      size: [N] examples of every client.
+    """
+    base, at_once = np.asarray(info.ran)
+    there = np.asarray(info.items.valid)
+    needed = macs_of(np.asarray(info.items.seen.work)[there], costs).astype(float)
+    level, device = np.asarray(info.items.level)[there], np.broadcast_to(np.asarray(info.device), there.shape)[there]
+    held = np.asarray(size)[np.asarray(info.items.ids)[there]]
+    steps, per_epoch = _steps(settings, held), -(-held // settings.batch_size)
+    trained = steps // per_epoch * held + np.minimum(steps % per_epoch * settings.batch_size, held)
+    each = (
+        needed
+        * steps
+        * settings.batch_size
+        / np.maximum(trained, 1)
+        * (costs.macs[base] / np.maximum(costs.macs, 1))[level]
+    )
+    ran = 0.0
+    for place in np.unique(np.stack([device, base[level]]), axis=1).T:
+        here = (device == place[0]) & (base[level] == place[1])
+        ordered, chunk = -np.sort(-each[here]), int(at_once[level[here][0]])
+        ran += chunk * float(ordered[::chunk].sum())
+    return round(ran / needed.sum(), 4) if needed.sum() else 1.0
+
+
 def of_levels(account: Account, names: tuple[str, ...]) -> dict[str, int]:
     """How many items of each level took part."""
     level = np.asarray(account.level)[np.asarray(account.valid)]
@@ -115,8 +157,11 @@ def failed_ids(account: Account) -> list[int]:
     return np.asarray(account.ids)[np.asarray(account.valid & ~np.asarray(account.ok))].tolist()
 
 
-def line_of(info: Info, number: int, totals: Totals, costs: Costs, names: tuple[str, ...], devices: int) -> Line:
-    """A round's metrics line without what the method adds."""
+def line_of(
+    info: Info, number: int, totals: Totals, costs: Costs, names: tuple[str, ...], devices: int, settings: Local,
+    size: np.ndarray,
+) -> Line:  # fmt: skip
+    """A round's metrics line without what the method adds; ``settings`` and ``size`` as ``executed``."""
     failed = failed_ids(info.items)
     line: Line = {"round": number}
     line |= {name: float(value) for name, value in info.numbers.items() if name not in ("clients", "failed")}
@@ -124,6 +169,7 @@ def line_of(info: Info, number: int, totals: Totals, costs: Costs, names: tuple[
         line |= {name: None for name in line if name.startswith("train_")}
     trained = np.unique(np.asarray(info.items.ids)[np.asarray(info.items.ok)])
     line |= {"clients": trained.size, "failed": len(failed), **totals.line()}
+    line["executed_over_needed"] = executed(info, costs, settings, size)
     if devices > 1:
         line["imbalance"] = imbalance(info, costs, devices)
     line["items"] = of_levels(info.items, names)

@@ -14,6 +14,7 @@ from hetfl_jax.engine import rounds
 from hetfl_jax.engine.execute import compiled
 from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.rounds import Settings
+from hetfl_jax.engine.runners import Buckets
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.models.windows import Family
 from hetfl_jax.run.evaluate import Metric, evaluator, tallies
@@ -64,17 +65,18 @@ def numbers(config: Config, fed: Federation) -> dict[str, float]:
 
 def programs_of(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
-    shared: Shared | None = None,
+    shared: Shared | None = None, buckets: Buckets = (),
 ) -> tuple[Programs, bool]:  # fmt: skip
     """The programs of a run, and whether they are new: those of an earlier one, if they are right for it too.
 
     Args:
       shared: where to look for them, and where new ones are kept; those in it must have been ``traced``.
+      buckets: of the executor.
     """
     values = numbers(config, fed)
     if shared is None:
         return _new(config, fed, executor, store, metrics, values), True
-    known = shared.programs.setdefault(structure(config, fed), [])
+    known = shared.programs.setdefault(structure(config, fed, buckets), [])
     for programs in known:
         if agree(programs.guards, values):
             return programs, False
@@ -131,7 +133,7 @@ def fixed(config: Config) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def structure(config: Config, fed: Federation) -> str:
+def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
     """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
     own = fed.partition.test_size
     shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
@@ -139,7 +141,7 @@ def structure(config: Config, fed: Federation) -> str:
     data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
     if fed.reads_population:
         data.append(fed.fingerprint)
-    text = json.dumps([fixed(config), data, fed.remake is None], sort_keys=True, default=str)
+    text = json.dumps([fixed(config), data, buckets, fed.remake is None], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

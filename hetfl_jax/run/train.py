@@ -325,7 +325,9 @@ def _lines(lab: Lab, infos: Sequence[Info], first: int, totals: ledger.Totals) -
     for number, info in enumerate(infos, first):
         check_plan(lab, info, number)
         totals = ledger.add(totals, ledger.spent(info, fed.costs, fed.tiers[0].bytes, lab.plain))
-        line = ledger.line_of(info, number, totals, fed.costs, fed.mix.names, lab.executor.devices)
+        line = ledger.line_of(
+            info, number, totals, fed.costs, fed.mix.names, lab.executor.devices, fed.local, fed.partition.size
+        )
         lines.append(line | fed.algorithm.shown.line(info, fed.groups))
     return lines, totals
 
