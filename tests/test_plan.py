@@ -28,7 +28,9 @@ PLAIN = ("family.net=mlp", "family.hidden=(8,8)")
 ROWS = {
     "mlp on a slice of 64": ("heterofl_digits:mix=a1", "v5e:8x8", PLAIN),
     "cnn": ("heterofl_digits:mix=a1", "v5e:2x2", ("family.net=cnn", "family.hidden=(8,8,16)", "method.name=fedavg")),
-    "resnet of exits": ("heterofl_digits:mix=2x1", "v4:2x2x1", (*PLAIN, "family.net=resnet18_exits", "method.name=depthfl")),
+    "resnet of exits": (
+        "heterofl_digits:mix=2x1", "v4:2x2x1", (*PLAIN, "family.net=resnet18_exits", "method.name=depthfl"),
+    ),
     "ifca": ("heterofl_digits:mix=a1", "v5e:2x2", (*PLAIN, "method.name=ifca")),
     "client memory": ("heterofl_digits:mix=a1", "v4:2x2x1", (*PLAIN, "method.name=scaffold")),
 }  # fmt: skip

@@ -85,11 +85,7 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
-    kind = str((config.family, config.data.mean, config.data.std, config.data.augment, source.x_train.shape[1:],
-                source.x_train.dtype, source.y_train.shape[1:], source.y_train.dtype.kind, classes))  # fmt: skip
-    known = {} if families is None else families
-    fam = known.get(kind) or _family(config, mix, source, classes, own.net)
-    known[kind] = fam
+    fam = _known_family(config, mix, source, classes, own.net, {} if families is None else families)
     settings = _settings(config, fam, part.size)
     level = assigned(mix, clients, config.capacity.order)
     if is_population(own.data) and np.asarray(own.data[0].level).any():
@@ -213,6 +209,17 @@ def local_training(train: Config, fam: Family) -> Local:
     if wrong := [name for name in layers if name not in known]:
         raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (train.decay_layers)")
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
+
+
+def _known_family(
+    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: dict[str, Family]
+) -> Family:
+    """A family that is among the ``known`` ones, or a new one, which it joins."""
+    kept, x, y = config.data, source.x_train, source.y_train
+    kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
+    if kind not in known:
+        known[kind] = _family(config, mix, source, classes, given)
+    return known[kind]
 
 
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:

@@ -65,7 +65,7 @@ def plan(config: Any, where: str, own: Own | None = None) -> Plan:
         run = executors.executor(
             config.train.executor, config.train.clients_per_chunk, 1, groups, wanted, there.mesh, there.platform()
         )
-        programs = programs_of(config, fed, run, store_for(config, fed, run), None)
+        programs, _ = programs_of(config, fed, run, store_for(config, fed, run), None)
     groups = groups or tuple((level,) for level in range(fed.family.levels))
     told, key = numbers(config, fed), jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda k, t: programs.first(k, fed.partition.size.size, t), key, told)
