@@ -8,14 +8,16 @@ and none can be traced wrongly.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from hetfl_jax.core.types import Array, PyTree
 
+F = TypeVar("F", bound=Callable[..., Any])
 Values = Mapping[str, float]  #: settings by dotted key
 
 
@@ -117,6 +119,21 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _compared(_name)
 Real.register(Setting)
+
+
+def at_once(of: F) -> F:
+    """A function of concrete arrays that is computed when it is called, also while a program is traced around it.
+
+    >>> jax.jit(lambda x: x * float(at_once(jax.numpy.sum)(jax.numpy.ones(3))))(2.0).item()
+    6.0
+    """
+
+    @wraps(of)
+    def now(*args: Any, **kwargs: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            return of(*args, **kwargs)
+
+    return now  # type: ignore[return-value]
 
 
 def settings(values: Values, traced: Mapping[str, Array | float], seen: list[Guard]) -> dict[str, Setting]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetfl_jax.core.settings import at_once
 from hetfl_jax.core.types import Array, PyTree
 from hetfl_jax.models.windows import Family, Path, flat
 
@@ -38,6 +39,7 @@ def with_class_axes(family: Family) -> Family:
     return family._replace(windows=windows)
 
 
+@at_once
 def class_axes(family: Family) -> dict[Path, int]:
     """The class axis of every parameter of level 0 that has one.
 

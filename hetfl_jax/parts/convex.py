@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
+from hetfl_jax.core.settings import at_once
 from hetfl_jax.core.types import Array, Population, PyTree
 from hetfl_jax.models.windows import Family
 
 ITERATIONS = 2000  #: of the power method, at most
 
 
+@at_once
 def is_linear(family: Family, tolerance: float = 1e-4) -> bool:
     """Whether the full net's outputs are linear in its parameters: ``f(a + b) + f(0) = f(a) + f(b)`` on random ones.
 
@@ -34,6 +36,7 @@ def is_linear(family: Family, tolerance: float = 1e-4) -> bool:
     return bool(jnp.abs(together + zero - apart).max() <= tolerance * jnp.maximum(jnp.abs(apart).max(), 1e-6))
 
 
+@at_once
 def smoothness(family: Family, population: Population, squares: bool = False, l2: float = 0.0) -> np.ndarray:
     """[N] how smooth each client's loss is, summed over its examples: ``lambda_max(sum_i J_i' B J_i) + l2``.
 
