@@ -105,6 +105,7 @@ def heterofl(rows: list[dict[str, Any]]) -> str:
 def draw(found: dict[str, list[Lines]], path: Path) -> None:
     """Accuracy of each level over what clients sent, a panel a level, mean over seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     scored = {name: [[x for x in lines if "accuracy" in x and x["round"]] for lines in s] for name, s in found.items()}
     levels = list(next(iter(scored.values()))[0][-1]["accuracy"])
@@ -115,6 +116,7 @@ def draw(found: dict[str, list[Lines]], path: Path) -> None:
             reached = np.mean([[100 * line["accuracy"][level] for line in lines] for lines in seeds], 0)
             axes.plot(sent, reached, marker=".", label=name)
         axes.set(xlabel="MB sent by clients", xscale="log", title=f"level {level}" if len(levels) > 1 else "")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("test accuracy (%)")
     figure.axes[0].legend(frameon=False, fontsize=8)

@@ -4,6 +4,7 @@ A ``Part`` is a leaf of a client's change. Sums over it are taken at its full sh
 draws are made there and cut: so a masked client sends what a dense one sends, bit for bit.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,14 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import bits as counts
-from hetfl_jax.core import tree
 from hetfl_jax.core.random import words
 from hetfl_jax.core.types import Array, Level, PyTree, Within
 from hetfl_jax.models import windows
 from hetfl_jax.models.windows import Family, Path
-from hetfl_jax.parts import turns
-
-_SAMPLE = 4096  #: of a leaf, for a first guess of a threshold
+from hetfl_jax.parts import ranks
 
 
 class Part(NamedTuple):
@@ -141,7 +139,7 @@ def keep(part: Part, k: np.ndarray, score: Array, scaled: bool) -> Array:
     >>> keep(one, np.array([2], np.int32), jnp.abs(one.value), True).tolist()
     [0.0, -6.0, 0.0, 4.0]
     """
-    which = largest(part.only(score, -1), part.at(k))
+    which = ranks.largest(part.only(score, -1), part.at(k))
     factor = part.at((part.entries / np.maximum(k, 1)).astype(np.float32)) if scaled else 1.0
     return jnp.where(which, part.value * factor, 0)
 
@@ -160,15 +158,15 @@ def rotated_signs(part: Part, unbiased: bool) -> Array:
     """
     size = np.array([power_of_two(int(d)) for d in part.entries])
     turn = jnp.where(part.words() >> 31, 1.0, -1.0)
-    front = turns.to_front(part.value * turn, part.inside, int(size[part.base]))
-    rotated = turns.hadamard(front, part.at(size))  # sqrt(m) z
+    front = to_front(part.value * turn, part.inside, int(size[part.base]))
+    rotated = hadamard(front, part.at(size))  # sqrt(m) z
     length = fill(jnp.abs(rotated), (int(size[0]),)).sum()
     if unbiased:
         scale = part.total(jnp.square(part.value)) / jnp.where(length > 0, length, 1)
     else:
         scale = length / jnp.square(part.at(size.astype(np.float32)))
-    back = turns.hadamard(jnp.where(rotated < 0, -1.0, 1.0), part.at(size))
-    return scale * turn * turns.from_front(back, part.inside, part.value.shape)
+    back = hadamard(jnp.where(rotated < 0, -1.0, 1.0), part.at(size))
+    return scale * turn * from_front(back, part.inside, part.value.shape)
 
 
 class Factors(NamedTuple):
@@ -221,12 +219,12 @@ def product(part: Part, kept: Array, how: Factors) -> tuple[Array, Array]:
     """
     matrix = fill(part.value, part.full).reshape(-1, part.full[-1])
     old = fill(kept, part.full).reshape(matrix.shape)
-    left = turns.orthonormal(turns.matmul(matrix, old[how.rows].T))
-    right = turns.matmul(left.T, matrix)  # [r, n]
+    left = orthonormal(matmul(matrix, old[how.rows].T))
+    right = matmul(left.T, matrix)  # [r, n]
     # A direction in which nothing is left to send starts from where it was.
     new = old.at[how.rows].set(jnp.where((right != 0).any(1, keepdims=True), right, old[how.rows]))
     pays = part.at(how.pays)
-    sent = jnp.where(pays, part.cut(turns.matmul(left, right).reshape(part.full)), part.value)
+    sent = jnp.where(pays, part.cut(matmul(left, right).reshape(part.full)), part.value)
     return part.only(sent), jnp.where(pays, part.cut(new.reshape(part.full)), kept)
 
 
@@ -253,73 +251,6 @@ def stochastic_levels(values: Array, scale: Array, levels: int, uniform: Array) 
     exact = jnp.where(positive, jnp.abs(values) / jnp.where(positive, scale, 1) * levels, 0)
     low = jnp.minimum(jnp.floor(exact), levels - 1)
     return low + (exact - low > uniform)
-
-
-class _Between(NamedTuple):
-    """At least ``count`` ranks reach ``low``, fewer reach ``high``."""
-
-    low: Array
-    high: Array
-    above_low: Array
-    above_high: Array
-    step: Array
-
-
-def _reach(rank: Array, least: Array) -> Array:
-    """How many ranks are at least this. XLA adds floats several at a time on a CPU, and here they are exact."""
-    return (rank >= least).sum(dtype=jnp.float32 if rank.size < 1 << 24 else jnp.int32).astype(jnp.int32)
-
-
-def _threshold(rank: Array, count: Array) -> _Between:
-    """Between which ranks the ``count`` largest begin.
-
-    Two guesses are from a sample, the next ones from how many reach the ends, every third halves what is left.
-    """
-    some = jnp.sort(rank.ravel()[:: max(rank.size // _SAMPLE, 1)], descending=True)
-    place = count.astype(jnp.float32) * (some.size / rank.size)
-    spread = 3 * jnp.sqrt(place) + 2
-    ends = some[jnp.clip(jnp.stack([place + spread, place - spread]).astype(jnp.int32), 0, some.size - 1)]
-
-    def narrow(b: _Between) -> _Between:
-        width = b.high - b.low
-        share = (b.above_low - count + 0.5) / jnp.maximum(b.above_low - b.above_high, 1)
-        step = jnp.where(b.step % 3 == 2, width // 2, (share * width.astype(jnp.float32)).astype(jnp.int32))
-        step = jnp.where(b.step < 2, ends[jnp.minimum(b.step, 1)] - b.low, step)
-        middle = b.low + jnp.clip(step, 1, width - 1)
-        found = _reach(rank, middle)
-        lower, higher = b._replace(high=middle, above_high=found), b._replace(low=middle, above_low=found)
-        return tree.select(found >= count, higher, lower)._replace(step=b.step + 1)
-
-    zero = jnp.int32(0)
-    start = _Between(zero, jnp.int32(np.iinfo(np.int32).max), jnp.int32(rank.size), zero, zero)
-    return jax.lax.while_loop(lambda b: (b.above_low > count) & (b.high - b.low > 1), narrow, start)
-
-
-def largest(score: Array, count: int | Array) -> Array:
-    """Which ``count`` entries have the largest score; of equal ones the first.
-
-    Nothing is sorted: about a dozen times it is counted how many scores reach a threshold.
-
-    Args:
-      score: float32, any shape, at least ``count`` entries >= 0 that may be chosen; the others are below 0.
-      count: int32 scalar, may be traced.
-
-    Returns:
-      bool of ``score``'s shape.
-
-    >>> largest(jnp.array([1.0, 3.0, 3.0, 2.0]), 2).tolist(), largest(jnp.array([3.0, -1.0, 3.0]), 1).tolist()
-    ([False, True, True, False], [True, False, False])
-    """
-    rank = jax.lax.bitcast_convert_type(score, jnp.int32)  # of floats >= 0 in their order; of others below 0
-    count = jnp.asarray(count, jnp.int32)
-    found = _threshold(rank, count)
-
-    def first_of_equal(_: None) -> Array:
-        equal = (rank == found.low).ravel()
-        first = jnp.cumsum(equal.astype(jnp.int32)) <= count - found.above_high
-        return (rank > found.low) | (equal & first).reshape(rank.shape)
-
-    return jax.lax.cond(found.above_low > count, first_of_equal, lambda _: rank >= found.low, None)
 
 
 def elias(number: Array) -> Array:
@@ -370,3 +301,81 @@ def elias_bits(part: Part, level: Array, before: Array, last: Array) -> tuple[Ar
     row = min(each.size, 1 << 20)  # sums of a row stay below 2^31
     rows = jnp.pad(each, (0, -each.size % row)).reshape(-1, row).sum(1)
     return counts.traced(rows).sum(0), (before + inside.sum(dtype=jnp.int32), latest)
+
+
+def to_front(values: Array, inside: Array | None, length: int) -> Array:
+    """[length]: the entries inside, in row-major order, then zeros. ``inside`` None: all entries.
+
+    >>> to_front(jnp.array([5.0, 0.0, 7.0]), jnp.array([True, False, True]), 4).tolist()
+    [5.0, 7.0, 0.0, 0.0]
+    """
+    flat = values.ravel()
+    if inside is None:
+        return jnp.pad(flat, (0, length - flat.size))
+    place = jnp.cumsum(inside.ravel().astype(jnp.int32)) - 1
+    return jnp.zeros(length, flat.dtype).at[jnp.where(inside.ravel(), place, length)].set(flat, mode="drop")
+
+
+def from_front(front: Array, inside: Array | None, shape: tuple[int, ...]) -> Array:
+    """The way back from ``to_front``; entries outside get any value.
+
+    >>> from_front(jnp.array([5.0, 7.0, 0.0]), jnp.array([False, True, True]), (3,))[1:].tolist()
+    [5.0, 7.0]
+    """
+    if inside is None:
+        return front[: math.prod(shape)].reshape(shape)
+    place = jnp.cumsum(inside.ravel().astype(jnp.int32)) - 1
+    return front[jnp.maximum(place, 0)].reshape(shape)
+
+
+def hadamard(values: Array, size: int | Array) -> Array:
+    """``H x`` with the Walsh-Hadamard matrix (entries 1 and -1), on every block of ``size`` entries.
+
+    Args:
+      values: [n], n a power of two.
+      size: a power of two, at most n; may be traced.
+
+    >>> hadamard(jnp.array([1.0, 2.0, 3.0, 4.0]), 4).tolist(), hadamard(jnp.array([1.0, 2.0, 3.0, 4.0]), 2).tolist()
+    ([10.0, -2.0, -4.0, 0.0], [3.0, -1.0, 7.0, -1.0])
+    """
+    bits = values.size.bit_length() - 1
+
+    def stage(number: Array, values: Array) -> Array:
+        # The highest bit of the index becomes the lowest; after all stages the order is the old one.
+        high, low = values.reshape(2, -1)
+        inside = jnp.left_shift(1, bits - 1 - number) < size
+        return jnp.stack([jnp.where(inside, high + low, high), jnp.where(inside, high - low, low)], 1).ravel()
+
+    return jax.lax.fori_loop(0, bits, stage, values)
+
+
+def orthonormal(columns: Array) -> Array:
+    """[m, r]: columns of the same span, orthonormal; a column that depends on those before it becomes zero.
+
+    Gram-Schmidt, each column twice.
+
+    >>> orthonormal(jnp.array([[3.0, 6.0, 1.0], [4.0, 8.0, 0.0]])).round(3).tolist()
+    [[0.600..., 0.0, 0.800...], [0.800..., 0.0, -0.600...]]
+    """
+    number = jnp.arange(columns.shape[1])
+
+    def step(k: Array, done: Array) -> Array:
+        column = done[:, k]
+        before = jnp.linalg.norm(column)
+        for _ in range(2):
+            shares = jnp.where(number < k, matmul(done.T, column), 0)
+            column = column - matmul(done, shares)
+        size = jnp.linalg.norm(column)
+        kept = size > 1e-5 * before
+        return done.at[:, k].set(jnp.where(kept, column / jnp.where(kept, size, 1), 0))
+
+    return jax.lax.fori_loop(0, columns.shape[1], step, columns)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """``a @ b`` in float32 on every device.
+
+    >>> matmul(jnp.ones((1, 3)), jnp.ones((3, 1))).tolist()
+    [[3.0]]
+    """
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
