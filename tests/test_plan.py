@@ -25,12 +25,11 @@ SMALL = (
     "train.clip_norm=0.0",
 )
 PLAIN = ("family.net=mlp", "family.hidden=(8,8)")
+EXITS = ("family.net=resnet18_exits", "method.name=depthfl")
 ROWS = {
     "mlp on a slice of 64": ("heterofl_digits:mix=a1", "v5e:8x8", PLAIN),
     "cnn": ("heterofl_digits:mix=a1", "v5e:2x2", ("family.net=cnn", "family.hidden=(8,8,16)", "method.name=fedavg")),
-    "resnet of exits": (
-        "heterofl_digits:mix=2x1", "v4:2x2x1", (*PLAIN, "family.net=resnet18_exits", "method.name=depthfl"),
-    ),
+    "resnet of exits": ("heterofl_digits:mix=2x1", "v4:2x2x1", (*PLAIN, *EXITS)),
     "ifca": ("heterofl_digits:mix=a1", "v5e:2x2", (*PLAIN, "method.name=ifca")),
     "client memory": ("heterofl_digits:mix=a1", "v4:2x2x1", (*PLAIN, "method.name=scaffold")),
 }  # fmt: skip
@@ -48,8 +47,9 @@ def test_rounds_and_evaluation_compile_for_a_tpu(name):
     assert 0 < found.milliseconds < 1_000
     assert 0 < found.utilisation < 1
     assert found.round.schedule.cycles > sum(op.cycles for op in found.round.schedule.dearest[:1])
+    kept = name in ("client memory", "resnet of exits")
     kinds = [kind for kind, _ in found.round.schedule.collectives]
-    assert "all-reduce" in kinds
+    assert len(kinds) <= (4 if kept else 2), "totals and reports; rows of memory, to those that run them and back"
     text = describe(found)
     assert "not run there" in text
     assert "fits" in text

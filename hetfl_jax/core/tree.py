@@ -98,6 +98,33 @@ def packed(values: PyTree, lead: int = 0) -> tuple[list[Array], Callable[[list[A
     return [join(place) for place in places], back
 
 
+def as_words(values: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Leaves of 32 bits and bools as uint32, bit for bit, and the way back: one collective moves one dtype.
+
+    >>> words, back = as_words({"a": jnp.array([-1.5]), "b": jnp.array([True])})
+    >>> {v.dtype.name for v in words.values()}, back(words)["a"].tolist(), back(words)["b"].tolist()
+    ({'uint32'}, [-1.5], [True])
+    """
+    word = jnp.uint32
+
+    def of(leaf: Array) -> Array:
+        if leaf.dtype == bool:
+            return leaf.astype(word)
+        return jax.lax.bitcast_convert_type(leaf, word) if leaf.dtype.itemsize == 4 else leaf
+
+    def back(words: PyTree) -> PyTree:
+        def leaf(moved: Array, kind: np.dtype) -> Array:
+            if kind == jnp.bool_.dtype:
+                return moved != 0
+            return jax.lax.bitcast_convert_type(moved, kind) if moved.dtype != kind else moved
+
+        return jax.tree.map(leaf, words, kinds)
+
+    values = jax.tree.map(jnp.asarray, values)
+    kinds = jax.tree.map(lambda leaf: leaf.dtype, values)
+    return jax.tree.map(of, values), back
+
+
 def zeros(shapes: PyTree) -> PyTree:
     """Zero arrays for a tree of ``ShapeDtypeStruct`` (or arrays)."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -124,20 +124,26 @@ def sharded(mesh: Mesh, inner: Runner) -> Executor:
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
-        def on_device(sent: PyTree, pool: Pool, items: Items) -> Outcome:
-            outcome = inner(algorithm, sent, pool, items)
+        share = items.valid.shape[0] // mesh.size
+
+        def on_device(sent: PyTree, pool: Pool, items: Items, memory: PyTree) -> Outcome:
+            # All devices know all items and take their own: nothing has to cross for that.
+            first = jax.lax.axis_index(AXIS) * share
+            mine = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, first, share), items)
+            outcome = inner(algorithm, sent, pool, mine._replace(memory=memory))
             with jax.named_scope("collective"):
                 totals, whole = tree.packed(outcome.total)
-                rows, stacked = tree.packed((outcome.report, outcome.ok), lead=1)
-                report, ok = stacked([jax.lax.all_gather(v, AXIS, tiled=True) for v in rows])
+                words, read = tree.as_words((outcome.report, outcome.ok))
+                rows, stacked = tree.packed(words, lead=1)
                 total = whole([jax.lax.psum(v, AXIS) for v in totals])
+                report, ok = read(stacked([jax.lax.all_gather(v, AXIS, tiled=True) for v in rows]))
                 return Outcome(total, outcome.memory, report, ok, outcome.ran)
 
         specs = Outcome(EVERYWHERE, SPLIT, EVERYWHERE, EVERYWHERE, EVERYWHERE)  # type: ignore[arg-type]
         # check_vma would sum gradients of the replicated model over devices; here the one psum is ours.
         return jax.shard_map(
-            on_device, mesh=mesh, in_specs=(EVERYWHERE, EVERYWHERE, SPLIT), out_specs=specs, check_vma=False
-        )(sent, pool, items)
+            on_device, mesh=mesh, in_specs=(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT), out_specs=specs, check_vma=False
+        )(sent, pool, items._replace(memory=()), items.memory)
 
     return Executor(run, mesh=mesh)
 
