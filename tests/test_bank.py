@@ -43,7 +43,7 @@ def test_ifca_of_one_cluster_is_fedavg(how, plain):
 
 def test_ifca_over_one_level_of_heterofl_is_ifca():
     """With all classes everywhere and one level, HeteroFL inside is plain averaging."""
-    family, pop = mlp_family(({"width": 1.0},)), toy_population()
+    family, pop = mlp_family(({"width": 1.0},)), toy_population(levels=1)
     pop = pop._replace(level=pop.level * 0, classes=jnp.ones_like(pop.classes))
     inside = ifca.make(family, sgd(), cohort=6, clusters=2, over="heterofl", proportions=(1,))
     plainly = ifca.make(family, sgd(), cohort=6, clusters=2)

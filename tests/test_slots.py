@@ -204,7 +204,7 @@ def test_a_downlink_sends_what_changed_since():
 
 def test_weights_of_a_merge_are_those_of_q_ffl():
     """One round against the equations, from the losses of the received model and the changes of each client."""
-    family, pop = mlp_family(({"width": 1.0},)), toy_population()
+    family, pop = mlp_family(({"width": 1.0},)), toy_population(levels=1)
     pop = pop._replace(level=pop.level * 0)
     everyone = Slots(select=select.uniform(12))
     settings = sgd(momentum=0.0, clip_norm=0.0)

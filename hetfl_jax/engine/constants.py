@@ -1,7 +1,7 @@
-"""What a local step costs on each kind of device. The command below makes a row; buckets are chosen by them.
+"""What a local step costs on each kind of device; buckets are chosen by it.
 
-``python -m experiments.throughput.constants`` measures this machine's device; with ``--target=v5e:2x2`` it reads them
-from what a TPU's compiler plans.
+The rows are rough fits to figures of experiments/throughput/README.md (CPU, GPU); the TPU's is a guess.
+``python -m experiments.throughput.constants`` measures those of this machine's device.
 """
 
 from typing import NamedTuple

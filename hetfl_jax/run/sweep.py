@@ -165,8 +165,7 @@ class _Plan:
     def write_tables(self) -> None:
         """``sweep.csv`` and ``summary.csv`` of what is done, and the page of all."""
         done = {name: e for name, e in self.ended.items() if e.status == DONE}
-        levels = {name: [row["level"] for row in _table(self.folder / name)] for name in done}
-        write_tables(self.folder, {name: e.point.values for name, e in done.items()}, levels)
+        write_tables(self.folder, {name: e.point.values for name, e in done.items()})
         if done:
             report(self.folder, self.folder / "report.html")
 

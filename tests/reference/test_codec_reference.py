@@ -11,6 +11,7 @@ from hetfl_jax.core import bits
 from hetfl_jax.core.types import ClientContext
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.parts import codec as codecs
+from tests.reference.draws import uniform_of, words_of
 
 KEY = jax.random.key(11)
 
@@ -32,27 +33,15 @@ def encode(codec, delta, level, memory=None, key=KEY):
     return windows.flat(sent), memory, int(bits.total(np.asarray(count)))
 
 
-def mixed(value):
-    """The hash of ``core.random`` on whole numbers of any size, cut to 32 bits after each step."""
-    value = value * 0x9E3779B1 % 2**32
-    value = (value ^ value >> 15) * 0x85EBCA77 % 2**32
-    value = (value ^ value >> 13) * 0xC2B2AE3D % 2**32
-    return value ^ value >> 16
-
-
 def words(fam, level, key=KEY):
-    """A leaf's random words: by its place in the full tree and each entry's place in the full leaf."""
-    own, found = windows.flat(fam.shapes[level]["params"]), {}
-    for i, (path, leaf) in enumerate(windows.flat(fam.shapes[0]["params"]).items()):
-        first, second = map(int, jax.random.bits(jax.random.fold_in(key, i), (2,)))
-        full = [mixed(mixed((place + first) % 2**32) ^ second) for place in range(leaf.size)]
-        found[path] = np.array(full, np.int64).reshape(leaf.shape)[tuple(map(slice, own[path].shape))]
-    return found
+    """A leaf's random words, cut to the level."""
+    own, full = windows.flat(fam.shapes[level]["params"]), windows.flat(fam.shapes[0]["params"])
+    drawn = {path: words_of(key, i, leaf.shape) for i, (path, leaf) in enumerate(full.items())}
+    return {path: word[tuple(map(slice, own[path].shape))] for path, word in drawn.items()}
 
 
 def uniforms(fam, level):
-    """In [0, 1), from the upper 24 bits."""
-    return {path: (word // 256) / 2.0**24 for path, word in words(fam, level).items()}
+    return {path: uniform_of(word) for path, word in words(fam, level).items()}
 
 
 def numbers(tree):

@@ -13,6 +13,7 @@ from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedpaq
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.parts.local import local
+from tests.reference.draws import uniform_of, words_of
 
 pytestmark = pytest.mark.slow
 KEY, CLIENTS, FEATURES, CLASSES, TAU, RATE, ROUNDS = jax.random.key(4), 8, 5, 3, 3, 0.2, 3
@@ -47,7 +48,7 @@ def quantised(x, s, uniform):
 
 def uniforms(key, shapes):
     key = jax.random.fold_in(key, (1 << 19) + 1)
-    return {p: np.asarray(jax.random.uniform(jax.random.fold_in(key, i), s)) for i, (p, s) in enumerate(shapes.items())}
+    return {path: uniform_of(words_of(key, i, shape)) for i, (path, shape) in enumerate(shapes.items())}
 
 
 @pytest.mark.parametrize("levels", [0, 1, 5])
