@@ -9,11 +9,14 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hetfl_jax as hf
 from hetfl_jax.core.settings import agree
+from hetfl_jax.parts import merge, select
+from hetfl_jax.parts.merge import Weights
 from hetfl_jax.run import lab, points, programs, train
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import load_config
@@ -94,6 +97,27 @@ def test_a_number_that_python_needs_has_a_program_of_its_own(tmp_path):
         changes = ("method.name=fedavg", "uplink.name=top_k", f"uplink.args.fraction={fraction}")
         lab.prepare(config(tmp_path, *changes, "uplink.error_feedback=True"), None, None, shared)
     assert [len(made) for made in shared.programs.values()] == [2]
+
+
+def powered(family, local, *, cohort, power=1.0):
+    """A user's method, whose weights need a number that jnp takes as it is."""
+
+    def weights(context, delta):
+        weight = jnp.exp(jnp.maximum(power, 0.5) * jnp.log(2.0 + context.shard.size))
+        return weight, weight
+
+    rule = merge.overlap_mean(family, weights=Weights(weights))
+    return hf.compose(family, local=local, select=select.uniform(cohort), merge=rule)
+
+
+def test_a_method_of_the_users_may_need_its_numbers_themselves(tmp_path):
+    """jnp.maximum takes no ``Setting``: each number is a program of its own, and the results are right."""
+    base = load_config("heterofl_digits:mix=a1", *SMALL, "data.split=dirichlet_per_class", f"run.folder={tmp_path}",
+                       tell=lambda text: None)  # fmt: skip
+    found = hf.sweep(base, [{"method.args.power": power} for power in (1.0, 3.0)], method=powered, quiet=True)
+    assert [e.status for e in found.points] == [DONE, DONE]
+    assert found.programs == 2
+    assert worst(*(e.result.params for e in found.points)) > 1e-4
 
 
 def test_what_a_sweep_writes(tmp_path):

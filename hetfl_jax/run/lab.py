@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hetfl_jax import methods
 from hetfl_jax.core import machine, platform
 from hetfl_jax.core.fairness import fairness, quantiles
 from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State, Tally
@@ -19,7 +20,7 @@ from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
 from hetfl_jax.run.evaluate import Metric, over_clients
 from hetfl_jax.run.federation import Federation, Own, build
-from hetfl_jax.run.programs import Inputs, Shared, numbers, programs_of, trace
+from hetfl_jax.run.programs import Inputs, Shared, numbers, programs_of
 from hetfl_jax.run.selections import check_memory
 
 #: names that every metrics line has
@@ -80,11 +81,11 @@ def prepare(
 
     key = place(jax.random.key(config.run.seed))
     population, batches, test = place((fed.train, fed.train_batches, fed.test))
-    programs, new = programs_of(config, fed, executor, store, metrics, shared, buckets)
-    clients, told = fed.partition.size.size, numbers(config, fed)
-    if shared is not None and new:
-        asks = tuple(bool(question.memory) for question in fed.algorithm.questions)
-        trace(programs, executor, len(fed.tiers), Inputs(key, clients, population, batches, test, told, asks))
+    clients, asks = fed.partition.size.size, tuple(bool(question.memory) for question in fed.algorithm.questions)
+    inputs = Inputs(key, clients, population, batches, test, numbers(config, fed), asks)
+    packaged = (own.method or config.method.name) in methods.names() if isinstance(own.method, str | None) else False
+    fed, programs = programs_of(config, fed, executor, store, metrics, inputs, shared, buckets, packaged)
+    told = numbers(config, fed)
     return Lab(
         config,
         fed,

@@ -17,7 +17,7 @@ from hetfl_jax.run.buckets import chosen, work_of
 from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.federation import Federation, Own, build
-from hetfl_jax.run.programs import numbers, programs_of
+from hetfl_jax.run.programs import new_programs, numbers
 
 
 class Program(NamedTuple):
@@ -65,7 +65,7 @@ def plan(config: Any, where: str, own: Own | None = None) -> Plan:
         run = executors.executor(
             config.train.executor, config.train.clients_per_chunk, 1, groups, wanted, there.mesh, there.platform()
         )
-        programs, _ = programs_of(config, fed, run, store_for(config, fed, run), None)
+        programs = new_programs(config, fed, run, store_for(config, fed, run), None, numbers(config, fed))
     groups = groups or tuple((level,) for level in range(fed.family.levels))
     told, key = numbers(config, fed), jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda k, t: programs.first(k, fed.partition.size.size, t), key, told)

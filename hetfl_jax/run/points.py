@@ -22,26 +22,27 @@ class Point(NamedTuple):
     config: Config
 
 
-def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path) -> list[Point]:
+def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, method: Any = None) -> list[Point]:
     """The points of a sweep, all checked before any of them runs.
 
     Args:
       over: what each changes of the config, by dotted key.
       folder: of the sweep; a point's run is in ``folder/name``.
+      method: in place of the config's, as of ``train``.
 
     Raises:
       ValueError: no points, two with the same name, an unknown key, or a value of another kind.
     """
     if not over:
         raise ValueError("a sweep of no points: need --over KEY=VALUE,... (over)")
-    made = [_point(config, dict(values), folder) for values in over]
+    made = [_point(config, dict(values), folder, method) for values in over]
     names = [point.name for point in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two points are called {twice!r}: need each once (over)")
     return made
 
 
-def _point(config: Config, values: Values, folder: Path) -> Point:
+def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
     blocks = config.to_dict()
     if "method.name" in values:
         blocks["method"]["name"] = values["method.name"]
@@ -51,7 +52,7 @@ def _point(config: Config, values: Values, folder: Path) -> Point:
         _set(blocks, key.split("."), value, key)
     name = name_of(values)
     blocks["run"]["name"], blocks["run"]["folder"] = name, str(folder)
-    return Point(name, values, complete(blocks, tell=lambda text: None))
+    return Point(name, values, complete(blocks, tell=lambda text: None, method=method))
 
 
 def _set(blocks: Values, path: Sequence[str], value: Any, key: str) -> None:

@@ -55,7 +55,7 @@ class Shared:
 
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
-    """What programs of a run are told: floats that are on (not 0), by dotted key; none of an ``Algorithm`` as given."""
+    """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew."""
     if fed.remake is None:
         return {}
     blocks = config.to_dict()
@@ -65,29 +65,41 @@ def numbers(config: Config, fed: Federation) -> dict[str, float]:
 
 def programs_of(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
-    shared: Shared | None = None, buckets: Buckets = (),
-) -> tuple[Programs, bool]:  # fmt: skip
-    """The programs of a run, and whether they are new: those of an earlier one, if they are right for it too.
+    inputs: "Inputs", shared: Shared | None = None, buckets: Buckets = (), packaged: bool = True,
+) -> tuple[Federation, Programs]:  # fmt: skip
+    """The programs of a run: those of an earlier one, if they are right for it too, else new ones.
 
     Args:
-      shared: where to look for them, and where new ones are kept; those in it must have been ``traced``.
+      shared: where to look for them, and where new ones are kept, traced.
       buckets: of the executor.
+      packaged: whether the method came with the package. One that did not may do with a number what no traced number
+        allows (give it to ``jnp.maximum`` as it is); its numbers are then part of its programs.
+
+    Returns:
+      The federation, ``remake`` ``None`` where numbers are part of programs, and its programs.
     """
     values = numbers(config, fed)
-    if shared is None:
-        return _new(config, fed, executor, store, metrics, values), True
-    known = shared.programs.setdefault(structure(config, fed, buckets), [])
-    for programs in known:
-        if agree(programs.guards, values):
-            return programs, False
-    known.append(_new(config, fed, executor, store, metrics, values))
-    return known[-1], True
+    known = [] if shared is None else shared.programs.setdefault(structure(config, fed, buckets), [])
+    if found := next((programs for programs in known if agree(programs.guards, values)), None):
+        return fed, found
+    made = new_programs(config, fed, executor, store, metrics, values)
+    if shared is not None or not packaged:
+        try:
+            trace(made, executor, len(fed.tiers), inputs)
+        except Exception:
+            if packaged or not values:
+                raise
+            bare, inputs = fed._replace(remake=None), inputs._replace(told={})
+            return programs_of(config, bare, executor, store, metrics, inputs, shared, buckets)
+    known.append(made)
+    return fed, made
 
 
-def _new(
+def new_programs(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
     values: Mapping[str, float],
 ) -> Programs:  # fmt: skip
+    """Programs that are told ``values``, not traced yet."""
     guards, blocks = list[Guard](), config.to_dict()
 
     def again(told: Settings) -> Algorithm:
@@ -123,10 +135,14 @@ def _new(
     )
 
 
-def fixed(config: Config) -> str:
-    """What of a config is part of programs, as text: all but numbers that are on, and what no program depends on."""
+def fixed(config: Config, told: bool = True) -> str:
+    """What of a config is part of programs, as text: all but numbers that are on, and what no program depends on.
+
+    Args:
+      told: whether programs are told the numbers; else they are part of them.
+    """
     blocks = config.to_dict()
-    found = numbers_of({block: blocks[block] for block in TRACED})
+    found = numbers_of({block: blocks[block] for block in TRACED}) if told else {}
     kept = replaced(blocks, dict.fromkeys((name for name, value in found.items() if value), "a number"))
     for block, names in APART.items():
         kept[block] = {name: value for name, value in kept[block].items() if name not in names}
@@ -141,7 +157,7 @@ def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
     data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
     if fed.reads_population:
         data.append(fed.fingerprint)
-    text = json.dumps([fixed(config), data, buckets, fed.remake is None], sort_keys=True, default=str)
+    text = json.dumps([fixed(config, fed.remake is not None), data, buckets], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

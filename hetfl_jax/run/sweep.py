@@ -96,7 +96,7 @@ def sweep(
     base = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
     folder = Path(base.run.folder) / base.run.name
     listed = (zipped if parallel else product)(over) if isinstance(over, Mapping) else list(over)
-    todo = [_on_one_device(point, names) for point in points(base, listed, folder)]
+    todo = [_on_one_device(point, names) for point in points(base, listed, folder, method)]
     own, shared = Own(net, data, split, method), Shared()
     _check(todo, own)
     before = _claim(folder, base, todo, resume=resume, overwrite=overwrite)
