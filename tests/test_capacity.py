@@ -162,7 +162,7 @@ class Truncated(nn.Module):
         for i in range(self.depth):
             x = nn.relu(nn.Dense(5, name=f"layer_{i}")(x))
             exits.append(nn.Dense(self.classes, name=f"exit_{i}")(x))
-        return jnp.stack(exits)
+        return tuple(exits)
 
 
 def test_a_depth_cut_is_a_window_of_zeros():

@@ -23,6 +23,7 @@ from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of, main
 from hetfl_jax.run.export import evaluate_run, export_level, load_exported, plot_run
 from hetfl_jax.run.lab import prepare
+from hetfl_jax.run.sweep import over_seeds
 from tests.helpers import TINY_FLAGS
 
 pytestmark = pytest.mark.slow
@@ -190,7 +191,7 @@ def test_a_finished_run_evaluates_plots_and_exports(finished):
 
 
 def test_seeds_give_mean_and_deviation(tmp_path):
-    results, rows = run.over_seeds(config(tmp_path, "--config.train.rounds=1"), [0, 1], quiet=True)
+    results, rows = over_seeds(config(tmp_path, "--config.train.rounds=1"), [0, 1], quiet=True)
     values = [r.table[0]["last"] for r in results]
     assert rows[0]["last"] == pytest.approx(np.mean(values))
     assert rows[0]["last_deviation"] == pytest.approx(np.std(values, ddof=1))
