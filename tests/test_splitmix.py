@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 def alone(population):
     """Everybody at the one level there is."""
-    return population._replace(level=population.level * 0)
+    return population._replace(level=population.level * 0, levels=population.levels[:1])
 
 
 def made(fam=None, **more):

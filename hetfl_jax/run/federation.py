@@ -184,7 +184,7 @@ def _algorithm(
         "population": train,
     }
     if args.get("mean_examples"):  # a switch in configs, a number for the method
-        args["mean_examples"] = float(np.mean(train.size))
+        args["mean_examples"] = float(np.asarray(train.size).mean())
     if "cohort" in known and "cohort" not in args:
         args["cohort"] = min(10, level.size)
     args = {name: value for name, value in args.items() if name in known}
