@@ -72,6 +72,16 @@ def _put(value: Array, sharding: NamedSharding) -> Array:
     return jax.device_put(np.asarray(value), sharding)
 
 
+def check_chunk(clients_per_chunk: int) -> None:
+    """Refuse a number of clients at once below 0.
+
+    Raises:
+      ValueError: with the key.
+    """
+    if clients_per_chunk < 0:
+        raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
+
+
 def executor(
     name: str, clients_per_chunk: int = 0, devices: int = 1, buckets: Buckets = (), wanted: Sequence[int] = (),
     mesh: Mesh | None = None, platform: Platform | None = None,
@@ -95,8 +105,7 @@ def executor(
     """
     if name not in EXECUTORS:
         raise ValueError(f"executor {name!r} is not one of {', '.join(EXECUTORS)} (train.executor)")
-    if clients_per_chunk < 0:
-        raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
+    check_chunk(clients_per_chunk)
     if not 1 <= devices <= jax.device_count():
         raise ValueError(f"{devices} devices, allowed 1..{jax.device_count()}, those of all hosts (train.devices)")
     if devices < jax.device_count() and jax.process_count() > 1:

@@ -7,6 +7,7 @@ from hetfl_jax.core.types import Algorithm, Config
 from hetfl_jax.engine import buckets
 from hetfl_jax.engine.chunks import MOST
 from hetfl_jax.engine.constants import CONSTANTS
+from hetfl_jax.engine.executors import check_chunk
 from hetfl_jax.run.federation import Federation
 from hetfl_jax.run.ledger import BACKWARD, mean_steps
 from hetfl_jax.run.mix import Mix, parse_buckets
@@ -24,6 +25,7 @@ def chosen(config: Config, fed: Federation, devices: int, kind: Platform, given:
       ValueError: as ``parse_buckets``.
     """
     train, levels = config.train, fed.family.levels
+    check_chunk(train.clients_per_chunk)
     if train.buckets != "auto":
         return parse_buckets(train.buckets, fed.mix), ()
     if train.executor != "bucketed" or levels == 1 or not fed.family.masked or isinstance(given, Algorithm):
