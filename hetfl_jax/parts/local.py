@@ -139,10 +139,6 @@ def _in_range(given: Mapping[str, float]) -> None:
     for name, value in given.items():
         if not least.get(name, 0) <= value < float("inf"):
             raise ValueError(f"{name} {value}, allowed >= {least.get(name, 0)} and finite (train.{name})")
-    if given["epochs"] < 1 and given["steps"] < 1:
-        raise ValueError(
-            f"epochs {given['epochs']} and steps {given['steps']}: nobody trains, need one >= 1 (train.epochs)"
-        )
     if not given["momentum"] < 1:
         raise ValueError(f"momentum {given['momentum']}, allowed 0 <= m < 1 (train.momentum)")
 

@@ -203,6 +203,8 @@ def local_training(train: Config, fam: Family) -> Local:
     Raises:
       ValueError: a layer that the net does not have, and as ``local``.
     """
+    if train.epochs == 0 == train.steps:
+        raise ValueError("epochs 0 and steps 0: nobody trains, need one >= 1 (train.epochs)")
     names = inspect.signature(local).parameters
     given = {name: value for name, value in train.items() if name in names}
     layers, known = tuple(train.decay_layers), fam.shapes[0]["params"]
