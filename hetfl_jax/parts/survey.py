@@ -50,9 +50,9 @@ def planner(
 def _check_levels(capacity_of: Capacity, population: Population, levels: int) -> None:
     """Where clients have levels of their own, somebody must have said which; tracing knows for how many levels."""
     counted = len(population.levels)
-    if capacity_of.by_client and (counted > levels or counted == 1 < levels):
+    if capacity_of.by_client and counted == 1 < levels:
         raise ValueError(
-            f"the population was built for {counted} level{'s' * (counted > 1)}, the method has {levels}: say which "
+            f"the population was built for 1 level, the method has {levels}: say which "
             f"client has which, population(..., level=, levels={levels}) (data.population)"
         )
 
