@@ -124,7 +124,8 @@ Real.register(Setting)
 def at_once(of: F) -> F:
     """A function of concrete arrays that is computed when it is called, also while a program is traced around it.
 
-    >>> jax.jit(lambda x: x * float(at_once(jax.numpy.sum)(jax.numpy.ones(3))))(2.0).item()
+    >>> ones = jax.numpy.ones(3)
+    >>> jax.jit(lambda x: x * float(at_once(jax.numpy.sum)(ones)))(2.0).item()
     6.0
     """
 
