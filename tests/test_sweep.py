@@ -17,7 +17,7 @@ import hetfl_jax as hf
 from hetfl_jax.core.settings import agree
 from hetfl_jax.parts import merge, select
 from hetfl_jax.parts.merge import Weights
-from hetfl_jax.run import lab, points, programs, train
+from hetfl_jax.run import lab, points, programs, sweep, train
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.programs import Shared, numbers, structure
@@ -198,6 +198,8 @@ WRONG = {
     "seeds downwards": (["run.seed=3..1"], "allowed A..B with A <= B"),
     "no points": ([], "a sweep of no points"),
     "lists of two lengths": (["run.seed=0..1", "train.rounds=1", "--zip"], "parallel lists of different lengths"),
+    "where it is written": (["run.name=a,b"], "a sweep names its points itself"),
+    "a name too long": (["data.source=npz:" + 200 * "x"], "has a name of 216 bytes, allowed 200"),
     "no such generator": (["--sweep=nothing"], "sweep 'nothing' is not one of none of"),
 }  # fmt: skip
 
@@ -228,6 +230,59 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         hf.sweep(other, {"run.seed": [0]}, quiet=True, resume=True)
     with pytest.raises(ValueError, match="holds no sweep to go on with"):
         hf.sweep(config(tmp_path, "run.name=none"), {"run.seed": [0]}, quiet=True, resume=True)
+
+
+def test_a_run_where_a_point_will_be_is_not_deleted(tmp_path):
+    """Neither by a sweep without ``overwrite``, nor silently kept by one with it; seeds of an older version go on."""
+    base, seeds = config(tmp_path), [{"run.seed": 0}]
+    older = train.train(config(tmp_path / "heterofl_digits", "run.name=seed0"), quiet=True)
+    files = sorted(older.folder.rglob("*"))
+    with pytest.raises(ValueError, match="seed0 already holds a run: --overwrite deletes it"):
+        hf.over_seeds(base, [0], quiet=True)
+    assert sorted(older.folder.rglob("*")) == files
+    (again,), _ = hf.over_seeds(base, [0], quiet=True, resume=True)
+    assert worst(again.params, older.params) == 0
+    (anew,), _ = hf.over_seeds(config(tmp_path, "train.learning_rate=0.01"), [0], quiet=True, overwrite=True)
+    assert worst(anew.params, older.params) > 1e-3
+    with pytest.raises(ValueError, match="holds no sweep to go on with"):
+        hf.sweep(config(tmp_path, "run.name=other"), seeds, quiet=True, resume=True)
+
+
+def test_a_sweep_that_goes_on_with_other_data_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    data = [
+        rng.normal(size=(80, 6)).astype(np.float32),
+        rng.integers(0, 3, 80),
+        rng.normal(size=(20, 6)),
+        np.arange(20) % 3,
+    ]
+    base, over = config(tmp_path, "data.clients=4", "method.args.cohort=2"), {"run.seed": [0, 1]}
+    found = hf.sweep(base, over, data=tuple(data), quiet=True)
+    described = json.loads((found.folder / "sweep.json").read_text())
+    described["points"][1]["status"] = "waiting"
+    (found.folder / "sweep.json").write_text(json.dumps(described))
+    data[0] = data[0] + 1
+    with pytest.raises(ValueError, match=r"run.seed=0 was run on other data: x_train"):
+        hf.sweep(base, over, data=tuple(data), quiet=True, resume=True)
+
+
+@pytest.mark.parametrize("over", [{}, [{}], [3], 3, {"run.seed": 3}, {"run.seed": []}, "run.seed"])
+def test_wrong_points_in_python_are_one_line(over, tmp_path):
+    with pytest.raises(ValueError, match=r"\(over\)") as error:
+        hf.sweep(config(tmp_path), over, quiet=True)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_a_sweep(tmp_path, monkeypatch):
+    """What no point is to blame for ends the sweep with its own error, and not as a failed point."""
+
+    def full(plan, ended):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep._Plan, "end", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        hf.sweep(config(tmp_path, "train.rounds=1"), {"run.seed": [0, 1]}, quiet=True)
 
 
 def test_a_config_file_may_name_its_sweeps(tmp_path):

@@ -1,7 +1,7 @@
 """The progress bar: round, loss, score, rounds/s and ETA; a line an evaluation where there is no terminal."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -28,22 +28,19 @@ class Bar(Protocol):
         ...
 
 
+def _bar(name: str, texts: Sequence[str], shown: bool) -> RichProgress:
+    """A bar on stderr: its name, how many of how many, some texts, the time that is left."""
+    columns = (TextColumn(name), MofNCompleteColumn(), BarColumn(), *map(TextColumn, texts), TimeRemainingColumn())
+    return RichProgress(*columns, console=Console(stderr=True), disable=not shown)
+
+
 class Progress:
     """A bar over rounds, as a context."""
 
     def __init__(self, rounds: int, done: int, quiet: bool):
         """Start at ``done`` of ``rounds``."""
         shown = sys.stderr.isatty() and not quiet
-        self._bar = RichProgress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[scores]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
+        self._bar = _bar("round", ("{task.fields[scores]}", "{task.fields[rate]}"), shown)
         self._task = self._bar.add_task("", total=rounds, completed=done, scores="compiling", rate="")
         self._done = done
         self._lines = not shown and not quiet
@@ -79,14 +76,7 @@ class Whole:
     def __init__(self, points: int, rounds: int, quiet: bool):
         """Start at nothing of ``points`` runs of ``rounds`` rounds each, 0 where they differ."""
         shown = sys.stderr.isatty() and not quiet
-        self._bar = RichProgress(
-            TextColumn("{task.fields[points]} points, rounds"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
+        self._bar = _bar("{task.fields[points]} points, rounds", (), shown)
         self._points, self._ended, self._lines = points, 0, not shown and not quiet
         self._task = self._bar.add_task("", total=rounds, points=f"0/{points}")
 

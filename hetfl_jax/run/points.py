@@ -12,6 +12,7 @@ from hetfl_jax.run.config import check_key, complete, find_config
 from hetfl_jax.run.values import fitted
 
 Values = dict[str, Any]  #: by dotted key
+LONGEST = 200  #: bytes of a point's name; file systems allow 255, and files beside it have longer ones
 
 
 class Point(NamedTuple):
@@ -35,11 +36,24 @@ def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, meth
     """
     if not over:
         raise ValueError("a sweep of no points: need --over KEY=VALUE,... (over)")
+    for number, values in enumerate(over):
+        _check_values(number, values)
     made = [_point(config, dict(values), folder, method) for values in over]
     names = [point.name for point in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two points are called {twice!r}: need each once (over)")
     return made
+
+
+def _check_values(number: int, values: Any) -> None:
+    """A point changes something, but not where its run is written, and has a name that a folder can have."""
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"point {number} is {values!r}: need a dict of values by key, train.learning_rate (over)")
+    if wrong := [key for key in values if key in ("run.name", "run.folder")]:
+        raise ValueError(f"over {wrong[0]}: a sweep names its points itself, need another key (over)")
+    name = name_of(values)
+    if len(name.encode()) > LONGEST:
+        raise ValueError(f"point {name[:60]}... has a name of {len(name.encode())} bytes, allowed {LONGEST} (over)")
 
 
 def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
@@ -62,7 +76,7 @@ def _set(blocks: Values, path: Sequence[str], value: Any, key: str) -> None:
     blocks[path[-1]] = value if before is None else fitted(value, before, key)
 
 
-def name_of(values: Values) -> str:
+def name_of(values: Mapping[str, Any]) -> str:
     """A point's name, of which a folder can be called.
 
     >>> name_of({"train.learning_rate": 0.1, "data.source": "npz:a/b.npz"})

@@ -38,7 +38,7 @@ class Programs(NamedTuple):
     evaluate: Callable[..., dict[str, jax.Array]]
     order: Callable[[PyTree, Population, Settings], PyTree]
     losses: Callable[[PyTree, Population, Settings], PyTree]
-    guards: list[Guard]  #: for which numbers they are right; complete after ``traced``
+    guards: list[Guard]  #: for which numbers they are right; complete after ``trace``
 
 
 class Shared:
@@ -56,8 +56,10 @@ class Shared:
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
     """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew."""
-    if fed.remake is None:
-        return {}
+    return _on(config) if fed.remake is not None else {}
+
+
+def _on(config: Config) -> dict[str, float]:
     blocks = config.to_dict()
     found = numbers_of({block: blocks[block] for block in TRACED})
     return {name: value for name, value in found.items() if value}
@@ -86,7 +88,7 @@ def programs_of(
     if shared is not None or not packaged:
         try:
             trace(made, executor, len(fed.tiers), inputs)
-        except Exception:
+        except Exception:  # what is wrong with the method itself comes up again below, or in its first round
             if packaged or not values:
                 raise
             bare, inputs = fed._replace(remake=None), inputs._replace(told={})
@@ -141,9 +143,7 @@ def fixed(config: Config, told: bool = True) -> str:
     Args:
       told: whether programs are told the numbers; else they are part of them.
     """
-    blocks = config.to_dict()
-    found = numbers_of({block: blocks[block] for block in TRACED}) if told else {}
-    kept = replaced(blocks, dict.fromkeys((name for name, value in found.items() if value), "a number"))
+    kept = replaced(config.to_dict(), dict.fromkeys(_on(config) if told else (), "a number"))
     for block, names in APART.items():
         kept[block] = {name: value for name, value in kept[block].items() if name not in names}
     return json.dumps(kept, sort_keys=True, default=str)

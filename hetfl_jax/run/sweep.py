@@ -20,6 +20,7 @@ from hetfl_jax.core.types import Config, Line
 from hetfl_jax.results import tables
 from hetfl_jax.results.folder import plain, same_config, write_json
 from hetfl_jax.results.progress import Whole
+from hetfl_jax.results.reading import read_sweep
 from hetfl_jax.results.sweeps import write_tables
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.dryrun import describe as cost
@@ -30,7 +31,7 @@ from hetfl_jax.run.points import Point, points, product, zipped
 from hetfl_jax.run.programs import Shared, fixed
 from hetfl_jax.run.report import report
 from hetfl_jax.run.stop import Stopped, on_sigterm
-from hetfl_jax.run.train import Result, completed_for, play, train
+from hetfl_jax.run.train import Result, check_data, completed_for, play, train
 
 DONE, FAILED, WAITING = "done", "failed", "waiting"
 
@@ -95,15 +96,19 @@ def sweep(
         raise ValueError(f"a sweep in {jax.process_count()} processes: need one, a sweep for each host (--coordinator)")
     base = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
     folder = Path(base.run.folder) / base.run.name
+    if not isinstance(over, Mapping | Sequence):
+        raise ValueError(f"over is a {type(over).__name__}: need lists of values by key, or a list of points (over)")
     listed = (zipped if parallel else product)(over) if isinstance(over, Mapping) else list(over)
     todo = [_on_one_device(point, names) for point in points(base, listed, folder, method)]
     own, shared = Own(net, data, split, method), Shared()
     _check(todo, own)
-    before = _claim(folder, base, todo, resume=resume, overwrite=overwrite)
+    before = _claim(folder, base, todo, resume=resume, overwrite=overwrite, full=full)
+    _check_done(before, folder, own)
     plan = _Plan(folder, base, before, full)
     plan.write()
     tables.say(f"{len(todo)} points, {sum(e.status == DONE for e in before.values())} done: {folder}", quiet)
-    whole = Whole(len(todo), sum(point.config.train.rounds for point in todo), quiet)
+    left = [e.point for e in before.values() if e.status == WAITING]
+    whole = Whole(len(left), sum(point.config.train.rounds for point in left), quiet)
     with whole, on_sigterm() as stop:
         _run_all(plan, partial(_run, plan, own, metrics, shared, whole, stop), stop)
     plan.write()
@@ -202,40 +207,59 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
-def _claim(folder: Path, base: Config, todo: Sequence[Point], *, resume: bool, overwrite: bool) -> dict[str, Ended]:
+def _claim(
+    folder: Path, base: Config, todo: Sequence[Point], *, resume: bool, overwrite: bool, full: bool
+) -> dict[str, Ended]:
     """Make the folder this sweep's own; what of it is done already.
+
+    Runs that lie where points will be, without a sweep, are of ``--seeds`` of an older version: with ``full`` they go
+    on from their checkpoints.
 
     Raises:
       ValueError: it holds something else.
     """
     waiting = {point.name: Ended(point, WAITING) for point in todo}
-    saved = folder / "sweep.json"
+    saved, there = folder / "sweep.json", [p.name for p in todo if (folder / p.name / "config.json").exists()]
+    older = resume and full and bool(there) and not saved.exists()
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a run, not a sweep: choose another run.name")
-    if resume and not saved.exists():
+    if resume and not saved.exists() and not older:
         raise ValueError(f"{folder} holds no sweep to go on with: leave --resume away, or see run.folder and run.name")
     if saved.exists() and not (resume or overwrite):
         raise ValueError(f"{folder} already holds a sweep: --resume runs what is missing, --overwrite starts over")
-    if saved.exists() and overwrite:
-        shutil.rmtree(folder)
+    if there and not (resume or overwrite):
+        raise ValueError(f"{folder / there[0]} already holds a run: --overwrite deletes it, or choose another run.name")
+    for old in [folder] if saved.exists() and overwrite else [folder / name for name in there if overwrite]:
+        shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if not saved.exists():
         return waiting
-    old = json.loads(saved.read_text())
-    names = [point["name"] for point in old["points"]]
+    before = read_sweep(folder)
+    names = [point["name"] for point in before["points"]]
     if names != list(waiting):
         raise ValueError(f"{folder} holds another sweep, of {len(names)} points: {', '.join(names[:3])}, ... (over)")
-    same_config(old["config"], plain(base.to_dict()), folder, ("run.folder", "run.name"))
-    for point in old["points"]:
+    same_config(before["config"], plain(base.to_dict()), folder, ("run.folder", "run.name"))
+    for point in before["points"]:
         if point["status"] == DONE and (folder / point["name"] / "table.json").exists():
             waiting[point["name"]] = waiting[point["name"]]._replace(status=DONE, seconds=point["seconds"])
     return waiting
 
 
+def _check_done(before: Mapping[str, Ended], folder: Path, own: Own) -> None:
+    """Refuse to put new points beside done ones that saw other data; of points alike but for numbers, one is looked at.
+
+    Raises:
+      ValueError: with what changed.
+    """
+    done = {fixed(e.point.config): e.point for e in before.values() if e.status == DONE}
+    for point in done.values() if any(e.status == WAITING for e in before.values()) else ():
+        check_data(folder / point.name, build(point.config, own).fingerprint)
+
+
 def _run_all(plan: _Plan, run: Callable[[Point, jax.Device | None], None], stop: threading.Event) -> None:
     """Every waiting point, one a device where each has one device, else one after the other."""
     waiting = [e.point for e in plan.ended.values() if e.status == WAITING]
-    alone = plan.base.train.devices > 1 or plan.base.train.executor == "debugging"
+    alone = any(point.config.train.devices > 1 or point.config.train.executor == "debugging" for point in waiting)
     devices = [None] if alone else jax.local_devices()
     if len(devices) == 1:
         for point in waiting:
@@ -246,12 +270,17 @@ def _run_all(plan: _Plan, run: Callable[[Point, jax.Device | None], None], stop:
     for point in waiting:
         line.put(point)
 
+    lost: list[BaseException] = []  # what no point is to blame for, such as a full disk
+
     def work(device: jax.Device | None) -> None:
-        while not stop.is_set():
-            try:
+        try:
+            while not stop.is_set():
                 run(line.get_nowait(), device)
-            except queue.Empty:
-                return
+        except queue.Empty:
+            return
+        except BaseException as error:
+            lost.append(error)
+            stop.set()
 
     workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices[: len(waiting)]]
     for worker in workers:
@@ -264,6 +293,8 @@ def _run_all(plan: _Plan, run: Callable[[Point, jax.Device | None], None], stop:
         for worker in workers:
             worker.join()
         raise
+    if lost:
+        raise lost[0]
 
 
 def _run(

@@ -1,5 +1,6 @@
 """A run from config to result, readable from top to bottom like a lab protocol."""
 
+import json
 import threading
 import time
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, State
 from hetfl_jax.data import partition
+from hetfl_jax.data.door import same_fingerprint
 from hetfl_jax.engine import profile, rounds
 from hetfl_jax.results import plots, tables
 from hetfl_jax.results.folder import Checkpoints, Metrics, Remembered, check_folder, claim, write_json
@@ -193,19 +195,24 @@ def bind(lab: Lab, folder: Path, *, resume: bool) -> None:
     Raises:
       ValueError: they are not.
     """
-    from hetfl_jax.data.door import same_fingerprint
-
     path, fed = folder / "data.json", lab.federation
     if resume and path.exists():
-        import json
-
-        if changed := same_fingerprint(json.loads(path.read_text()), fed.fingerprint):
-            what = "otherwise" if changed.startswith("run ") else "on other data"
-            raise ValueError(f"{folder} was run {what}: {changed} (data.source)")
+        check_data(folder, fed.fingerprint)
     elif machine.is_first():
         write_json(path, fed.fingerprint)
         if fed.labels_table is not None:
             write_json(folder / "labels.json", fed.labels_table)
+
+
+def check_data(folder: Path, fingerprint: Line) -> None:
+    """Refuse to go on with other data, or with another split, than a run's folder was made with.
+
+    Raises:
+      ValueError: with what changed.
+    """
+    if changed := same_fingerprint(json.loads((folder / "data.json").read_text()), fingerprint):
+        what = "otherwise" if changed.startswith("run ") else "on other data"
+        raise ValueError(f"{folder} was run {what}: {changed} (data.source)")
 
 
 def _per_level(lab: Lab) -> str:
