@@ -2,12 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.profiler import ProfileData
+from jax.profiler import ProfileData, ProfilePlane
 
 from hetfl_jax.core.types import PyTree
 
@@ -41,17 +41,22 @@ def scopes_of(program: str) -> dict[str, str]:
     return found
 
 
-def events(folder: Path) -> Iterator[Event]:
-    """Operations in the newest trace of ``folder``: those of accelerators if there are any, else the host's."""
+def events(folder: Path) -> list[Event]:
+    """Operations in the newest trace of ``folder``: those of accelerators if any ran there, else the host's."""
     data = ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
     planes = list(data.planes)
-    for plane in [p for p in planes if p.name.startswith("/device:")] or planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = dict(event.stats)
-                operation = stats.get("hlo_op")
-                if operation and not str(operation).startswith(_CONTROL):
-                    yield Event(str(stats.get("hlo_module", "")), str(operation), event.duration_ns / 1e9)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]  # also of a compiler without a device
+    return _operations(devices) or _operations(planes)
+
+
+def _operations(planes: Sequence[ProfilePlane]) -> list[Event]:
+    found = []
+    for event in (event for plane in planes for line in plane.lines for event in line.events):
+        stats = dict(event.stats)
+        operation = stats.get("hlo_op")
+        if operation and not str(operation).startswith(_CONTROL):
+            found.append(Event(str(stats.get("hlo_module", "")), str(operation), event.duration_ns / 1e9))
+    return found
 
 
 def breakdown(folder: Path, program: str) -> dict[str, float]:
