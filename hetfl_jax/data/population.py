@@ -167,9 +167,9 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         rows=jnp.asarray(index[order]),
         offset=jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         size=jnp.asarray(sizes),
-        level=jnp.zeros(sizes.size, jnp.int32),
+        level=jnp.asarray(np.zeros(sizes.size, np.int32)),  # made on the host: of every length JAX would compile
         view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
-        classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
+        classes=jnp.asarray(np.ones((sizes.size, pop.classes.shape[1]), bool)),
     )
 
 
@@ -180,7 +180,10 @@ def joined(first: Population, second: Population) -> Population:
     >>> joined(pop, pop).size.tolist(), joined(pop, pop).offset.tolist()
     ([1, 2, 1, 2], [0, 1, 3, 4])
     """
-    second = second._replace(offset=second.offset + first.rows.shape[0])
-    clients: list[PyTree] = [(*pop[2:7], pop.view) for pop in (first, second)]
-    *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)
+    first_row = np.int32(first.rows.shape[0])
+    clients: list[PyTree] = [
+        jax.tree.map(np.asarray, (pop.rows, np.asarray(pop.offset) + start, *pop[4:7], pop.view))
+        for pop, start in ((first, np.int32(0)), (second, first_row))
+    ]
+    *rows, view = jax.tree.map(lambda *pair: jnp.asarray(np.concatenate(pair)), *clients)
     return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

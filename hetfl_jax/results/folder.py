@@ -108,17 +108,19 @@ def leaves(values: PyTree, joint: str = ".", prefix: str = "") -> Line:
 class Metrics:
     """``metrics.jsonl``, one line a round, and the same as TensorBoard events."""
 
-    def __init__(self, folder: Path, done: int, write: bool = True):
+    def __init__(self, folder: Path, done: int, write: bool = True, light: bool = False):
         """Keep the lines of the first ``done`` rounds; later ones belong to rounds that will be run again.
 
-        A process that does not ``write`` keeps its lines to itself.
+        Args:
+          write: a process that does not write keeps its lines to itself.
+          light: only evaluated rounds become events.
         """
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         self.lines = [line for line in read_metrics(folder) if line["round"] <= done]
         machine.wait_for_all("metrics")
-        self._write = write
+        self._write, self._light = write, light
         if not write:
             return
         partial = self.path.with_name(self.path.name + ".partial")
@@ -136,7 +138,7 @@ class Metrics:
             file.write("".join(json.dumps(line) + "\n" for line in new))
             file.flush()
             os.fsync(file.fileno())
-        for line in new:
+        for line in evaluated(new) if self._light else new:
             for name, value in leaves(line).items():
                 if isinstance(value, int | float) and name != "round":
                     self._events.add_scalar(name.replace(".", "/"), value, line["round"])

@@ -236,6 +236,7 @@ def _config(given: argparse.Namespace, rest: list[str]) -> None:
 
 def _list(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax import methods
+    from hetfl_jax.data.sources import GENERATED
     from hetfl_jax.models import NETS
     from hetfl_jax.models.layers import NORMS
     from hetfl_jax.parts.codec import CODECS
@@ -244,7 +245,7 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.run.slots import ADVERSARIES
     from hetfl_jax.run.splits import SPLITS
 
-    sources = ("digits", "synthetic", "npz:<path>", "text:<path>", "tfds:<name>")
+    sources = ("digits", *GENERATED, "npz:<path>", "text:<path>", "tfds:<name>")
     for name, values in {
         "configs": config_names(),
         "methods": methods.names(),

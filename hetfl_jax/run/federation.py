@@ -65,19 +65,28 @@ class Federation(NamedTuple):
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
 
 
-def build(config: Config, own: Own | None = None, families: dict[str, Family] | None = None) -> Federation:
+class Known:
+    """What federations of several configs have in common, by what it depends on."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.families: dict[str, tuple[Family, Costs]] = {}
+        self.sources: dict[str, tuple[sources.Source, door.Admitted]] = {}  #: the latest one only, as they are large
+
+
+def build(config: Config, own: Own | None = None, known: Known | None = None) -> Federation:
     """The federation that a config describes.
 
     Args:
-      families: those of other configs, by what they depend on; where this one's is not among them it is added.
+      known: of other configs; what this one has besides is added.
 
     Raises:
       ValueError: any value that is out of range, named with what is allowed and where it stands.
     """
-    own = own or Own()
+    own, known = own or Own(), known or Known()
     make = _method(config, own)
     mix = parse_mix(config.family.mix)
-    source, found = source_of(config, own)
+    source, found = _known_source(config, own, known)
     seed = config.run.seed if config.data.seed < 0 else config.data.seed
     part = partition_of(config.data, source, seed, own)
     clients = part.size.size
@@ -85,9 +94,9 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
-    fam = _known_family(config, mix, source, classes, own.net, {} if families is None else families)
+    fam, price = _known_family(config, mix, source, classes, own.net, known)
     settings = _settings(config, fam, part.size)
-    level = assigned(mix, clients, config.capacity.order)
+    level = assigned(mix, clients, config.capacity.order, part.size)
     if is_population(own.data) and np.asarray(own.data[0].level).any():
         level = np.asarray(own.data[0].level)
     check_pixels(config, source)
@@ -106,7 +115,6 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     if not algorithm.drawn:
         partition.check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
-    price = costs(fam)
     return Federation(
         algorithm=algorithm,
         family=fam,
@@ -213,15 +221,32 @@ def local_training(train: Config, fam: Family) -> Local:
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
 
 
+#: keys that data does not depend on before it is split
+OF_THE_SPLIT = ("augment", "split", "classes_per_client", "concentration", "least", "test_fraction", "own_test",
+                "own_validation", "tested_on", "groups", "first_clients", "seed")  # fmt: skip
+
+
+def _known_source(config: Config, own: Own, known: Known) -> tuple[sources.Source, door.Admitted]:
+    """Data that is known, or new one, which takes the place of what was known."""
+    data = {name: value for name, value in config.data.to_dict().items() if name not in OF_THE_SPLIT}
+    seed = config.run.seed if config.data.seed < 0 else config.data.seed
+    drawn = data["source"] in sources.GENERATED or data["domains"]
+    kind = str((data, seed if drawn else 0, config.objective, config.family.outputs))
+    if kind not in known.sources:
+        known.sources = {kind: source_of(config, own)}
+    return known.sources[kind]
+
+
 def _known_family(
-    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: dict[str, Family]
-) -> Family:
-    """A family that is among the ``known`` ones, or a new one, which it joins."""
+    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: Known
+) -> tuple[Family, Costs]:
+    """A family that is known, or a new one, which is then; and its costs."""
     kept, x, y = config.data, source.x_train, source.y_train
     kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
-    if kind not in known:
-        known[kind] = _family(config, mix, source, classes, given)
-    return known[kind]
+    if kind not in known.families:
+        fam = _family(config, mix, source, classes, given)
+        known.families[kind] = fam, costs(fam)
+    return known.families[kind]
 
 
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:

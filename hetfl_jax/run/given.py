@@ -65,7 +65,7 @@ def source_of(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
         raw = sources.given(own.data)
     if own.split is not None and not (callable(own.split) or isinstance(own.split, Partition)):
         raw = raw._replace(writer=client_ids("split", np.asarray(own.split), len(raw.y_train), "split"))
-    known = sources.SYNTHETIC_CLASSES if own.data is None and data.source == "synthetic" else 0
+    known = sources.GENERATED.get(data.source, 0) if own.data is None else 0
     admitted = door.admit(
         raw,
         regression=objective is not None and objective.numbers,

@@ -16,7 +16,7 @@ class Key(NamedTuple):
 
 KEYS = {
     "data": {
-        "source": Key("digits", "digits, synthetic, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
+        "source": Key("digits", "digits, synthetic, teacher, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
         "options": Key(
             {},
             "further arguments of the source, e.g. alpha=0.5 of synthetic (its seed too: then data.seed "
@@ -30,12 +30,16 @@ KEYS = {
         "split": Key(
             "iid",
             "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group, domains, "
-            "lognormal_counts, lognormal_shares",
+            "lognormal_counts, lognormal_shares, lognormal_dirichlet",
         ),
         "domains": Key((), "of clients: plain, inverted, blended:<npz>, rotated, noisy, downscaled, npz:<path>", str),
         "classes_per_client": Key(2, "of split=shards and the lognormal ones"),
         "concentration": Key(0.5, "of Dirichlet splits, > 0; small is uneven: at 0.1 most clients have 1 or 2 classes"),
-        "least": Key(0, "examples that dirichlet_per_class draws until every client has; 0: 10, or half a fair share"),
+        "least": Key(
+            0,
+            "examples that every client has: dirichlet_per_class draws until then; 0: 10, or half a fair share; "
+            "lognormal_dirichlet adds them; 0: 20",
+        ),
         "test_fraction": Key(0.2, "of split=natural: share of each client's rows that are its own test data"),
         "own_test": Key(0.0, "of other splits: the same"),
         "own_validation": Key(0.0, "share of each client's rows, test rows counted, that goes to one validation set"),
@@ -92,7 +96,11 @@ KEYS = {
     },
     "capacity": {
         "name": Key("none", "level of a client: none (the method's own rule), fixed, or drawn anew every round"),
-        "order": Key("usual", "of fixed levels by id: usual (widths: largest first), smallest_first, shuffled"),
+        "order": Key(
+            "usual",
+            "of fixed levels: by id usual (widths: largest first), smallest_first, shuffled; by_data (who has "
+            "most examples has the largest), against_data",
+        ),
     },
     "train": {
         "rounds": Key(100, "of the run, >= 1"),

@@ -65,7 +65,9 @@ def prepare(
     check_run(config)
     check_metrics(metrics)
     machine.warn_of_idle_cores()
-    fed = build(config, own, None if shared is None else shared.families)
+    fed = build(config, own, None if shared is None else shared.known)
+    if shared is not None:
+        fed = shared.in_room(config, fed)
     if config.run.eval_masked and fed.mix.depths:
         raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
     train = config.train
@@ -151,7 +153,8 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
     """Scores of every tier by name, and the distribution of the first one's over clients, if they have test data.
 
     The first question gives all scores; the others, which have a name, that by which models are judged. ``score`` says
-    its name where it is no accuracy.
+    its name where it is no accuracy. ``own_level`` is the distribution over clients of each one's score by the model of
+    its own level, where levels are fixed.
     """
     fed, server, score = lab.federation, lab.ordered(state.server), lab.federation.algorithm.score
     names = [tier.name for tier in fed.tiers]
@@ -177,6 +180,9 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
             line[own] = over_clients(each, score.least) | {"quantiles": quantiles(each)}
             if is_share(score.name):
                 line[own] |= fairness(each, tested[tested > 0])
+            if len(names) == fed.algorithm.levels > 1 and not fed.algorithm.drawn:
+                each = np.stack([f[own] for f in found])[np.asarray(fed.train.level)[tested > 0], np.arange(each.size)]
+                line["own_level"] = over_clients(each, score.least)
     return line
 
 

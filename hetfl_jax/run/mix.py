@@ -10,7 +10,7 @@ from hetfl_jax.core.random import shuffled
 from hetfl_jax.core.types import Line
 from hetfl_jax.data import partition
 
-ORDERS = ("usual", "smallest_first", "shuffled")
+ORDERS = ("usual", "smallest_first", "shuffled", "by_data", "against_data")
 
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
 
@@ -86,12 +86,15 @@ def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
     return f"w{width:g}", width, 0, count
 
 
-def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
+def assigned(mix: Mix, clients: int, order: str = "usual", size: np.ndarray | None = None) -> np.ndarray:
     """[N] int32 the fixed level of every client.
 
     Args:
       order: ``usual``, in blocks by id: the largest width first (HeteroFL), the smallest depth first (DepthFL);
-        ``smallest_first``: by id, shares rounded as in DepthFL and Split-Mix; ``shuffled``: the same, by a shuffled id.
+        ``smallest_first``: by id, shares rounded as in DepthFL and Split-Mix; ``shuffled``: the same, by a shuffled id;
+        ``by_data``: the same, by ``size``, so that those with most examples have the largest level; ``against_data``:
+        those with most have the smallest. Equal sizes go by id.
+      size: [N] examples of each client.
 
     Raises:
       ValueError: an unknown order.
@@ -104,7 +107,15 @@ def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
     if order == "usual" and not mix.depths:
         return partition.levels_fixed(mix.proportions, clients)
     level = partition.levels_by_id(mix.proportions, clients)
-    return level[shuffled(np.arange(clients), clients)] if order == "shuffled" else level
+    if order == "shuffled":
+        return level[shuffled(np.arange(clients), clients)]
+    if order in ("by_data", "against_data"):
+        if size is None:
+            raise ValueError(f"order {order!r} without the clients' sizes (capacity.order)")
+        rank = np.empty(clients, int)
+        rank[np.argsort(size if order == "by_data" else -size, kind="stable")] = np.arange(clients)
+        return level[rank]
+    return level
 
 
 def level_fields(mix: Mix, level: int, norm: str = "none") -> Line:

@@ -16,9 +16,9 @@ from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.rounds import Settings
 from hetfl_jax.engine.runners import Buckets
 from hetfl_jax.engine.stores import Store
-from hetfl_jax.models.windows import Family
+from hetfl_jax.run import room
 from hetfl_jax.run.evaluate import Metric, evaluator, tallies
-from hetfl_jax.run.federation import Federation
+from hetfl_jax.run.federation import Federation, Known
 from hetfl_jax.run.order import ordered
 
 #: blocks whose floats programs take as arguments; of the others every value is part of the program
@@ -27,6 +27,7 @@ TRACED = ("train", "method", "select", "uplink", "downlink", "adversary")
 APART = {
     "run": ("name", "folder", "seed", "eval_every", "checkpoint_every", "keep"),
     "data": ("seed",),
+    "capacity": ("order",),  # how many clients a level has is told apart
 }
 
 
@@ -42,16 +43,25 @@ class Programs(NamedTuple):
 
 
 class Shared:
-    """What runs of a sweep share: families, and programs by structure."""
+    """What runs of a sweep share: data, families, lengths of arrays, and programs by structure."""
 
     def __init__(self) -> None:
         """Nothing yet."""
-        self.families: dict[str, Family] = {}
+        self.known = Known()
         self.programs: dict[str, list[Programs]] = {}
+        self.rooms: dict[str, list[room.Room]] = {}
 
     def count(self) -> int:
         """How many programs of a round there are."""
         return sum(map(len, self.programs.values()))
+
+    def in_room(self, config: Config, fed: Federation) -> Federation:
+        """The federation with arrays as long as those of other runs, where that changes nothing else."""
+        needs = room.needed(fed)
+        if needs is None:
+            return fed
+        kind = json.dumps([fixed(config, fed.remake is not None), fed.train.x.shape[1:], fed.train.size.shape])
+        return room.placed(fed, room.chosen(self.rooms.setdefault(kind, []), needs))
 
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
@@ -153,8 +163,10 @@ def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
     """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
     own = fed.partition.test_size
     shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
-    data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes), float(np.mean(fed.train.size))]
-    data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
+    data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes)]
+    data += [np.bincount(np.asarray(fed.train.level)).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
+    if config.method.args.get("mean_examples"):
+        data.append(float(np.mean(fed.train.size)))
     if fed.reads_population:
         data.append(fed.fingerprint)
     text = json.dumps([fixed(config, fed.remake is not None), data, buckets], sort_keys=True, default=str)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Algorithm, Array, Config, Line, Needs, Population, PyTree, Tally
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import choose, diverse, explore, select
+from hetfl_jax.parts import choose, diverse, explore, select, value
 
 SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
     "uniform": select.uniform,
     "weighted": choose.weighted,
     "random_with_replacement": choose.random_with_replacement,
     "power_of_choice": choose.power_of_choice,
+    "loss_and_data": value.loss_and_data,
     "active": explore.active,
     "oort": explore.oort,
     "divfl": diverse.divfl,
@@ -92,7 +93,7 @@ def _try(rule: select.Select, clients: int, parameters: int) -> None:
 
     def once(key: Array) -> PyTree:
         size = jnp.ones(clients, jnp.int32)
-        everybody = Population(None, None, None, None, size, None, None)  # type: ignore[arg-type]
+        everybody = Population(None, None, None, None, size, jnp.zeros(clients, jnp.int32), None)  # type: ignore[arg-type]
         return rule.choose(key, jnp.int32(0), rule.init(clients), everybody, _Nobody(parameters))
 
     jax.eval_shape(once, jax.random.key(0))

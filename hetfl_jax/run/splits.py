@@ -8,7 +8,7 @@ from hetfl_jax.data.partition import Partition
 
 SPLITS = (
     "iid", "shards", "dirichlet_per_class", "dirichlet_per_client", "natural", "per_group", "domains",
-    "lognormal_counts", "lognormal_shares",
+    "lognormal_counts", "lognormal_shares", "lognormal_dirichlet",
 )  # fmt: skip
 TESTS = ("source", "clients")
 
@@ -31,8 +31,10 @@ def tested_rows(data: Config, part: Partition) -> np.ndarray | None:
     if data.tested_on not in TESTS:
         raise ValueError(f"tested_on {data.tested_on!r} is not one of {', '.join(TESTS)} (data.tested_on)")
     if data.tested_on == "source":
-        if data.source == "synthetic" and data.options.get("test") == 0:
-            raise ValueError("synthetic with test=0 has no test set: need tested_on=clients (data.options, tested_on)")
+        if data.source in sources.GENERATED and not data.options.get("test", data.source == "synthetic"):
+            raise ValueError(
+                f"{data.source} with test=0 has no test set: need tested_on=clients (data.options, tested_on)"
+            )
         return None
     if part.test_index is None or not part.held_out or not part.test_index.size:
         raise ValueError("tested_on 'clients', who have no test rows: need own_test or test_fraction (data.tested_on)")
@@ -63,6 +65,8 @@ def _split(data: Config, source: sources.Source, seed: int) -> Partition:
     if data.split in ("lognormal_counts", "lognormal_shares"):
         deal = {"lognormal_counts": amounts.lognormal_counts, "lognormal_shares": amounts.lognormal_shares}[data.split]
         return deal(labels, clients, data.classes_per_client, seed, source.writer)
+    if data.split == "lognormal_dirichlet":
+        return amounts.lognormal_dirichlet(labels, clients, data.concentration, seed, least=data.least or 20)
     if data.split == "dirichlet_per_class":
         return partition.dirichlet_per_class(labels, clients, data.concentration, seed, data.least or None)
     return partition.dirichlet_per_client(labels, clients, data.concentration, seed)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, State
+from hetfl_jax.core.types import Arguments, Array, Config, Info, Line, PyTree, Score, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.door import same_fingerprint
 from hetfl_jax.engine import profile, rounds
@@ -186,7 +187,7 @@ def _begin(
         totals = ledger.saved(extra["totals"])
     if resume:
         tables.say(f"{folder}: goes on after round {int(state.round)} of {config.train.rounds}", quiet)
-    return Run(folder, checkpoints, Metrics(folder, int(state.round), write=first), state, totals)
+    return Run(folder, checkpoints, Metrics(folder, int(state.round), write=first, light=light), state, totals)
 
 
 def bind(lab: Lab, folder: Path, *, resume: bool) -> None:
@@ -249,7 +250,7 @@ def _rounds(
         if not (evaluates or saves):
             bar.advance(round + 1)
             continue
-        lines, totals = _lines(lab, jax.device_get(pending), round + 2 - len(pending), totals)
+        lines, totals = _lines(lab, fetched(pending), round + 2 - len(pending), totals)
         pending = []
         if evaluates:
             lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
@@ -267,6 +268,20 @@ def _rounds(
         if early and not last:
             raise Stopped(f"{run.folder}: stopped after round {round + 1} of {total}")
     return state
+
+
+def fetched(infos: Sequence[Info]) -> list[Info]:
+    """What a human wants of some rounds, on the host: one transfer for each of its arrays, not one a round."""
+    if jax.process_count() > 1 or len(infos) == 1:
+        return jax.device_get(list(infos))
+    leaves = jax.device_get(_stacked([jax.tree.leaves(info) for info in infos]))
+    structure = jax.tree.structure(infos[0])
+    return [jax.tree.unflatten(structure, [leaf[number] for leaf in leaves]) for number in range(len(infos))]
+
+
+@jax.jit
+def _stacked(rows: list[list[Array]]) -> list[Array]:
+    return [jnp.stack(column) for column in zip(*rows)]
 
 
 def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
