@@ -78,7 +78,7 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
     if kind == "digits":
         source = _digits()
     elif kind in GENERATED:
-        source = {"synthetic": synthetic, "teacher": teacher}[kind](clients, seed, **options)
+        source = (synthetic if kind == "synthetic" else teacher)(clients, seed, **options)
     elif kind == "npz" and rest:
         source = _npz(rest)
     elif kind == "text" and rest:
