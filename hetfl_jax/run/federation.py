@@ -66,9 +66,11 @@ class Federation(NamedTuple):
 
 
 def build(config: Config, own: Own | None = None, families: dict[str, Family] | None = None) -> Federation:
-    """The federation that a config describes.
+    """The federation that a config describes: data, split, levels, net, method, and the test batches.
 
     Args:
+      config: complete.
+      own: what the user brings in place of what the config names.
       families: those of other configs, by what they depend on; where this one's is not among them it is added.
 
     Raises:
@@ -136,7 +138,14 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
 
 
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
-    """How clients of these sizes train, whose batches are no larger than any of them needs."""
+    """How clients of these sizes train, with batches no larger than the largest client.
+
+    Args:
+      size: [N] examples of every client.
+
+    Raises:
+      ValueError: a client that is larger than the one batch it should be; rows of padding that a net cannot leave out.
+    """
     settings = local_training(config.train, fam)
     if settings.full_batch and size.max() > settings.batch_size:
         raise ValueError(
@@ -161,6 +170,7 @@ def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
 
 
 def _method(config: Config, own: Own) -> methods.Make | Algorithm:
+    """The user's method, else the config's: a ``make``, or an ``Algorithm`` that is whole."""
     if own.method is None:
         return methods.find(config.method.name)
     return methods.find(own.method) if isinstance(own.method, str) else own.method
@@ -170,7 +180,15 @@ def _algorithm(
     config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
     train: Population,
 ) -> Algorithm:  # fmt: skip
-    """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
+    """The method with its arguments, what the federation tells it, and what is chosen apart from it.
+
+    The federation tells proportions of the mix, number of clients, base width, clients of each level and the
+    population to those methods that have an argument of that name.
+
+    Args:
+      make: of the method; an ``Algorithm`` is returned as it is, if it fits.
+      level: [N] of each client.
+    """
     if isinstance(make, Algorithm):
         check_unused(config)
         check_whole(config, make, fam.levels, level.size)
@@ -194,6 +212,7 @@ def _algorithm(
 
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
+    """How clients see the pool, as arguments of ``population``; nothing where there are no views."""
     return {} if views is None else {"view": groups, "views": views}
 
 
@@ -201,7 +220,7 @@ def local_training(train: Config, fam: Family) -> Local:
     """How clients train, from a config's block ``train``.
 
     Raises:
-      ValueError: a layer that the net does not have, and as ``local``.
+      ValueError: neither epochs nor steps, a layer that the net does not have, and as ``parts.local.local``.
     """
     if train.epochs == 0 == train.steps:
         raise ValueError("epochs 0 and steps 0: nobody trains, need one >= 1 (train.epochs)")
@@ -216,7 +235,11 @@ def local_training(train: Config, fam: Family) -> Local:
 def _known_family(
     config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: dict[str, Family]
 ) -> Family:
-    """A family that is among the ``known`` ones, or a new one, which it joins."""
+    """A family that is among the ``known`` ones, or a new one, which joins them.
+
+    A family depends on the block ``family``, the normalisation, and shapes and dtypes of the data; points of a sweep
+    that share these share it, and with it their programs.
+    """
     kept, x, y = config.data, source.x_train, source.y_train
     kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
     if kind not in known:
@@ -225,6 +248,15 @@ def _known_family(
 
 
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
+    """The net at every level, checked against the data.
+
+    Args:
+      classes: outputs of the net, 1 where labels are numbers.
+      given: the user's net, or ``None``.
+
+    Raises:
+      ValueError: a net that cannot read the examples, lacks a field that the mix sets, or has too few outputs.
+    """
     prepare: Prepare = preprocess.features
     if source.x_train.ndim == 4:
         prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
@@ -284,8 +316,12 @@ def _test(
 ) -> tuple[Population, tuple[int, int]]:  # fmt: skip
     """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is.
 
-    Also how many batches there are of either; where there are views, both sets are seen in each of them. ``common`` are
-    rows of the training data that make the test set in place of the source's.
+    Also how many batches there are of either; where there are views, both sets are seen in each of them.
+
+    Args:
+      held: [N, C] classes of each client, ``None`` where labels are numbers.
+      batch: examples of a batch.
+      common: rows of the training data that make the test set in place of the source's.
     """
     first, end = len(source.y_train), len(source.y_train) + len(source.y_test)
     classes = None if held is None else held.shape[1]

@@ -21,18 +21,21 @@ def add_commands(command: Command) -> None:
 
 
 def _report(given: argparse.Namespace, rest: list[str]) -> None:
+    """Write the page and print its path."""
     from hetfl_jax.run.report import report
 
     print(f"written to {report(given.folders, given.output)}")
 
 
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the table of differences."""
     from hetfl_jax.results.compare import compare, render
 
     print(render(compare(given.folders, given.metric, given.confidence)), end="")
 
 
 def _cite(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the BibTeX entries."""
     from hetfl_jax.run.cite import cite
 
     print(cite(given.folder), end="")

@@ -27,12 +27,18 @@ def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, meth
     """The points of a sweep, all checked before any of them runs.
 
     Args:
+      config: complete, what all of them share.
       over: what each changes of the config, by dotted key.
       folder: of the sweep; a point's run is in ``folder/name``.
       method: in place of the config's, as of ``train``.
 
     Raises:
       ValueError: no points, two with the same name, an unknown key, or a value of another kind.
+
+    >>> from hetfl_jax.run.config import load_config
+    >>> found = points(load_config("fedprox_mnist"), [{"train.learning_rate": 0.3}], Path("runs/s"))
+    >>> found[0].name, found[0].config.train.learning_rate, found[0].config.run.folder
+    ('train.learning_rate=0.3', 0.3, 'runs/s')
     """
     if not over:
         raise ValueError("a sweep of no points: need --over KEY=VALUE,... (over)")
@@ -57,6 +63,7 @@ def _check_values(number: int, values: Any) -> None:
 
 
 def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
+    """One point: its name, and the config with its values, complete; another method brings its own arguments."""
     blocks = config.to_dict()
     if "method.name" in values:
         blocks["method"]["name"] = values["method.name"]
@@ -70,6 +77,7 @@ def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
 
 
 def _set(blocks: Values, path: Sequence[str], value: Any, key: str) -> None:
+    """Put a value at a path of nested dicts, of the kind of the one that is there."""
     for part in path[:-1]:
         blocks = blocks[part]
     before = blocks.get(path[-1])
@@ -115,6 +123,11 @@ def zipped(over: Mapping[str, Sequence[Any]]) -> list[Values]:
 
 
 def _lists(over: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Lists of values by key.
+
+    Raises:
+      ValueError: no dict, a value that is no list, or an empty list.
+    """
     if not isinstance(over, Mapping):
         raise ValueError(f"over is a {type(over).__name__}: need a dict of lists by key, train.learning_rate (over)")
     for key, values in over.items():
@@ -154,7 +167,11 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that stand in no bracket."""
+    """Parts between the commas that stand in no bracket.
+
+    >>> _split("a,(1,2),[3]")
+    ['a', '(1,2)', '[3]']
+    """
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -166,6 +183,11 @@ def _split(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
+    """A Python literal, else the text itself.
+
+    >>> _value("0.1"), _value("None"), _value("a1-e1")
+    (0.1, None, 'a1-e1')
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -175,10 +197,14 @@ def _value(text: str) -> Any:
 def generated(target: str, names: Sequence[str]) -> list[Values]:
     """The product of a config file's ``sweep_NAME()``, each of which yields dicts of dotted keys.
 
-    Raises:
-      ValueError: a name that the file has not, with those that it has.
-
     A file with ``get_hyper(hyper)`` has the name ``hyper``.
+
+    Args:
+      target: of ``--config``: a name or a file.
+      names: of the generators, without ``sweep_``.
+
+    Raises:
+      ValueError: a name that the file has not, with those that it has; a generator that yields nothing.
     """
     path = find_config(target.partition(":")[0])
     spec = importlib.util.spec_from_file_location("hetfl_jax_sweeps", path)
@@ -206,7 +232,12 @@ def _without_prefix(values: Mapping[str, Any]) -> Values:
 
 
 class Hyper:
-    """What ``get_hyper(hyper)`` of a config may call: lists of points, as parameter sweeps have them."""
+    """What ``get_hyper(hyper)`` of a config may call: lists of points, as parameter sweeps have them.
+
+    >>> rates, seeds = Hyper.sweep("train.learning_rate", [0.1, 0.3]), Hyper.fixed("run.seed", 0)
+    >>> Hyper.product([rates, seeds]) == Hyper.zipit([rates, seeds])
+    True
+    """
 
     @staticmethod
     def sweep(name: str, values: Iterable[Any]) -> list[Values]:

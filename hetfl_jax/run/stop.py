@@ -19,6 +19,10 @@ def on_sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets.
 
     Outside the main thread, and where several processes must agree on every round, SIGTERM keeps its usual meaning.
+
+    >>> with on_sigterm() as asked:
+    ...     asked.is_set()  # True from a SIGTERM on; the loop over rounds looks at it
+    False
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:

@@ -158,7 +158,7 @@ class _Plan:
         self.programs = 0
 
     def end(self, ended: Ended) -> None:
-        """Take down how a point ended, on disk too."""
+        """Take down how a point ended, on disk too; threads may call it at once."""
         with self.lock:
             self.ended[ended.point.name] = ended
             self.write()
@@ -181,11 +181,13 @@ class _Plan:
 
 
 def _table(folder: Path) -> list[Line]:
+    """The rows of a run's ``table.json``."""
     rows: list[Line] = json.loads((folder / "table.json").read_text())["levels"]
     return rows
 
 
 def _described(plan: _Plan) -> Line:
+    """What ``sweep.json`` says: command, version, config, swept values, how each point ended, programs, seconds."""
     keys = dict.fromkeys(key for e in plan.ended.values() for key in e.point.values)
     over = {key: [e.point.values[key] for e in plan.ended.values() if key in e.point.values] for key in keys}
     return {
@@ -204,6 +206,11 @@ def _described(plan: _Plan) -> Line:
 
 
 def _hashable(value: Any) -> Any:
+    """Lists as tuples, also inside of others.
+
+    >>> _hashable([1, [2]])
+    (1, (2,))
+    """
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
@@ -355,10 +362,19 @@ def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[li
     """A sweep over seeds: one run a seed under ``run.name/seed<k>``, and each level's mean and deviation over them.
 
     Args:
+      config: as of ``sweep``.
+      seeds: whole numbers >= 0, each once.
       options: as of ``sweep``.
+
+    Returns:
+      The runs' results in the order of the seeds, and the rows of ``results.tables.seed_table``.
 
     Raises:
       ValueError: no seeds, one twice, or one that is no whole number >= 0; a seed whose run failed; and as ``sweep``.
+
+    >>> over_seeds("heterofl_digits", [0, 0])
+    Traceback (most recent call last):
+    ValueError: seeds [0, 0]: need some whole numbers >= 0, each once (seeds)
     """
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds {seeds!r}: need some whole numbers >= 0, each once (seeds)")

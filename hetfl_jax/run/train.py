@@ -164,7 +164,10 @@ def _begin(
     lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool,
     light: bool,
 ) -> Run:  # fmt: skip
-    """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
+    """Make the folder this run's own, and take up the last checkpoint of a run that goes on.
+
+    Writes config, environment, partition and the data's fingerprint, and prints what is about to run.
+    """
     config, fed, first = lab.config, lab.federation, machine.is_first()
     claim(folder, config.to_dict(), completed, resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
@@ -270,6 +273,7 @@ def _rounds(
 
 
 def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
+    """Scores of every tier after ``round``, which the callbacks see too."""
     scores = evaluate_tiers(lab, state)
     for callback in callbacks:
         callback(round, scores, state)
@@ -309,7 +313,15 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
 
 
 def choosing(line: Line, tier: str, score: Score) -> float:
-    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it."""
+    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it.
+
+    The validation score of ``tier``, else that of the ensemble, else the test score; negative where less is better.
+
+    >>> from hetfl_jax.core.types import ACCURACY
+    >>> line = {"accuracy": {"a": 0.9}, "validation_accuracy": {"a": 0.8}}
+    >>> choosing(line, "a", ACCURACY), choosing({}, "a", ACCURACY) == NEVER
+    (0.8, True)
+    """
     by = next((k for k in (f"validation_{score.name}", f"ensemble_{score.name}", score.name) if k in line), None)
     value = line[by][tier] if by else None
     if value is None or not np.isfinite(value):
@@ -374,7 +386,7 @@ def _finish(
 
 
 def _models(lab: Lab, state: State) -> PyTree:
-    """The global model; with a leading axis where there are several."""
+    """The global model's variables; with a leading axis where there are several."""
     algorithm = lab.federation.algorithm
     if algorithm.choice is None:
         return algorithm.model(state.server, 0)
