@@ -92,6 +92,10 @@ def upsample(x: Array, size: Sequence[int]) -> Array:
 
     Doubling, the usual case, is two weighted neighbours an axis, without the matrix products of a general resize.
 
+    Args:
+      x: [B, H, W, C].
+      size: (H', W').
+
     >>> upsample(jnp.arange(2.0).reshape(1, 1, 2, 1), (2, 4))[0, 0, :, 0].tolist()
     [0.0, 0.25, 0.75, 1.0]
     """

@@ -11,7 +11,8 @@ import numpy as np
 
 from hetfl_jax import methods
 from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
-from hetfl_jax.data import door, partition, preprocess, sources
+from hetfl_jax.data import door, preprocess, sources
+from hetfl_jax.data.levels import check_levels
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
 from hetfl_jax.models import families
@@ -106,7 +107,7 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
         return _algorithm(other, make, fam, local, mix, level, train)
 
     if not algorithm.drawn:
-        partition.check_levels(level, fam.levels, mix.names)
+        check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
     price = costs(fam)
     return Federation(

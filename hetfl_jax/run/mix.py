@@ -8,7 +8,7 @@ import numpy as np
 
 from hetfl_jax.core.random import shuffled
 from hetfl_jax.core.types import Line
-from hetfl_jax.data import partition
+from hetfl_jax.data.levels import levels_by_id, levels_fixed
 
 ORDERS = ("usual", "smallest_first", "shuffled")
 
@@ -102,8 +102,8 @@ def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
     if order not in ORDERS:
         raise ValueError(f"order {order!r} is not one of {', '.join(ORDERS)} (capacity.order)")
     if order == "usual" and not mix.depths:
-        return partition.levels_fixed(mix.proportions, clients)
-    level = partition.levels_by_id(mix.proportions, clients)
+        return levels_fixed(mix.proportions, clients)
+    level = levels_by_id(mix.proportions, clients)
     return level[shuffled(np.arange(clients), clients)] if order == "shuffled" else level
 
 
