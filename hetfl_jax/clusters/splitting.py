@@ -30,7 +30,10 @@ class AtSplit(NamedTuple):
 
 @struct.dataclass
 class Clusters:
-    """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``."""
+    """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``, and 0 is the first one.
+
+    ``size`` is the most clusters there can be; rows from ``count`` on are not in use yet.
+    """
 
     table: Array  #: [N] int32 cluster of each client
     count: Array  #: int32, clusters so far
@@ -89,7 +92,7 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
 
 
 class Measured(NamedTuple):
-    """A client's report."""
+    """A client's report in a bank whose clusters are split: that of the bank, and what the split is decided by."""
 
     bank: Report
     norm: Array  #: of its update
@@ -188,7 +191,10 @@ def _asked(base: Algorithm) -> Callable[..., Array]:
 
 
 class Cutting:
-    """The splits of one round, on the host."""
+    """The splits of one round, on the host.
+
+    Make it, ``consider`` each cluster whose criteria fire, then take ``state`` and ``table`` [N].
+    """
 
     def __init__(self, state: BankState, plan: Plan, sent: PyTree, ok: np.ndarray, updates: PyTree, keep: bool):
         """Start from the state before the round.

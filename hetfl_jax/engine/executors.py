@@ -71,7 +71,11 @@ class Executor(NamedTuple):
 
 
 def _put(value: Array, sharding: NamedSharding) -> Array:
-    """``device_put``; with several processes from the host, since no device of one reaches those of another."""
+    """``device_put``; with several processes from the host, since no device of one reaches those of another.
+
+    Args:
+      value: an array or a key; whole on every process.
+    """
     if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -244,7 +244,7 @@ def stepper(
 
 
 class _Lowered(NamedTuple):
-    """A jitted round whose settings are filled in."""
+    """A jitted round whose settings are filled in, so that ``lower`` takes what a step takes."""
 
     jitted: PyTree
     settings: Settings

@@ -149,7 +149,11 @@ def _tiled(value: Array, rows: int) -> Array:
 
 
 def _own(kept: Array, row: Array, wanted: Array, block: Array | int) -> tuple[Array, Array]:
-    """Which of ``row`` are wanted and in this block of a split array, and their places in it."""
+    """Which of ``row`` are wanted and in this block of a split array, and their places in it.
+
+    >>> [v.tolist() for v in _own(jnp.zeros((2, 1)), jnp.array([0, 2, 3]), jnp.array([True, True, False]), 1)]
+    [[False, True, False], [-2, 0, 1]]
+    """
     local = row - block * kept.shape[0]
     mine = wanted & (local >= 0) & (local < kept.shape[0])
     return mine, local

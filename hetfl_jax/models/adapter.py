@@ -111,7 +111,12 @@ def adapt(module: nn.Module) -> Net:
 
 
 def _spelled(options: Arguments) -> Arguments:
-    """The options of a call under every spelling that is known."""
+    """The options of a call under every spelling that is known.
+
+    >>> options = _spelled({"train": True})
+    >>> options["training"], options["deterministic"], options["mask"]
+    (True, False, None)
+    """
     options = {"train": False, "valid": None, "capacity": None, **options}
     train = options["train"]
     while_training = dict.fromkeys(("training", "is_training", "is_train"), train)

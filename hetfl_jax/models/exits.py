@@ -83,7 +83,11 @@ class ExitResNet(BaseNet):
 
 
 def _fan_out_normal(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
-    """Kaiming's normal start by fan-out; as in PyTorch, groups do not count."""
+    """Kaiming's normal start by fan-out, deviation ``sqrt(2 / (kh kw O))``; as in PyTorch, groups do not count.
+
+    Args:
+      shape: (kh, kw, I, O).
+    """
     return jax.random.normal(key, shape, dtype) * (2 / (shape[0] * shape[1] * shape[3])) ** 0.5
 
 

@@ -160,7 +160,13 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
 
 
 def collects_statistics(fam: Family) -> bool:
-    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
+    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked.
+
+    >>> from hetfl_jax.models import MLP
+    >>> tracked, static = (MLP(hidden=(4,), norm=norm) for norm in ("bn_tracked", "bn"))
+    >>> [collects_statistics(family(net, [{}], jnp.zeros((2, 3)))) for net in (tracked, static)]
+    [False, True]
+    """
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     stats = jax.eval_shape(lambda v, x: fam.nets[0].apply(v, x, collect=True)[1], fam.shapes[0], ready)
     return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
@@ -182,6 +188,7 @@ def init(fam: Family, key: Array) -> PyTree:
 
 
 def _is_struct(example: PyTree) -> bool:
+    """Whether an example is given by its shape alone."""
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 
 

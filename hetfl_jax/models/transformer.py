@@ -27,7 +27,7 @@ class Run(NamedTuple):
     capacity: Capacity | None
 
     def size(self, full: int) -> int:
-        """Features of a layer that has ``full`` at width 1."""
+        """Features of a layer that has ``full`` at width 1, here."""
         return active_channels(full, self.width)
 
     def active(self, full: int) -> Array | None:

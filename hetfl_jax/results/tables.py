@@ -91,6 +91,12 @@ def warn_failures(lines: Sequence[Line]) -> None:
 
     Args:
       lines: of metrics, with ``failed``, ``failed_ids`` and ``clients`` (how many replies counted).
+
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     warn_failures([{"round": 2, "failed": 1, "failed_ids": [7], "clients": 9}])
+    >>> str(said[0].message)
+    'round 2: 1 replies not finite, left out (clients 7)'
     """
     for line in lines:
         if line["failed"]:
@@ -242,8 +248,14 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     """The final table as text, with the lines under it: traffic, work, clients' own scores, failures.
 
     Args:
-      rows: of ``table``, at least one.
+      rows: of ``table``, at least one; the first is the global model.
       summary: of ``totals``.
+
+    >>> lines = [{"round": 5, "accuracy": {"a": 0.7}, "client_macs": 10**9}]
+    >>> lines[0] |= {"down_bytes": 10**6, "up_bytes": 10**6, "full_size_bytes": 4 * 10**6}
+    >>> rows = table([Tier("a", parameters=10, bytes=40, macs=9)], {"a": (1.0, None)}, lines, best=5)
+    >>> print(render(rows, totals(lines, 5, "")).splitlines()[-1])
+    down 1.00 MB, up 1.00 MB; all-full-size FedAvg: 4.00 MB each way (ratio 0.250); client work 1.0 GMACs
     """
     score, by = summary["score"], summary["best_by"]
     heading = "" if is_share(score) else f"test {score} "
@@ -338,6 +350,10 @@ def render_points(keys: Sequence[str], rows: Sequence[Line]) -> str:
     Args:
       keys: dotted, one column each.
       rows: of ``table``, each with the values of the keys.
+
+    >>> row = {"run.seed": 3, "level": "a", "last": 0.9, "best": 0.95, "shares": ["last", "best"]}
+    >>> "90.00%" in render_points(["run.seed"], [row])
+    True
     """
     out = Table(title=f"{len(rows)} rows")
     for key in keys:
@@ -353,7 +369,13 @@ def render_points(keys: Sequence[str], rows: Sequence[Line]) -> str:
 
 
 def render_seeds(rows: Sequence[Line]) -> str:
-    """``seed_table`` as text, e.g. ``95.12 +- 0.40%`` in a cell."""
+    """``seed_table`` as text, with the deviation behind each mean.
+
+    >>> rows = [{"level": "a", "seeds": 2, "share": True}]
+    >>> rows[0] |= {"last": 0.9512, "last_deviation": 0.004, "best": 0.96, "best_deviation": 0.0}
+    >>> "95.12 +- 0.40%" in render_seeds(rows)
+    True
+    """
     out = Table(title=f"mean and deviation over {rows[0]['seeds']} seeds")
     for name in ("level", "last", "best round"):
         out.add_column(name, justify="right")

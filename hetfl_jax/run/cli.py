@@ -82,7 +82,11 @@ def _unknown(argument: str, command: str) -> str:
 
 
 def _device_error(error: Exception) -> int:
-    """A device that is full, or a process of the run that was lost, in one line; others are raised again."""
+    """A device that is full, or a process of the run that was lost, in one line; others are raised again.
+
+    Returns:
+      2, of a full device. Where a process was lost, this one ends at once with 3.
+    """
     text = " ".join(str(error).split())[:300]
     if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
         print(
@@ -99,7 +103,14 @@ def _device_error(error: Exception) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line.
+
+    >>> try:
+    ...     _Parser(prog="hetfl").parse_args(["--rounds"])
+    ... except SystemExit as end:
+    ...     print(end.code)
+    2
+    """
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where help is."""
@@ -260,6 +271,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _config(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the resolved config with the meaning of every key."""
     print(as_text(config_of(rest, given.file)))
 
 
@@ -291,18 +303,21 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _eval(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the scores of a checkpoint."""
     from hetfl_jax.run.export import evaluate_run
 
     print(evaluate_run(given.folder, given.round))
 
 
 def _plot(given: argparse.Namespace, rest: list[str]) -> None:
+    """Draw the plots again and print their paths."""
     from hetfl_jax.run.export import plot_run
 
     print("\n".join(map(str, plot_run(given.folder))))
 
 
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
+    """Write a sub-model and print the file's path."""
     from hetfl_jax.run.export import export_level
 
     print(export_level(given.folder, given.tier, given.round, given.output, given.model))

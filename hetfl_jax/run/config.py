@@ -266,7 +266,17 @@ def _from_file(path: Path, arg: str) -> Config:
 
 
 def _overridden(config: Config, changes: Sequence[str]) -> Config:
-    """Values set by text, typed as they are in the config."""
+    """Values set by text, typed as they are in the config.
+
+    Args:
+      changes: ``block.key=value``; a tuple is written ``(1,2)``.
+
+    Raises:
+      ValueError: a change without a value, an unknown key, or a text that is not of the key's kind.
+
+    >>> _overridden(changed(), ["train.rounds=3", "train.milestones=(1,2)"]).train.milestones
+    (1, 2)
+    """
     for change in changes:
         if "=" not in change:
             raise ValueError(f"--config.{change} has no value: --config.{change}=VALUE")

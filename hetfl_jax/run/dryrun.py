@@ -68,7 +68,7 @@ def describe(config: Config, own: Own | None = None) -> str:
 
 
 def _shapes(lab: Lab) -> State:
-    """Shapes of the state before the first round, with one row of client memory a client."""
+    """Shapes of the state before the first round, with one row of client memory a client; nothing is allocated."""
     algorithm, rows = lab.federation.algorithm, lab.federation.partition.size.size
     server, one = jax.eval_shape(algorithm.init, lab.key)
     rows *= algorithm.memory_rows
@@ -77,7 +77,10 @@ def _shapes(lab: Lab) -> State:
 
 
 def _memory(lab: Lab, state: State) -> dict[str, str]:
-    """Lines on the memory of a device: the data, and the state with what client memory can take at most."""
+    """Lines on the memory of a device: the data, and the state with what client memory can take at most.
+
+    Rows of client memory count with the state only where they live on the device (``train.store``).
+    """
     fed = lab.federation
     shared = tree.nbytes((fed.train.x, fed.train.y))
     index = tree.nbytes((fed.train, fed.train_batches, fed.test)) - 3 * shared
@@ -92,7 +95,7 @@ def _memory(lab: Lab, state: State) -> dict[str, str]:
 
 
 def _programs(lab: Lab) -> str:
-    """A line on the programs that a run compiles."""
+    """A line on the programs that a run compiles: a round's client bodies, one a bucket, and evaluations."""
     fed, config = lab.federation, lab.config
     groups = lab.buckets or [(level,) for level in range(fed.family.levels)]
     bodies = len(groups) if config.train.executor == "bucketed" else 1

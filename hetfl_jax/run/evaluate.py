@@ -99,7 +99,11 @@ def _tallies(
 
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
-    """Pool rows at positions of the shard, and which of them exist."""
+    """Pool rows at positions of the shard, and which of them exist.
+
+    Args:
+      position: [B] int32 from 0; those past the end read the last row.
+    """
     return shard.rows[shard.offset + jnp.minimum(position, shard.size - 1)], position < shard.size
 
 
@@ -110,6 +114,11 @@ def with_statistics(
 
     Mean := plain average over batches of batch means, variance := plain average of unbiased batch variances; each batch
     weighs the same, the short last one too (HeteroFL's static batch norm). Unchanged where nothing is to be collected.
+
+    Args:
+      variables: of the model at ``tier``.
+      data: training data in batches, see ``data.population.batches``.
+      batch: examples of the largest of them.
     """
     if algorithm.statistics is None:
         return variables
@@ -280,7 +289,14 @@ def _mean_loss(seen: Tally) -> Array:
 
 
 def _scores(asked: Asked, seen: Tally, test_batches: int, shared: int, sequences: bool) -> Scores:
-    """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares."""
+    """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares.
+
+    Args:
+      seen: leaves [batches and clients], or [.., R] of several readings; losses [.., M] with further metrics.
+      test_batches: how many of the first entries are batches of the test set.
+      shared: where clients' own shares begin.
+      sequences: whether an example has a label a token: then there is ``perplexity = exp(mean loss)`` too.
+    """
     found: Scores = {}
     name, of = asked.score.name, asked.score.of
 

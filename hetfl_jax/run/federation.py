@@ -41,7 +41,7 @@ from hetfl_jax.run.splits import tested_rows
 
 
 class Federation(NamedTuple):
-    """Everything a run needs, on the host or the device."""
+    """Everything a run needs, on the host or the device. Made by ``build``, which checks all of it."""
 
     algorithm: Algorithm
     family: Family
@@ -160,7 +160,15 @@ def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
-    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart."""
+    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart.
+
+    Args:
+      size: [N] examples of every client.
+      batch: of local training.
+
+    Raises:
+      ValueError: with the first client whose last batch would be filled up.
+    """
     if "batch_stats" in fam.shapes[0] and not fam.nets[0].knows_padding() and (size % batch).any():
         client = int(np.flatnonzero(size % batch)[0])
         raise ValueError(
@@ -296,7 +304,11 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
 
 
 def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:
-    """The net must have an output for every label, or one where labels are numbers."""
+    """The net must have an output for every label, or one where labels are numbers.
+
+    Raises:
+      ValueError: with the shape that the net returns and the one that the labels need.
+    """
     kind, ready = type(fam.nets[0].module).__name__, jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     shape = jax.eval_shape(fam.nets[0].each_exit, fam.shapes[0], ready)[-1].shape
     wanted = (1, *source.y_train.shape[1:])

@@ -8,7 +8,11 @@ Command = Callable[[str, Callable[[argparse.Namespace, list[str]], None], str], 
 
 
 def add_commands(command: Command) -> None:
-    """Add the three to the command line, by its ``command(name, run, text)``."""
+    """Add the three to the command line.
+
+    Args:
+      command: (name, what runs it, help) -> the parser of the new command.
+    """
     page = command("report", _report, "Write one HTML page of runs and sweeps.")
     page.add_argument("folders", nargs="+", metavar="RUN_OR_SWEEP", help="folders, e.g. runs/heterofl_digits")
     page.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the file (default: report.html)")

@@ -20,7 +20,11 @@ from hetfl_jax.run.splits import split
 
 
 class Own(NamedTuple):
-    """What the user brings in place of what a config names; ``None`` leaves it to the config."""
+    """What the user brings in place of what a config names; ``None`` leaves it to the config.
+
+    >>> [name for name, value in Own(net="a net")._asdict().items() if value is not None]
+    ['net']
+    """
 
     net: Any = None  #: a linen module
     data: Config = None  #: (x_train, y_train, x_test, y_test), a ``Source``, or (Population, (x_test, y_test))
@@ -46,7 +50,12 @@ def brought(own: Own) -> dict[str, str]:
 
 
 def named_of(config: Config, own: Own) -> dict[str, str]:
-    """What method, source, net and split are called; what the user brings goes by its own name."""
+    """What method, source, net and split are called; what the user brings goes by its own name.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> named_of(changed(), Own(split=np.zeros(5)))["split"], named_of(changed(), Own())["split"]
+    ('split of yours', 'iid')
+    """
     data, in_config = config.data, {"net": config.family.net, "method": config.method.name}
     in_config |= {"split": data.split, "source": data.source}
     return {name: in_config[name] if value == CONFIG else value for name, value in brought(own).items()}
@@ -136,7 +145,12 @@ def partition_of(data: Config, source: sources.Source, seed: int, own: Own) -> P
 
 
 def notes_of(data: Config, source: sources.Source, part: Partition, own: Own) -> list[str]:
-    """What is to be said of a partition: clients that a config did not ask for, and ids that are left out."""
+    """What is to be said of a partition: clients that a config did not ask for, and ids that are left out.
+
+    Args:
+      data: the config's block.
+      part: as it came out.
+    """
     found, clients = list[str](), part.size.size
     first = data.first_clients if own.split is None and not is_population(own.data) else 0
     if clients != (first or data.clients):
@@ -207,7 +221,11 @@ def _check_rows(name: str, rows: Any, size: Any, count: int, least: int) -> None
 def held_of(
     source: sources.Source, part: Partition, classes: int, views: Views | None, groups: np.ndarray
 ) -> np.ndarray | None:
-    """[N, C] which classes each client holds, as it sees them; ``None`` where labels are numbers."""
+    """[N, C] bool, which classes each client holds, as it sees them; ``None`` where labels are numbers.
+
+    Raises:
+      ValueError: a split that says so of more classes than the data has.
+    """
     if source.y_train.dtype.kind == "f":
         return None
     if views is not None:

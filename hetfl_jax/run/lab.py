@@ -29,7 +29,10 @@ TAKEN = ("round", "loss", "score", "placed", "perplexity", "clients", "failed", 
 
 
 class Lab(NamedTuple):
-    """A federation with everything that runs it."""
+    """A federation with everything that runs it.
+
+    Rounds without files: ``state = lab.start()``, then ``state, info = lab.step(state, lab.population, lab.key)``.
+    """
 
     config: Config  #: complete
     federation: Federation
@@ -198,7 +201,11 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
 
 
 def _number(value: Any) -> float | None:
-    """A score; one that a tier has not, or that is not finite, is none."""
+    """A score; one that a tier has not, or that is not finite, is none.
+
+    >>> _number(0.5), _number(float("nan")), _number(None)
+    (0.5, None, None)
+    """
     return float(value) if value is not None and math.isfinite(value) else None
 
 

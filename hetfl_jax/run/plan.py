@@ -21,7 +21,7 @@ from hetfl_jax.run.programs import new_programs, numbers
 
 
 class Program(NamedTuple):
-    """One compiled program."""
+    """One compiled program. Programs run one after the other, so that each must fit alone."""
 
     name: str
     megabytes: float  #: of a chip's memory: arguments, results and what is temporary
@@ -94,7 +94,10 @@ def plan(config: Any, where: str, own: Own | None = None) -> Plan:
 
 
 def _there(there: Target, values: PyTree) -> PyTree:
-    """Shapes of ``values`` on the topology: everywhere, but for client memory, which is split as ``Executor.place``."""
+    """Shapes of ``values`` on the topology: everywhere, but for client memory, which is split as ``Executor.place``.
+
+    Rows of memory are padded to a multiple of the chips.
+    """
 
     def shape(spec: Any, rows: bool = False) -> Any:
         def of(leaf: Any) -> jax.ShapeDtypeStruct:

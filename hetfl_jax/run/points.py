@@ -52,7 +52,11 @@ def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, meth
 
 
 def _check_values(number: int, values: Any) -> None:
-    """A point changes something, but not where its run is written, and has a name that a folder can have."""
+    """A point changes something, but not where its run is written, and has a name that a folder can have.
+
+    Raises:
+      ValueError: no values, ``run.name`` or ``run.folder`` among them, or a name of more than 200 bytes.
+    """
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"point {number} is {values!r}: need a dict of values by key, train.learning_rate (over)")
     if wrong := [key for key in values if key in ("run.name", "run.folder")]:
@@ -228,6 +232,11 @@ def generated(target: str, names: Sequence[str]) -> list[Values]:
 
 
 def _without_prefix(values: Mapping[str, Any]) -> Values:
+    """Keys without a leading ``config.``, as other programs write them.
+
+    >>> _without_prefix({"config.train.rounds": 3})
+    {'train.rounds': 3}
+    """
     return {key.removeprefix("config."): value for key, value in values.items()}
 
 
@@ -246,7 +255,11 @@ class Hyper:
 
     @staticmethod
     def fixed(name: str, value: Any, length: int = 1) -> list[Values]:
-        """The same value, ``length`` times."""
+        """The same value, ``length`` times.
+
+        >>> Hyper.fixed("run.seed", 0, 2)
+        [{'run.seed': 0}, {'run.seed': 0}]
+        """
         return [{name: value}] * length
 
     @staticmethod
@@ -263,5 +276,9 @@ class Hyper:
 
     @staticmethod
     def chainit(lists: Sequence[Iterable[Values]]) -> list[Values]:
-        """One after the other."""
+        """One list after the other.
+
+        >>> Hyper.chainit([Hyper.sweep("run.seed", [0]), Hyper.sweep("run.seed", [7])])
+        [{'run.seed': 0}, {'run.seed': 7}]
+        """
         return [values for each in lists for values in each]

@@ -42,7 +42,11 @@ class Programs(NamedTuple):
 
 
 class Shared:
-    """What runs of a sweep share: families, and programs by structure."""
+    """What runs of a sweep share: families, and programs by structure.
+
+    >>> Shared().count()
+    0
+    """
 
     def __init__(self) -> None:
         """Nothing yet."""
@@ -217,7 +221,7 @@ def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> 
 
 
 class Inputs(NamedTuple):
-    """What the programs of one run are given."""
+    """What the programs of one run are given: its key, data and numbers, placed on its devices."""
 
     key: jax.Array
     clients: int

@@ -97,7 +97,12 @@ class _Nobody:
 
 
 def _try(rule: select.Select, clients: int, parameters: int) -> None:
-    """Choose once without computing: what a selection refuses of this population, it refuses here."""
+    """Choose once without computing: what a selection refuses of this population, it refuses here.
+
+    Args:
+      clients: N.
+      parameters: entries of the full model, the length of a gradient.
+    """
 
     def once(key: Array) -> PyTree:
         size = jnp.ones(clients, jnp.int32)

@@ -62,7 +62,11 @@ def check_unused(config: Config) -> None:
 
 
 def check_whole(config: Config, algorithm: Algorithm, levels: int, clients: int) -> None:
-    """Refuse what an algorithm of the user's, which is whole, does not take.
+    """Refuse what an algorithm of the user's, which is whole, does not take: slots, other levels or clients.
+
+    Args:
+      levels: of the config's mix.
+      clients: of the split.
 
     Raises:
       ValueError: with the key.

@@ -40,6 +40,9 @@ def split(data: Config, source: sources.Source, seed: int) -> Partition:
 def tested_rows(data: Config, part: Partition) -> np.ndarray | None:
     """Rows of the training data that make the test set, all clients' own test rows; ``None``: the source's test set.
 
+    Args:
+      data: the config's block; ``tested_on`` is ``source`` or ``clients``.
+
     Raises:
       ValueError: another word, or clients without test rows.
     """

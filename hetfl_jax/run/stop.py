@@ -11,7 +11,7 @@ STOPPED = 143  #: exit code, as of a process that SIGTERM ended
 
 
 class Stopped(Exception):
-    """A run or a sweep that ended early; what is needed to go on is on disk."""
+    """A run or a sweep that ended early; what is needed to go on is on disk. The command then ends with code 143."""
 
 
 @contextmanager

@@ -47,7 +47,11 @@ class Ended(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What ``sweep`` returns."""
+    """What ``sweep`` returns.
+
+    ``table[0]["run.seed"]`` and ``table[0]["last"]`` are the seed and the score of the first point's largest model;
+    ``hetfl_jax.results(folder)`` has every round as arrays.
+    """
 
     table: list[Line]  #: one row a point and level: swept keys, then the columns of a run's table
     points: list[Ended]
@@ -350,7 +354,7 @@ def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None 
 
 
 def summary(found: Sweep) -> str:
-    """A sweep's end as text: a row a point and level, and the points that failed."""
+    """A sweep's end as text: a row a point and level, the points that failed, and the files."""
     keys = list(dict.fromkeys(key for e in found.points for key in e.point.values))
     text = tables.render_points(keys, found.table)
     failed = [f"{e.point.name} failed: {e.error}" for e in found.points if e.status == FAILED]

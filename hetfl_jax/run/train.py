@@ -36,7 +36,11 @@ Callback = Callable[[int, Line, State], Any]
 
 
 class Result(NamedTuple):
-    """What ``train`` returns."""
+    """What ``train`` returns.
+
+    ``table[0]["best"]`` is the largest model's score in the best round, ``metrics["accuracy/a"]`` [rounds] that of
+    level a.
+    """
 
     params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated

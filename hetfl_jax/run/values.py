@@ -21,8 +21,11 @@ KINDS = {
 def fitted(value: Any, default: Any, place: str, of: type | None = None) -> Any:
     """``value`` as a config keeps it, of the kind of ``default``; a default of ``None`` allows anything.
 
-    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one, whose values are
-    of the kind ``of``.
+    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one.
+
+    Args:
+      place: the dotted key, for the message.
+      of: the kind of a tuple's values.
 
     Raises:
       ValueError: with the value, what is allowed and ``place``, the key.
