@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hetfl_jax.data import partition, sources
+from hetfl_jax.data import levels, partition, sources
 from hetfl_jax.data.door import (
     Admitted,
     admit,
@@ -314,10 +314,10 @@ WRONG = [
     (lambda: partition.natural(np.array([1, np.nan]), 0), "client ids of several kinds or NaN"),
     (lambda: partition.natural(np.array([1, "a"], object), 0), "client ids of several kinds or NaN"),
     (lambda: partition.natural(np.arange(4), 0), "no client has 2 examples; the largest has 1"),
-    (lambda: partition.levels_fixed((), 3), r"proportions \(\): need some"),
-    (lambda: partition.levels_fixed((0, 0), 3), r"proportions \(0, 0\): need one above 0"),
-    (lambda: partition.levels_by_id((1, -1), 3), r"proportions \(1, -1\): -1: need a whole number"),
-    (lambda: partition.levels_by_id((1,), 0), "clients 0: need a whole number >= 1"),
+    (lambda: levels.levels_fixed((), 3), r"proportions \(\): need some"),
+    (lambda: levels.levels_fixed((0, 0), 3), r"proportions \(0, 0\): need one above 0"),
+    (lambda: levels.levels_by_id((1, -1), 3), r"proportions \(1, -1\): -1: need a whole number"),
+    (lambda: levels.levels_by_id((1,), 0), "clients 0: need a whole number >= 1"),
     # the population
     (lambda: pop(index=np.arange(20.0)), r"index of dtype float64: need whole numbers \(data.population\)"),
     (lambda: pop(index=np.arange(20).reshape(4, 5)), r"index of shape \(4, 5\): need one axis"),
@@ -344,12 +344,12 @@ def test_wrong_input_ends_in_one_line(call, message):
 
 
 def test_a_level_without_a_client_is_named():
-    partition.check_levels(np.array([0, 1, 1]), 2, ("a", "b"))
+    levels.check_levels(np.array([0, 1, 1]), 2, ("a", "b"))
     with pytest.raises(ValueError, match=r"no client has level a, the global one: a 0, b 0, e 4 clients") as caught:
-        partition.check_levels(partition.levels_fixed((1, 2, 2), 4), 3, ("a", "b", "e"))
+        levels.check_levels(levels.levels_fixed((1, 2, 2), 4), 3, ("a", "b", "e"))
     assert LINE.fullmatch(str(caught.value))
     with pytest.raises(ValueError, match=r"no client has level b: a 1, b 0 clients"):
-        partition.check_levels(np.array([0]), 2, ("a", "b"))
+        levels.check_levels(np.array([0]), 2, ("a", "b"))
 
 
 def test_an_endless_dirichlet_draw_says_so(monkeypatch):

@@ -1,6 +1,6 @@
 """What ``jax.tree`` and ``optax.tree`` lack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +137,21 @@ def nbytes(tree: PyTree) -> int:
     6
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fetched(trees: Sequence[PyTree]) -> list[PyTree]:
+    """Trees of equal structure and shapes on the host: one transfer for each leaf place, not one a tree.
+
+    >>> fetched([{"a": jnp.arange(2)}, {"a": jnp.arange(2) + 5}])[1]["a"].tolist()
+    [5, 6]
+    """
+    if jax.process_count() > 1 or len(trees) == 1:
+        return jax.device_get(list(trees))
+    leaves = jax.device_get(_stacked([jax.tree.leaves(tree) for tree in trees]))
+    structure = jax.tree.structure(trees[0])
+    return [jax.tree.unflatten(structure, [leaf[number] for leaf in leaves]) for number in range(len(trees))]
+
+
+@jax.jit
+def _stacked(rows: list[list[Array]]) -> list[Array]:
+    return [jnp.stack(column) for column in zip(*rows)]

@@ -24,7 +24,7 @@ Line = dict[str, Any]  #: values by name, fit for JSON: of a round, or of a row 
 
 
 class Views(NamedTuple):
-    """Other ways to see the pool's examples, shared by all clients: pixels moved, labels renamed."""
+    """Other ways to see the pool's examples, shared by all clients: pixels moved, labels renamed (``data.views``)."""
 
     pixels: Array  #: [V, P] int32, view v shows at place p what the pool has at ``pixels[v, p]``
     labels: Array  #: [V, C] int32, view v calls class c ``labels[v, c]``
@@ -64,7 +64,10 @@ class Shard(NamedTuple):
 
 
 class Within(NamedTuple):
-    """A traced level that runs masked inside the shape of a larger, static one."""
+    """A traced level that runs masked inside the shape of a larger, static one.
+
+    ``Within(0, jnp.int32(2))`` is level 2 inside the full model: entries beyond its window are zero.
+    """
 
     base: int  #: the level whose shapes are used
     level: Array  #: int32 scalar, a level contained in ``base``
@@ -82,7 +85,11 @@ class Batch(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Sums over all examples seen, float32."""
+    """Sums over all examples seen, float32 scalars.
+
+    >>> ACCURACY.of(Tally(jnp.float32(1.5), jnp.float32(3), jnp.float32(4))).item()
+    0.75
+    """
 
     loss: Array
     correct: Array

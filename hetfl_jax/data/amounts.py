@@ -6,6 +6,7 @@ from hetfl_jax.data.partition import Partition
 
 
 def _need(fine: bool, message: str, key: str) -> None:
+    """Refuse with a message and the config key that it is about."""
     if not fine:
         raise ValueError(f"{message} ({key})")
 

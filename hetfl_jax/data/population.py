@@ -111,6 +111,7 @@ def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray
 
 
 def _array(value: object, name: str) -> np.ndarray:
+    """As an array; rows of uneven length are refused with the array's name."""
     try:
         return np.asarray(value)
     except (ValueError, TypeError):
@@ -118,7 +119,7 @@ def _array(value: object, name: str) -> np.ndarray:
 
 
 def _of_clients(value: object, name: str, clients: int) -> np.ndarray:
-    """[N] whole numbers."""
+    """[N] whole numbers, one a client; refused otherwise, with the array's name."""
     array = _array(value, name)
     _check(array.shape == (clients,), f"{array.size} {name} for {clients} clients")
     _check(array.dtype.kind in "biuf", f"{name} of dtype {array.dtype}: need whole numbers")
@@ -127,6 +128,7 @@ def _of_clients(value: object, name: str, clients: int) -> np.ndarray:
 
 
 def _check_counts(levels: Any, classes: Any) -> None:
+    """Refuse a number of levels or classes below 1, and a class table that is not [N, C]."""
     _check(isinstance(levels, Integral) and int(levels) >= 1, f"levels {levels!r}: need a whole number >= 1")
     if np.ndim(classes):
         _check(np.ndim(classes) == 2, f"class table of shape {np.shape(classes)}: need [clients, classes]")
@@ -145,7 +147,11 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     With views, a batch has examples of clients that see alike, and as they do.
 
     Args:
+      batch_size: examples; the last batch (of each view) may be shorter.
       order: [n] permutation of the index, default a fixed shuffle (sorted pools would give one-class batches).
+
+    Returns:
+      A population over the same pool, its clients all of level 0.
 
     >>> pop = population(np.zeros((5, 2)), np.arange(5), np.arange(5), np.array([5]))
     >>> batches(pop, 2).size.tolist()

@@ -100,7 +100,12 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
 
 
 def _check_options(kind: str, options: dict[str, Any]) -> None:
-    """Options must be arguments of the source; most sources have none."""
+    """Options must be arguments of the source; most sources have none.
+
+    >>> _check_options("digits", {"length": 64})
+    Traceback (most recent call last):
+    ValueError: option 'length' is not one of none of digits (data.options)
+    """
     makers: dict[str, Callable[..., Source]] = {"synthetic": synthetic, "teacher": teacher, "text": text}
     known = inspect.signature(makers[kind]).parameters.values() if kind in makers else ()
     own = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
@@ -114,6 +119,7 @@ def _check_options(kind: str, options: dict[str, Any]) -> None:
 
 
 def _digits() -> Source:
+    """1,797 images 8 x 8 of scikit-learn, 1,437 to train on; pixels 0..16 become 0..255."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -128,7 +134,18 @@ def _read(
     path: str, wanted: Sequence[str], arrays: str = "x_train=..., y_train=..., x_test=..., y_test=...",
     place: str = "data.source",
 ) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
-    """Those of the wanted arrays that an .npz file has, and the names of all it has."""
+    """Those of the wanted arrays that an .npz file has, and the names of all it has.
+
+    Args:
+      path: here, or below the folder that ``HETFL_DATA`` names.
+      wanted: names of arrays.
+      arrays: what the file should hold, for the message where there is no file.
+      place: the config key, for the message.
+
+    Raises:
+      FileNotFoundError: no such file, with what to do.
+      ValueError: no .npz file of plain arrays.
+    """
     try:
         with np.load(_find(path, arrays), allow_pickle=False) as file:
             return {name: file[name] for name in wanted if name in file.files}, list(file.files)
@@ -138,6 +155,7 @@ def _read(
 
 
 def _find(path: str, arrays: str) -> Path:
+    """The file here, or in the folder of ``HETFL_DATA``."""
     folder = os.environ.get(DATA_FOLDER, "../shared/data")
     for place in (Path(path), Path(folder) / path):
         if place.is_file():
@@ -149,6 +167,7 @@ def _find(path: str, arrays: str) -> Path:
 
 
 def _npz(path: str) -> Source:
+    """The four arrays of a file, and ``writer_train`` [M], a client id for each training example, if it has one."""
     needed = ("x_train", "y_train", "x_test", "y_test")
     found, names = _read(path, (*needed, "writer_train"))
     if missing := set(needed) - set(found):
@@ -159,6 +178,9 @@ def _npz(path: str) -> Source:
 
 def images_of(path: str) -> np.ndarray:
     """The training images of an .npz file, [M, H, W, C] uint8.
+
+    Args:
+      path: as of ``npz:``; [M, H, W] gets a channel axis.
 
     Raises:
       ValueError: there are none.
@@ -171,6 +193,8 @@ def images_of(path: str) -> np.ndarray:
 
 def given(data: Any) -> Source:
     """A data set from a user's arrays: (x_train, y_train, x_test, y_test), or a dict of them.
+
+    A dict may have ``writer`` (or ``writer_train``) too, a client id for each training example.
 
     Raises:
       ValueError: something else, or an array that is missing.

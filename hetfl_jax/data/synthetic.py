@@ -10,6 +10,10 @@ DIMENSION, CLASSES = 60, 10
 def sizes(rng: np.random.RandomState, clients: int, sigma: float) -> np.ndarray:
     """[N] examples of each client: ``floor(LogNormal(4, sigma)) + 50``.
 
+    Args:
+      rng: is advanced by N draws.
+      sigma: deviation of the size's logarithm; 2 in the published sets.
+
     >>> sizes(np.random.RandomState(1), 3, 1.0).tolist()
     [327, 79, 82]
     """

@@ -40,7 +40,11 @@ Pads = tuple[tuple[int, int], ...]
 def _geometry(
     x: Array, w: Array, strides: int | Sequence[int], padding: str | Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], Pads]:
-    """Strides and explicit (low, high) zeros per spatial axis."""
+    """Strides and explicit (low, high) zeros per spatial axis.
+
+    >>> _geometry(jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 1)), 2, "SAME")
+    ((2, 2), ((1, 1), (1, 1)))
+    """
     step = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], w.shape[:2], step, padding)
@@ -48,6 +52,7 @@ def _geometry(
 
 
 def _conv(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]], **dilation: Any) -> Array:
+    """XLA's convolution of NHWC by HWIO to NHWC."""
     return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_NHWC, **dilation)
 
 
@@ -144,6 +149,7 @@ def _views(
 
 
 def _rows(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
+    """The lowering ``rows``: for each row of the kernel one matrix product with the shifted views along the width."""
     view = _views(x, w.shape[:2], strides, pads)
 
     def row(i: int) -> Array:
@@ -178,6 +184,11 @@ def _no_window_in_padding(x: Array, w: Array, pads: Pads) -> tuple[Array, Pads]:
 
 
 def _resolve(lowering: str) -> str:
+    """A lowering by name; ``auto`` by the platform that programs are made for.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     if lowering not in LOWERINGS:
         raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
     if lowering != "auto":
@@ -247,6 +258,7 @@ def depthwise_conv(
 
 
 def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    """Depthwise convolution as a sum over kernel positions, ``sum_ij shifted_ij(x) w_ij``."""
     view = _views(x, w.shape[:2], strides, pads)
     places = [(i, j) for i in range(w.shape[0]) for j in range(w.shape[1])]
     return sum((view(i, j) * w[i, j, 0] for i, j in places[1:]), view(*places[0]) * w[places[0]][0])
@@ -254,6 +266,7 @@ def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _in_parts(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    """``_slices`` over parts of the batch, one after the other; so is its gradient."""
     out = jax.lax.map(lambda part: _slices(part, w, strides, pads), _parts(x, x.shape))
     return out.reshape(-1, *out.shape[2:])
 
@@ -330,6 +343,10 @@ def max_pool(x: Array, window: int = 2) -> Array:
     The winner is remembered rather than found again in the gradient by comparing with the maximum: XLA may compute the
     input anew there, rounded otherwise, so that no entry equals the maximum and the gradient is lost without a trace.
     ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU.
+
+    Args:
+      x: [B, H, W, C].
+      window: w; the result is [B, H // w, W // w, C].
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
     Array([[ 5.,  7.],

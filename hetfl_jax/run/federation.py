@@ -11,7 +11,8 @@ import numpy as np
 
 from hetfl_jax import methods
 from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
-from hetfl_jax.data import door, partition, preprocess, sources
+from hetfl_jax.data import door, preprocess, sources
+from hetfl_jax.data.levels import check_levels
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
 from hetfl_jax.models import families
@@ -40,7 +41,7 @@ from hetfl_jax.run.splits import tested_rows
 
 
 class Federation(NamedTuple):
-    """Everything a run needs, on the host or the device."""
+    """Everything a run needs, on the host or the device. Made by ``build``, which checks all of it."""
 
     algorithm: Algorithm
     family: Family
@@ -75,9 +76,11 @@ class Known:
 
 
 def build(config: Config, own: Own | None = None, known: Known | None = None) -> Federation:
-    """The federation that a config describes.
+    """The federation that a config describes: data, split, levels, net, method, and the test batches.
 
     Args:
+      config: complete.
+      own: what the user brings in place of what the config names.
       known: of other configs; what this one has besides is added.
 
     Raises:
@@ -113,7 +116,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         return _algorithm(other, make, fam, local, mix, level, train)
 
     if not algorithm.drawn:
-        partition.check_levels(level, fam.levels, mix.names)
+        check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
     return Federation(
         algorithm=algorithm,
@@ -144,7 +147,14 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
 
 
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
-    """How clients of these sizes train, whose batches are no larger than any of them needs."""
+    """How clients of these sizes train, with batches no larger than the largest client.
+
+    Args:
+      size: [N] examples of every client.
+
+    Raises:
+      ValueError: a client that is larger than the one batch it should be; rows of padding that a net cannot leave out.
+    """
     settings = local_training(config.train, fam)
     if settings.full_batch and size.max() > settings.batch_size:
         raise ValueError(
@@ -158,7 +168,15 @@ def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
-    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart."""
+    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart.
+
+    Args:
+      size: [N] examples of every client.
+      batch: of local training.
+
+    Raises:
+      ValueError: with the first client whose last batch would be filled up.
+    """
     if "batch_stats" in fam.shapes[0] and not fam.nets[0].knows_padding() and (size % batch).any():
         client = int(np.flatnonzero(size % batch)[0])
         raise ValueError(
@@ -169,6 +187,7 @@ def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
 
 
 def _method(config: Config, own: Own) -> methods.Make | Algorithm:
+    """The user's method, else the config's: a ``make``, or an ``Algorithm`` that is whole."""
     if own.method is None:
         return methods.find(config.method.name)
     return methods.find(own.method) if isinstance(own.method, str) else own.method
@@ -178,7 +197,15 @@ def _algorithm(
     config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
     train: Population,
 ) -> Algorithm:  # fmt: skip
-    """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
+    """The method with its arguments, what the federation tells it, and what is chosen apart from it.
+
+    The federation tells proportions of the mix, number of clients, base width, clients of each level and the
+    population to those methods that have an argument of that name.
+
+    Args:
+      make: of the method; an ``Algorithm`` is returned as it is, if it fits.
+      level: [N] of each client.
+    """
     if isinstance(make, Algorithm):
         check_unused(config)
         check_whole(config, make, fam.levels, level.size)
@@ -202,6 +229,7 @@ def _algorithm(
 
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
+    """How clients see the pool, as arguments of ``population``; nothing where there are no views."""
     return {} if views is None else {"view": groups, "views": views}
 
 
@@ -209,7 +237,7 @@ def local_training(train: Config, fam: Family) -> Local:
     """How clients train, from a config's block ``train``.
 
     Raises:
-      ValueError: a layer that the net does not have, and as ``local``.
+      ValueError: neither epochs nor steps, a layer that the net does not have, and as ``parts.local.local``.
     """
     if train.epochs == 0 == train.steps:
         raise ValueError("epochs 0 and steps 0: nobody trains, need one >= 1 (train.epochs)")
@@ -240,7 +268,11 @@ def _known_source(config: Config, own: Own, known: Known) -> tuple[sources.Sourc
 def _known_family(
     config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: Known
 ) -> tuple[Family, Costs]:
-    """A family that is known, or a new one, which is then; and its costs."""
+    """A family that is known, or a new one, which is then; and its costs.
+
+    A family depends on the block ``family``, the normalisation, and shapes and dtypes of the data; points of a sweep
+    that share these share it, and with it their programs.
+    """
     kept, x, y = config.data, source.x_train, source.y_train
     kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
     if kind not in known.families:
@@ -250,6 +282,15 @@ def _known_family(
 
 
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
+    """The net at every level, checked against the data.
+
+    Args:
+      classes: outputs of the net, 1 where labels are numbers.
+      given: the user's net, or ``None``.
+
+    Raises:
+      ValueError: a net that cannot read the examples, lacks a field that the mix sets, or has too few outputs.
+    """
     prepare: Prepare = preprocess.features
     if source.x_train.ndim == 4:
         prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
@@ -288,7 +329,11 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
 
 
 def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:
-    """The net must have an output for every label, or one where labels are numbers."""
+    """The net must have an output for every label, or one where labels are numbers.
+
+    Raises:
+      ValueError: with the shape that the net returns and the one that the labels need.
+    """
     kind, ready = type(fam.nets[0].module).__name__, jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     shape = jax.eval_shape(fam.nets[0].each_exit, fam.shapes[0], ready)[-1].shape
     wanted = (1, *source.y_train.shape[1:])
@@ -309,8 +354,12 @@ def _test(
 ) -> tuple[Population, tuple[int, int]]:  # fmt: skip
     """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is.
 
-    Also how many batches there are of either; where there are views, both sets are seen in each of them. ``common`` are
-    rows of the training data that make the test set in place of the source's.
+    Also how many batches there are of either; where there are views, both sets are seen in each of them.
+
+    Args:
+      held: [N, C] classes of each client, ``None`` where labels are numbers.
+      batch: examples of a batch.
+      common: rows of the training data that make the test set in place of the source's.
     """
     first, end = len(source.y_train), len(source.y_train) + len(source.y_test)
     classes = None if held is None else held.shape[1]

@@ -7,7 +7,11 @@ import ml_collections
 
 
 class Key(NamedTuple):
-    """One key of a config."""
+    """One key of a config.
+
+    >>> KEYS["train"]["batch_size"].default, KEYS["train"]["batch_size"].meaning
+    (10, 'examples of a local step')
+    """
 
     default: Any
     meaning: str  #: unit, what is allowed, when to change it
@@ -152,4 +156,5 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def _copy(value: Any) -> Any:
+    """A dict as one of its own, so that no config changes the defaults."""
     return dict(value) if isinstance(value, dict | MappingProxyType) else value

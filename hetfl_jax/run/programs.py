@@ -43,7 +43,11 @@ class Programs(NamedTuple):
 
 
 class Shared:
-    """What runs of a sweep share: data, families, lengths of arrays, and programs by structure."""
+    """What runs of a sweep share: data, families, lengths of arrays, and programs by structure.
+
+    >>> Shared().count()
+    0
+    """
 
     def __init__(self) -> None:
         """Nothing yet."""
@@ -65,11 +69,21 @@ class Shared:
 
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
-    """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew."""
+    """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew.
+
+    A float that is 0 is a switch that is off, so that it is part of the program: momentum 0 has no momentum buffer.
+    """
     return _on(config) if fed.remake is not None else {}
 
 
 def _on(config: Config) -> dict[str, float]:
+    """Floats of the traced blocks that are not 0, by dotted key.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> found = _on(changed(train=dict(learning_rate=0.2)))
+    >>> found["train.learning_rate"], "train.momentum" in found
+    (0.2, False)
+    """
     blocks = config.to_dict()
     found = numbers_of({block: blocks[block] for block in TRACED})
     return {name: value for name, value in found.items() if value}
@@ -111,7 +125,11 @@ def new_programs(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
     values: Mapping[str, float],
 ) -> Programs:  # fmt: skip
-    """Programs that are told ``values``, not traced yet."""
+    """Programs that are told ``values``, not traced yet.
+
+    Args:
+      values: numbers by dotted key, which become arguments; without any the algorithm is built once.
+    """
     guards, blocks = list[Guard](), config.to_dict()
 
     def again(told: Settings) -> Algorithm:
@@ -152,6 +170,11 @@ def fixed(config: Config, told: bool = True) -> str:
 
     Args:
       told: whether programs are told the numbers; else they are part of them.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> slow, fast = (changed(train=dict(learning_rate=rate)) for rate in (0.1, 0.2))
+    >>> fixed(slow) == fixed(fast), fixed(slow, told=False) == fixed(fast, told=False)
+    (True, False)
     """
     kept = replaced(config.to_dict(), dict.fromkeys(_on(config) if told else (), "a number"))
     for block, names in APART.items():
@@ -160,7 +183,11 @@ def fixed(config: Config, told: bool = True) -> str:
 
 
 def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
-    """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
+    """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only.
+
+    It covers the config (``fixed``), shapes and dtypes of the data, levels of clients, and the data itself where the
+    method looks at it while it is built.
+    """
     own = fed.partition.test_size
     shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
     data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes)]
@@ -174,7 +201,12 @@ def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
 
 
 def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> None:
-    """Trace every program once, which completes the guards; nothing compiles, and nothing is computed."""
+    """Trace every program once, which completes the guards; nothing compiles, and nothing is computed.
+
+    Args:
+      tiers: how many models are evaluated.
+      run: what the programs are given; only shapes matter.
+    """
     if not executor.jit:
         return
     state = jax.eval_shape(lambda key, told: programs.first(key, run.clients, told), run.key, run.told)
@@ -201,7 +233,7 @@ def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> 
 
 
 class Inputs(NamedTuple):
-    """What the programs of one run are given."""
+    """What the programs of one run are given: its key, data and numbers, placed on its devices."""
 
     key: jax.Array
     clients: int

@@ -31,6 +31,9 @@ MENTIONED = 1e6  #: bytes from which on a run says what its selection needs
 def selection_of(config: Config, family: Family, clients: int) -> select.Select | None:
     """The selection that ``config.select`` names, ``None`` for the method's own.
 
+    Cohort, number of clients, rounds and parameters come from the config where the selection has arguments of that
+    name.
+
     Raises:
       ValueError: an unknown name, or arguments that do not fit the selection or the population.
     """
@@ -50,6 +53,12 @@ def selection_of(config: Config, family: Family, clients: int) -> select.Select 
 
 
 def _made(name: str, args: Line, told: Line) -> select.Select:
+    """The selection of a name, with what it is told and its arguments; one around another makes the inner one first.
+
+    >>> _made("power_of_choice", {"candidates": 4, "speed": 2}, {"cohort": 2})
+    Traceback (most recent call last):
+    ValueError: argument 'speed' is not one of cohort, candidates... of power_of_choice (select.args)
+    """
     if name not in SELECTIONS:
         raise ValueError(f"selection {name!r} is not one of none, {', '.join(SELECTIONS)} (select.name)")
     make = SELECTIONS[name]
@@ -89,7 +98,12 @@ class _Nobody:
 
 
 def _try(rule: select.Select, clients: int, parameters: int) -> None:
-    """Choose once without computing: what a selection refuses of this population, it refuses here."""
+    """Choose once without computing: what a selection refuses of this population, it refuses here.
+
+    Args:
+      clients: N.
+      parameters: entries of the full model, the length of a gradient.
+    """
 
     def once(key: Array) -> PyTree:
         size = jnp.ones(clients, jnp.int32)
@@ -100,7 +114,7 @@ def _try(rule: select.Select, clients: int, parameters: int) -> None:
 
 
 def check_memory(algorithm: Algorithm) -> Needs:
-    """What the selection of a method needs at the server.
+    """What the selection of a method needs at the server, in bytes and words.
 
     Raises:
       ValueError: more than the device has, with what would do.

@@ -14,7 +14,22 @@ TESTS = ("source", "clients")
 
 
 def split(data: Config, source: sources.Source, seed: int) -> Partition:
-    """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them."""
+    """The partition that ``config.data`` asks for, with test rows split off every client's own if it asks for them.
+
+    Args:
+      data: the config's block.
+      source: whose training rows are dealt.
+      seed: of the split.
+
+    Raises:
+      ValueError: an unknown split, or one that this data cannot have.
+
+    >>> from hetfl_jax.run.keys import defaults
+    >>> data, x, y = defaults().data, np.zeros((20, 1)), np.arange(20) % 2
+    >>> data.update(dict(split="shards", clients=5, classes_per_client=2))
+    >>> split(data, sources.Source(x, y, x, y), seed=0).size.tolist()
+    [4, 4, 4, 4, 4]
+    """
     if data.split == "natural" and data.own_test and data.test_fraction:
         raise ValueError(f"own_test {data.own_test}, test_fraction {data.test_fraction}: one must be 0 (data.own_test)")
     part = partition.first_clients(_split(data, source, seed), data.first_clients)
@@ -24,6 +39,9 @@ def split(data: Config, source: sources.Source, seed: int) -> Partition:
 
 def tested_rows(data: Config, part: Partition) -> np.ndarray | None:
     """Rows of the training data that make the test set, all clients' own test rows; ``None``: the source's test set.
+
+    Args:
+      data: the config's block; ``tested_on`` is ``source`` or ``clients``.
 
     Raises:
       ValueError: another word, or clients without test rows.
@@ -42,6 +60,7 @@ def tested_rows(data: Config, part: Partition) -> np.ndarray | None:
 
 
 def _split(data: Config, source: sources.Source, seed: int) -> Partition:
+    """The partition by the split's name, before any rows are held out."""
     labels, clients = source.y_train, data.clients
     if data.split not in SPLITS:
         raise ValueError(f"split {data.split!r} is not one of {', '.join(SPLITS)} (data.split)")

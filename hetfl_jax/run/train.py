@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hetfl_jax.core import machine
-from hetfl_jax.core.types import Arguments, Array, Config, Info, Line, PyTree, Score, State
+from hetfl_jax.core import machine, tree
+from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.door import same_fingerprint
 from hetfl_jax.engine import profile, rounds
@@ -37,7 +36,11 @@ Callback = Callable[[int, Line, State], Any]
 
 
 class Result(NamedTuple):
-    """What ``train`` returns."""
+    """What ``train`` returns.
+
+    ``table[0]["best"]`` is the largest model's score in the best round, ``metrics["accuracy/a"]`` [rounds] that of
+    level a.
+    """
 
     params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
@@ -165,7 +168,10 @@ def _begin(
     lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool,
     light: bool,
 ) -> Run:  # fmt: skip
-    """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
+    """Make the folder this run's own, and take up the last checkpoint of a run that goes on.
+
+    Writes config, environment, partition and the data's fingerprint, and prints what is about to run.
+    """
     config, fed, first = lab.config, lab.federation, machine.is_first()
     claim(folder, config.to_dict(), completed, resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
@@ -250,7 +256,7 @@ def _rounds(
         if not (evaluates or saves):
             bar.advance(round + 1)
             continue
-        lines, totals = _lines(lab, fetched(pending), round + 2 - len(pending), totals)
+        lines, totals = _lines(lab, tree.fetched(pending), round + 2 - len(pending), totals)
         pending = []
         if evaluates:
             lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
@@ -270,21 +276,8 @@ def _rounds(
     return state
 
 
-def fetched(infos: Sequence[Info]) -> list[Info]:
-    """What a human wants of some rounds, on the host: one transfer for each of its arrays, not one a round."""
-    if jax.process_count() > 1 or len(infos) == 1:
-        return jax.device_get(list(infos))
-    leaves = jax.device_get(_stacked([jax.tree.leaves(info) for info in infos]))
-    structure = jax.tree.structure(infos[0])
-    return [jax.tree.unflatten(structure, [leaf[number] for leaf in leaves]) for number in range(len(infos))]
-
-
-@jax.jit
-def _stacked(rows: list[list[Array]]) -> list[Array]:
-    return [jnp.stack(column) for column in zip(*rows)]
-
-
 def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
+    """Scores of every tier after ``round``, which the callbacks see too."""
     scores = evaluate_tiers(lab, state)
     for callback in callbacks:
         callback(round, scores, state)
@@ -324,7 +317,15 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
 
 
 def choosing(line: Line, tier: str, score: Score) -> float:
-    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it."""
+    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it.
+
+    The validation score of ``tier``, else that of the ensemble, else the test score; negative where less is better.
+
+    >>> from hetfl_jax.core.types import ACCURACY
+    >>> line = {"accuracy": {"a": 0.9}, "validation_accuracy": {"a": 0.8}}
+    >>> choosing(line, "a", ACCURACY), choosing({}, "a", ACCURACY) == NEVER
+    (0.8, True)
+    """
     by = next((k for k in (f"validation_{score.name}", f"ensemble_{score.name}", score.name) if k in line), None)
     value = line[by][tier] if by else None
     if value is None or not np.isfinite(value):
@@ -389,7 +390,7 @@ def _finish(
 
 
 def _models(lab: Lab, state: State) -> PyTree:
-    """The global model; with a leading axis where there are several."""
+    """The global model's variables; with a leading axis where there are several."""
     algorithm = lab.federation.algorithm
     if algorithm.choice is None:
         return algorithm.model(state.server, 0)
