@@ -4,12 +4,14 @@ import argparse
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.federated import Line, cell, markdown, play
+from experiments.kept import once
 from hetfl_jax.core import machine
 from hetfl_jax.results.folder import leaves, plain
 
@@ -27,13 +29,20 @@ def flags(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def runs_of(rows: dict[str, tuple[str, ...]], given: argparse.Namespace, every: int) -> Runs:
-    """All rows over all seeds: a row is a config's name with arguments, then changes; ``{seed}`` is filled in."""
+    """All rows over all seeds: a row is a config's name with arguments, then changes; ``{seed}`` is filled in.
+
+    Runs that are done are kept in runs/experiments.
+    """
     machine.use_cache()
     found: Runs = {}
     for name, (target, *changes) in rows.items():
         seeds = [[text.format(seed=seed) for text in (target, *changes)] for seed in range(given.seeds)]
         rounds = f"train.rounds={given.rounds}"
-        found[name] = [play(one[0], rounds, *one[1:], every=every, training_loss=True) for one in seeds]
+        found[name] = [
+            once("selection", {"run": one, "rounds": rounds, "every": every},
+                 partial(play, one[0], rounds, *one[1:], every=every, training_loss=True))
+            for one in seeds
+        ]  # fmt: skip
         last = [lines[-1] for lines in found[name]]
         print(name, cell([line["training_loss"] for line in last], 4), flush=True)
     return found
