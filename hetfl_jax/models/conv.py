@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from hetfl_jax.core import platform
+from hetfl_jax.core import platform, tree
 from hetfl_jax.core.types import Array
 
 LOWERINGS = ("auto", "canonical", "rows", "lax")
@@ -62,16 +62,28 @@ def _fast(
     return _conv(x, w, strides, pads, lhs_dilation=dilation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads, precision: str | None) -> Array:
+    """``precision`` of products as it was set where the convolution stands: the gradients are made elsewhere."""
     return sequential_vmap(lambda x, w: _fast(x, w, strides, pads, (1, 1)))(x, w)
 
 
-def _canonical_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> tuple[Array, tuple[Array, Array]]:
-    return _canonical(x, w, strides, pads), (x, w)
+def _canonical_fwd(
+    x: Array, w: Array, strides: tuple[int, ...], pads: Pads, precision: str | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return _canonical(x, w, strides, pads, precision), (x, w)
 
 
-def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _canonical_bwd(
+    strides: tuple[int, ...], pads: Pads, precision: str | None, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    with jax.default_matmul_precision(precision):
+        return _canonical_gradients(strides, pads, saved, g)
+
+
+def _canonical_gradients(
+    strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, w = saved
     dilated = [(g.shape[1 + i] - 1) * strides[i] + 1 for i in range(2)]
     input_pads = [
@@ -99,8 +111,9 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
         if part == g.shape[0]:
             return of(x, g)
         parts = [v.reshape(-1, part, *v.shape[1:]) for v in (x, g)]
-        total, _ = jax.lax.scan(lambda total, xg: (total + of(*xg), None), jnp.zeros_like(w), parts)
-        return total
+        zero = jnp.zeros(w.shape, tree.wide(w.dtype))
+        total, _ = jax.lax.scan(lambda total, xg: (total + of(*xg), None), zero, parts)
+        return total.astype(w.dtype)
 
     return input_gradient(g, w), kernel_gradient(x, g)
 
@@ -148,9 +161,9 @@ def _rows(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, 
 
     def row(i: int) -> Array:
         columns = jnp.concatenate([view(i, j) for j in range(w.shape[1])], axis=-1)
-        return columns @ w[i].reshape(-1, w.shape[-1])
+        return (columns @ w[i].reshape(-1, w.shape[-1])).astype(tree.wide(x.dtype))
 
-    return sum((row(i) for i in range(1, w.shape[0])), row(0))
+    return sum((row(i) for i in range(1, w.shape[0])), row(0)).astype(jnp.result_type(x, w))
 
 
 def _met(x: Array, w: Array, strides: Sequence[int], pads: Pads) -> tuple[Array, Pads]:
@@ -221,7 +234,8 @@ def conv(
     out = w.shape[-1]
     missing = max(_FAST_CHANNELS - out, 0) if w.shape[2] < _FEW_CHANNELS else 0
     wide = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else w
-    return _canonical(x, wide, step, pads)[..., :out]
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return _canonical(x, wide, step, pads, precision)[..., :out]
 
 
 def depthwise_conv(
@@ -249,7 +263,11 @@ def depthwise_conv(
 def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
     view = _views(x, w.shape[:2], strides, pads)
     places = [(i, j) for i in range(w.shape[0]) for j in range(w.shape[1])]
-    return sum((view(i, j) * w[i, j, 0] for i, j in places[1:]), view(*places[0]) * w[places[0]][0])
+
+    def at(i: int, j: int) -> Array:
+        return (view(i, j) * w[i, j, 0]).astype(tree.wide(x.dtype))
+
+    return sum((at(i, j) for i, j in places[1:]), at(*places[0])).astype(jnp.result_type(x, w))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -270,8 +288,9 @@ def _in_parts_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arra
         input_gradient, kernel_gradient = pull(part[1])
         return total + kernel_gradient, input_gradient
 
-    total, moved = jax.lax.scan(step, jnp.zeros_like(w), (_parts(x, x.shape), _parts(g, x.shape)))
-    return moved.reshape(x.shape), total
+    zero = jnp.zeros(w.shape, tree.wide(w.dtype))
+    total, moved = jax.lax.scan(step, zero, (_parts(x, x.shape), _parts(g, x.shape)))
+    return moved.reshape(x.shape), total.astype(w.dtype)
 
 
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
