@@ -7,9 +7,10 @@
     convolution. The default on CPU.
 ``rows``
     im2col by rows: the shifted views along the width are joined and each kernel row is one matrix product. Plain
-    batched matrix products under ``vmap``. The default elsewhere.
+    batched matrix products under ``vmap``. The default on a GPU.
 ``lax``
-    ``jax.lax.conv_general_dilated`` as it is, grouped for a depthwise convolution, which is otherwise a sum of slices.
+    ``jax.lax.conv_general_dilated`` as it is, which ``vmap`` makes a grouped one; of a depthwise convolution too, which
+    is otherwise a sum of slices. The default on a TPU.
 
 All three plug into Flax through ``nn.Conv(conv_general_dilated=lowered(name))``.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
@@ -26,6 +28,11 @@ from hetfl_jax.core import platform, tree
 from hetfl_jax.core.types import Array
 
 LOWERINGS = ("auto", "canonical", "rows", "lax")
+#: what ``auto`` is by platform; ``python -m experiments.throughput.lowering`` measures them, with ``--target=v5e:2x2``
+#: by what a TPU's compiler plans
+AUTO = {"cpu": "canonical", "gpu": "rows", "tpu": "lax"}
+#: likewise of max-pools: ``winners`` remembers where each maximum was, ``window`` is ``reduce_window``
+POOLS = {"cpu": "winners", "gpu": "winners", "tpu": "window"}
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # XLA:CPU convolves an image of few channels several times slower into fewer than 32 channels than into 32.
 _FEW_CHANNELS, _FAST_CHANNELS = 4, 32
@@ -193,9 +200,7 @@ def _no_window_in_padding(x: Array, w: Array, pads: Pads) -> tuple[Array, Pads]:
 def _resolve(lowering: str) -> str:
     if lowering not in LOWERINGS:
         raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
-    if lowering != "auto":
-        return lowering
-    return "canonical" if platform.current().name == "cpu" else "rows"
+    return AUTO[platform.current().name] if lowering == "auto" else lowering
 
 
 def conv(
@@ -308,7 +313,7 @@ def lowered(lowering: str) -> Callable[..., Array]:
     """``conv`` (or ``depthwise_conv``) in the call shape of ``nn.Conv(conv_general_dilated=...)``.
 
     Args:
-      lowering: one of ``LOWERINGS``; ``auto`` is ``canonical`` on a CPU, else ``rows``.
+      lowering: one of ``LOWERINGS``; ``auto`` is what ``AUTO`` says of the platform.
 
     Returns:
       A function of (x [B, H, W, I], kernel [h, w, I, C], strides, padding, ...), as flax calls it.
@@ -348,12 +353,24 @@ def max_pool(x: Array, window: int = 2) -> Array:
 
     The winner is remembered rather than found again in the gradient by comparing with the maximum: XLA may compute the
     input anew there, rounded otherwise, so that no entry equals the maximum and the gradient is lost without a trace.
-    ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU.
+    ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU, and half as slow on a TPU.
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
     """
+    return pooled(x, window, POOLS[platform.current().name])
+
+
+def pooled(x: Array, window: int, how: str) -> Array:
+    """``max_pool`` in one of the ways that ``POOLS`` names.
+
+    >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    >>> bool((pooled(x, 2, "window") == pooled(x, 2, "winners")).all())
+    True
+    """
+    if how == "window":
+        return nn.max_pool(x, (window, window), (window, window))
     return _max_pool(x, window, x.shape[1:3])
 
 
