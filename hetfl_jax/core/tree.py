@@ -46,6 +46,15 @@ def take(tree: PyTree, index: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of sums over numbers of a type: its own, or float32 if that is less precise.
+
+    >>> wide(jnp.dtype("bfloat16")), wide(jnp.dtype("float64"))
+    (dtype('float32'), dtype('float64'))
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def axis_sum(tree: PyTree) -> PyTree:
     """Sum over the leading axis, as one dot product a leaf: reductions over a stack run at memory speed only as dots.
 

@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from hetfl_jax.core import jaxprs, tree
 from hetfl_jax.core.types import Arguments, Array, Level, PyTree, Within
 from hetfl_jax.models.adapter import Net, adapt
+from hetfl_jax.models.precision import in_precision
 from hetfl_jax.models.windows import Family, Path, Prepare, Window, base_of, flat, mask, masked_by, narrow, overlay
 
 
@@ -157,6 +158,17 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
             )
             return fam._replace(masked=False)
     return fam
+
+
+def computing_in(precision: str, fam: Family) -> Family:
+    """``fam`` whose nets compute in ``precision``, see ``precision.in_precision``.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = computing_in("bfloat16", family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3))))
+    >>> view(fam, init(fam, jax.random.key(0)), 0).apply(init(fam, jax.random.key(0)), jnp.ones((1, 3)))[0].dtype
+    dtype('float32')
+    """
+    return fam._replace(nets=tuple(in_precision(net, precision) for net in fam.nets))
 
 
 def collects_statistics(fam: Family) -> bool:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
 
@@ -125,7 +126,7 @@ def scale(x: Array, width: float | Array, *, train: bool) -> Array:
     >>> float(scale(jnp.float32(2), 0.5, train=True)), float(scale(jnp.float32(2), 0.5, train=False))
     (4.0, 2.0)
     """
-    return x / width if train else x
+    return (x / width).astype(x.dtype) if train else x
 
 
 def check_norm(kind: str, smallest: int, groups: int = GROUPS) -> None:
@@ -175,14 +176,15 @@ class Norm(nn.Module):
         check_norm(self.kind, self.groups, self.groups)
         if self.kind == "none":
             return x
-        features = x.shape[-1]
+        features, dtype = x.shape[-1], x.dtype
+        x = x.astype(tree.wide(dtype))  # moments of bfloat16 numbers too
         if self.kind.startswith("bn"):
             mean, var = self._batch_statistics(x, train, valid, self.tiers if tier is None else tier)
         else:
             mean, var = _group_statistics(x, self.kind, active, self.groups)
         weight = self.param("scale", nn.initializers.ones, (features,))
         bias = self.param("bias", nn.initializers.zeros, (features,))
-        y = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias
+        y = ((x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias).astype(dtype)
         return y if active is None else jnp.where(jnp.arange(features) < active, y, 0.0)
 
     def _batch_statistics(self, x: Array, train: bool, valid: Array | None, tier: int | Array) -> tuple[Array, Array]:

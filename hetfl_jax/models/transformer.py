@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.layers import EPSILON, active_channels, scale, traced_channels, uniform_fan_in
 from hetfl_jax.models.nets import BaseNet, Capacity
@@ -85,7 +86,8 @@ class Layer(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(
             jnp.asarray(head if active is None else active, q.dtype)
         )
-        weights = nn.softmax(jnp.where(there[:, None, None], scores, jnp.finfo(scores.dtype).min))
+        scores = scores.astype(tree.wide(scores.dtype))
+        weights = nn.softmax(jnp.where(there[:, None, None], scores, jnp.finfo(scores.dtype).min)).astype(v.dtype)
         y = linear(jnp.einsum("bhqk,bkhd->bqhd", weights, v), features, 3, "output", axis=(-2, -1))
         x = run.norm(x + run.drop(y, self.embedding, self.make_rng), self.embedding, "norm1")
         y = nn.gelu(linear(x, run.size(self.hidden), 4, "linear1"), approximate=False)

@@ -274,7 +274,8 @@ def _known_family(
     that share these share it, and with it their programs.
     """
     kept, x, y = config.data, source.x_train, source.y_train
-    kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
+    shapes = (x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes)
+    kind = str((config.family, config.train.precision, kept.mean, kept.std, kept.augment, *shapes))
     if kind not in known.families:
         fam = _family(config, mix, source, classes, given)
         known.families[kind] = fam, costs(fam)
@@ -325,7 +326,7 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
     if len(levels) > 1 and own:
         fam = families.checked(fam)
     _check_outputs(fam, source, classes)
-    return fam
+    return families.computing_in(config.train.precision, fam)
 
 
 def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:

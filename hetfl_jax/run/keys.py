@@ -125,6 +125,11 @@ KEYS = {
         "warmup_rounds": Key(0, "rounds over which the rate grows to its value"),
         "full_batch": Key(False, "a client's examples are one batch; batch_size is then the most one may hold"),
         "keep_momentum": Key(False, "a client's momentum lives on between its rounds, in its memory"),
+        "precision": Key(
+            "auto",
+            "of the net's products and activations: auto (the device's own), float32, tf32, bfloat16; parameters and "
+            "sums stay float32",
+        ),
         "executor": Key("bucketed", "bucketed (levels at their shapes), chunked, vmapped (masked), debugging (no jit)"),
         "buckets": Key("auto", "levels that share a program: auto (what takes least time), each, one, or a-b-cde"),
         "clients_per_chunk": Key(0, "clients under one vmap; 0: 1 on a CPU, else as many as fit"),
