@@ -57,11 +57,18 @@ def defined(path):
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_reliability_page_names_tests_that_exist():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
-    assert len(named) > 30
+@pytest.mark.parametrize(("page", "least"), [("reliability", 30), ("faq", 10)])
+def test_promises_name_tests_that_exist(page, least):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / f"{page}.md").read_text())
+    assert len(named) >= least
     for file, test in named:
         assert test in defined(ROOT / file), f"{file}::{test}"
+
+
+def test_every_row_of_the_reliability_page_names_a_test():
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith(("| fault |", "| ---"))]
+    assert [row for row in promises if "::test_" not in row] == []
 
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
