@@ -1,7 +1,9 @@
 """Reading a population: the rows of some clients, and the examples of one as it sees them."""
 
+import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import platform
 from hetfl_jax.core.types import Array, Population, Shard, Views
 
 
@@ -38,6 +40,9 @@ def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
     [[[4.0, 5.0], [0.0, 1.0]], [2, 0]]
     """
     x, y = shard.x[rows], shard.y[rows]
+    if platform.current().name == "tpu":
+        # XLA would round the whole pool to bfloat16, for the products of the few rows that a round reads.
+        x = jax.lax.optimization_barrier(x)
     if not isinstance(shard.views, Views):
         return x, y
     moved = shard.views.pixels[shard.view]
