@@ -141,6 +141,20 @@ def test_five_widths_execute_little_more_than_they_need(net, kind):
     assert 1 <= counted(net, kind) <= 1.35
 
 
+@pytest.mark.parametrize("kind", ["gpu", "tpu"])
+def test_an_mlp_runs_full_size_on_an_accelerator(kind):
+    """Its layers are launches: a bucket a level takes twice the time, and even so more than 1.35 of what is needed."""
+    asked, device = benchmark("mlp", rounds=10_000), CONSTANTS[kind]
+    found = best(asked, holds(parse_mix(FIVE)), device, MOST)
+    assert [bucket.levels for bucket in found] == [(0, 1, 2, 3, 4)]
+    assert counted("mlp", kind, draws=10) == pytest.approx(2.66, abs=0.1)
+    one, each = (
+        sum(seconds(asked, levels, at_once(asked, levels, device, MOST), device) for levels in groups)
+        for groups in ([range(5)], [[level] for level in range(5)])
+    )
+    assert each > 2 * one
+
+
 def test_what_ran_is_counted_by_hand():
     """Two buckets; a chunk is as long as its longest client and always full, a batch always full."""
     fam = mlp_family()

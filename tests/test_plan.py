@@ -46,6 +46,8 @@ def test_rounds_and_evaluation_compile_for_a_tpu(name):
     assert 0 < found.round.megabytes < found.room
     assert 0 < found.milliseconds < 1_000
     assert 0 < found.utilisation < 1
+    assert 0 < found.evaluation_milliseconds < 1_000
+    assert name == "ifca" or not found.evaluation.schedule.once
     assert found.round.schedule.cycles > sum(op.cycles for op in found.round.schedule.dearest[:1])
     kept = name in ("client memory", "resnet of exits")
     kinds = [kind for kind, _ in found.round.schedule.collectives]
@@ -67,6 +69,7 @@ def test_the_command_prints_the_plan(capsys):
         "buckets        ab",
         "MB a chip",
         "ms estimated",
+        "an evaluation",
         "collectives",
         "dearest operations",
     ):

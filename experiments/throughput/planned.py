@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from experiments.throughput import common
 from hetfl_jax.core import platform
+from hetfl_jax.core.types import Algorithm, Population, PyTree, State
 from hetfl_jax.engine import buckets, executors, schedule
 from hetfl_jax.engine.chunks import MOST
 from hetfl_jax.engine.constants import CONSTANTS
@@ -54,15 +55,8 @@ def round_of(
                                   cohort, mix)  # fmt: skip
         groups, wanted = _buckets(fam, mix, together, -(-cohort // where.mesh.size))
         run = executors.executor("bucketed", 0, 1, groups, wanted, where.mesh, where.platform())
-        step: Any = make_round(algorithm, run, device_store())
     people = jax.eval_shape(lambda: common.data(common.SHAPES[net], CLIENTS, EXAMPLES, fam.levels))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda k: start(algorithm, device_store(), CLIENTS, k), key)
-    everywhere = NamedSharding(where.mesh, executors.EVERYWHERE)
-    args = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere), (state, people, key))
-    began = time.perf_counter()
-    compiled = step.jitted.lower(*args).compile()
-    seconds = time.perf_counter() - began
+    compiled, seconds = compile_round(where, algorithm, run, people, CLIENTS)
     share = np.asarray(parse_mix(mix).proportions, float)
 
     def trips(path: str) -> float | None:
@@ -78,6 +72,28 @@ def round_of(
     found = schedule.read(compiled.as_text(), trips)
     megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
     return Planned(found.cycles / (where.generation.clock * 1e6), megabytes, seconds, groups, found)
+
+
+def compile_round(
+    where: Target, algorithm: Algorithm, run: executors.Executor, people: Population, clients: int
+) -> tuple[Any, float]:
+    """One round for the shapes of a population, client memory split over the chips; and how long that took here."""
+    step: Any = make_round(algorithm, run, device_store())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda k: start(algorithm, device_store(), clients, k), key)
+
+    def placed(values: PyTree, spec: Any, rows: int = 1) -> PyTree:
+        def of(v: Any) -> jax.ShapeDtypeStruct:
+            shape = (*(-(-n // rows) * rows for n in v.shape[:1]), *v.shape[1:])
+            return jax.ShapeDtypeStruct(shape, v.dtype, sharding=NamedSharding(where.mesh, spec))
+
+        return jax.tree.map(of, values)
+
+    memory = placed(state.memory, executors.SPLIT, where.mesh.size)
+    server, round, people, key = placed((state.server, state.round, people, key), executors.EVERYWHERE)
+    began = time.perf_counter()
+    compiled = step.jitted.lower(State(server, memory, round), people, key).compile()
+    return compiled, time.perf_counter() - began
 
 
 def _buckets(fam: Any, mix: str, together: str, items: int) -> tuple[Any, tuple[int, ...]]:

@@ -130,7 +130,8 @@ def with_statistics(
         return collect(sent[0], tier_of(sent), examples(shard, rows)[0], valid), ()
 
     count = data.size.shape[0]
-    total = query(executor, one, sent, data, jnp.arange(count), jax.random.key(0)).total
+    with jax.named_scope("statistics"):
+        total = query(executor, one, sent, data, jnp.arange(count), jax.random.key(0)).total
     return {**variables, "batch_stats": jax.tree.map(lambda v: v[0] / count, total)}
 
 

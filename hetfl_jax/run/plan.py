@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     fits: bool
     room: float  #: MB of a chip
     milliseconds: float  #: of a round, estimated, loops by their expected trip counts
+    evaluation_milliseconds: float  #: of the largest model, likewise
     utilisation: float  #: needed multiply-adds x 2 over what all chips could do in that time (bfloat16)
     buckets: str  #: names of levels that share one
 
@@ -82,13 +83,14 @@ def plan(config: Any, where: str, own: Own | None = None) -> Plan:
     evaluation = _compiled(
         "evaluation", programs.evaluate, trips, 0, 0, state.server, memory, train, batches, test, told
     )
-    room, seconds = there.generation.memory * 1e3, of_round.schedule.cycles / (there.generation.clock * 1e9)
+    room, clock = there.generation.memory * 1e3, there.generation.clock * 1e9
+    seconds = of_round.schedule.cycles / clock
     asked = work_of(config, fed, 1)
     needed = float(np.dot(asked.share, asked.macs)) * asked.items * asked.steps
     peak = there.generation.flops * 1e12 * there.mesh.size
     return Plan(
         where, there.mesh.size, of_round, evaluation, max(of_round.megabytes, evaluation.megabytes) <= room, room,
-        1e3 * seconds, 2 * needed / (peak * seconds) if seconds else 0.0,
+        1e3 * seconds, 1e3 * evaluation.schedule.cycles / clock, 2 * needed / (peak * seconds) if seconds else 0.0,
         "-".join("".join(fed.mix.names[level] for level in group) for group in groups),
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def _trips(config: Config, fed: Federation, there: Target, groups: Any) -> sched
     def of(path: str) -> float | None:
         last = path.rsplit("/while", 1)[0]
         if "evaluation" in path:
-            return None
+            return _evaluation_trips(config, fed, there.mesh.size, path)
         if last.endswith("local_training"):
             return asked.steps
         match = re.search(r"bucket_(\d+)_of_(\d+)$", last)
@@ -132,6 +134,17 @@ def _trips(config: Config, fed: Federation, there: Target, groups: Any) -> sched
         return chunks(asked.items, share, int(match[2]))
 
     return of
+
+
+def _evaluation_trips(config: Config, fed: Federation, devices: int, path: str) -> float | None:
+    """Chunks of test batches, or of those of the statistics pass, and batches of each of these "clients"."""
+    if fed.algorithm.choice is not None:  # models are tried on the clients' data too
+        return None
+    last, collecting = path.rsplit("/while", 1)[0], "statistics" in path
+    size = np.asarray((fed.train_batches if collecting else fed.test).size)
+    if match := re.search(r"bucket_\d+_of_(\d+)$", last):
+        return float(np.ceil(np.ceil(size.size / devices) / int(match[1])))
+    return 1.0 if collecting else float(np.ceil(size / config.run.eval_batch_size).mean())
 
 
 def _compiled(name: str, program: Any, trips: schedule.Trips, *args: PyTree) -> Program:
@@ -156,7 +169,8 @@ def describe(found: Plan) -> str:
             f"{program.compile_seconds:,.1f} s; collectives: {moved}"
         )
     rows["a round"] = f"{found.milliseconds:,.3f} ms estimated, {found.utilisation:.2%} of the chips' bfloat16 rate"
-    if once := sorted(set(found.round.schedule.once)):
+    rows["an evaluation"] = f"{found.evaluation_milliseconds:,.3f} ms estimated, of the largest model"
+    if once := sorted({*found.round.schedule.once, *found.evaluation.schedule.once}):
         rows["counted once"] = f"{len(once)} loops of unknown length: {', '.join(path[-60:] for path in once)}"
     text = "\n".join(f"{name:15s}{value}" for name, value in rows.items())
     dear = "\n".join(f"{op.cycles:>14,.0f}  {op.shape:40s}  {op.path}" for op in found.round.schedule.dearest)
