@@ -47,11 +47,7 @@ Pads = tuple[tuple[int, int], ...]
 def _geometry(
     x: Array, w: Array, strides: int | Sequence[int], padding: str | Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], Pads]:
-    """Strides and explicit (low, high) zeros per spatial axis.
-
-    >>> _geometry(jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 1)), 2, "SAME")
-    ((2, 2), ((1, 1), (1, 1)))
-    """
+    """Strides and explicit (low, high) zeros per spatial axis."""
     step = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], w.shape[:2], step, padding)
@@ -134,12 +130,8 @@ def examples_at_once(out: Sequence[int], kernel: Sequence[int], itemsize: int) -
     """The largest equal part of a batch whose patches and output gradients stay in cache; few channels gain nothing.
 
     Args:
-      out: [B, H, W, C] of the output.
-      kernel: [h, w, I, C].
+      out, kernel: shapes, [B, H, W, C] and [h, w, I, C].
       itemsize: bytes of a number.
-
-    Returns:
-      A divisor of B.
 
     >>> examples_at_once((20, 28, 28, 8), (5, 5, 1, 8), 4), 20 % examples_at_once((20, 28, 28, 64), (5, 5, 32, 64), 4)
     (20, 0)
@@ -204,11 +196,7 @@ def _no_window_in_padding(x: Array, w: Array, pads: Pads) -> tuple[Array, Pads]:
 
 
 def _resolve(lowering: str) -> str:
-    """A lowering by name; ``auto`` by the platform that programs are made for.
-
-    Raises:
-      ValueError: an unknown name.
-    """
+    """A lowering by name; ``auto`` by the platform that programs are made for."""
     if lowering not in LOWERINGS:
         raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
     return AUTO[platform.current().name] if lowering == "auto" else lowering
@@ -328,9 +316,6 @@ def lowered(lowering: str) -> Callable[..., Array]:
     Args:
       lowering: one of ``LOWERINGS``; ``auto`` is what ``AUTO`` says of the platform.
 
-    Returns:
-      A function of (x [B, H, W, I], kernel [h, w, I, C], strides, padding, ...), as flax calls it.
-
     >>> import flax.linen as nn
     >>> layer = nn.Conv(3, (3, 3), conv_general_dilated=lowered("rows"))
     >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 2)))[0].shape
@@ -364,13 +349,10 @@ def lowered(lowering: str) -> Callable[..., Array]:
 def max_pool(x: Array, window: int = 2) -> Array:
     """Non-overlapping max-pool, VALID; the gradient goes to the first largest entry of a window, as in PyTorch.
 
-    The winner is remembered rather than found again in the gradient by comparing with the maximum: XLA may compute the
-    input anew there, rounded otherwise, so that no entry equals the maximum and the gradient is lost without a trace.
+    [B, H, W, C] becomes [B, H // window, W // window, C]. The winner is remembered rather than found again in the
+    gradient by comparing with the maximum: XLA may compute the input anew there, rounded otherwise, so that no entry
+    equals the maximum and the gradient is lost without a trace.
     ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU, and half as slow on a TPU.
-
-    Args:
-      x: [B, H, W, C].
-      window: w; the result is [B, H // w, W // w, C].
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
     Array([[ 5.,  7.],

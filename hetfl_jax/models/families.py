@@ -172,13 +172,7 @@ def computing_in(precision: str, fam: Family) -> Family:
 
 
 def collects_statistics(fam: Family) -> bool:
-    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked.
-
-    >>> from hetfl_jax.models import MLP
-    >>> tracked, static = (MLP(hidden=(4,), norm=norm) for norm in ("bn_tracked", "bn"))
-    >>> [collects_statistics(family(net, [{}], jnp.zeros((2, 3)))) for net in (tracked, static)]
-    [False, True]
-    """
+    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     stats = jax.eval_shape(lambda v, x: fam.nets[0].apply(v, x, collect=True)[1], fam.shapes[0], ready)
     return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
@@ -205,11 +199,7 @@ def _is_struct(example: PyTree) -> bool:
 
 
 def _window(path: Path, leaf: PyTree, levels: list[dict[Path, PyTree]], wider: PyTree) -> Window:
-    """The window of one leaf: its extents at every level, and which axis grows with the number of classes.
-
-    Raises:
-      ValueError: a level that is not inside level 0, or has a leaf that level 0 lacks.
-    """
+    """The window of one leaf: its extents at every level, and which axis grows with the number of classes."""
     extents = []
     for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)
