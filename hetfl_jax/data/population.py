@@ -170,6 +170,7 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         level=jnp.zeros(sizes.size, jnp.int32),
         view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
         classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
+        devices=(),
     )
 
 

@@ -10,11 +10,11 @@ from hetfl_jax.core import tree
 from hetfl_jax.core.types import Config, Price, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import rounds
+from hetfl_jax.models.costs import BACKWARD
 from hetfl_jax.results import tables
 from hetfl_jax.run.buckets import expected_shares
 from hetfl_jax.run.federation import Own
 from hetfl_jax.run.lab import Lab, prepare
-from hetfl_jax.run.ledger import BACKWARD
 from hetfl_jax.run.selections import sentences
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.

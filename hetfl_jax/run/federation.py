@@ -19,6 +19,7 @@ from hetfl_jax.models.costs import Costs, costs
 from hetfl_jax.models.windows import Family, Prepare
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import Local, local
+from hetfl_jax.run.devices import BUDGET, Equipped, equipment_of, equipped, timed
 from hetfl_jax.run.domains import check_pixels
 from hetfl_jax.run.given import (
     Own,
@@ -63,6 +64,7 @@ class Federation(NamedTuple):
     reads_population: bool = False  #: whether the method looks at the data when it is built
     groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
+    outfit: Equipped | None = None  #: where clients have devices
 
 
 def build(config: Config, own: Own | None = None, families: dict[str, Family] | None = None) -> Federation:
@@ -87,36 +89,35 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     classes = classes_of(source, config.family.outputs)
     fam = _known_family(config, mix, source, classes, own.net, {} if families is None else families)
     settings = _settings(config, fam, part.size)
-    level = assigned(mix, clients, config.capacity.order)
-    if is_population(own.data) and np.asarray(own.data[0].level).any():
-        level = np.asarray(own.data[0].level)
+    level = _levels(config, own, mix, clients)
     check_pixels(config, source)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = held_of(source, part, classes, views, groups)
     train = population(
         *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
     )
-    algorithm = _algorithm(config, make, fam, settings, mix, level, train)
+    price, outfit = costs(fam), None
+    algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
+    if equipment := equipment_of(config, part.size, seed):
+        outfit = equipped(config, equipment, algorithm, fam, price, settings, mix.names, train)
+        train, level = outfit.train, outfit.level
+        algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
 
     def remake(blocks: Line) -> Algorithm:
         other = ml_collections.ConfigDict(blocks)
         local = local_training(other.train, fam)._replace(batch_size=settings.batch_size)
-        return _algorithm(other, make, fam, local, mix, level, train)
+        return _algorithm(other, make, fam, local, mix, price, level, train)
 
-    if not algorithm.drawn:
+    if not algorithm.drawn and config.capacity.name != BUDGET:
         partition.check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
-    price = costs(fam)
     return Federation(
         algorithm=algorithm,
         family=fam,
         local=settings,
         mix=mix,
         costs=price,
-        tiers=algorithm.tiers or tuple(
-            Tier(name, *(int(row[i]) for row in (price.parameters, price.bytes, price.macs)))
-            for i, name in enumerate(mix.names)
-        ),
+        tiers=algorithm.tiers or _tiers(mix, price),
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
@@ -132,7 +133,21 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
         reads_population=not isinstance(make, Algorithm) and "population" in methods.arguments(make),
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
+        outfit=outfit,
     )  # fmt: skip
+
+
+def _levels(config: Config, own: Own, mix: Mix, clients: int) -> np.ndarray:
+    """[N] the fixed level of every client: of the user's population, or as the config assigns them."""
+    level = assigned(mix, clients, config.capacity.order)
+    if is_population(own.data) and np.asarray(own.data[0].level).any():
+        level = np.asarray(own.data[0].level)
+    return level
+
+
+def _tiers(mix: Mix, price: Costs) -> tuple[Tier, ...]:
+    rows = zip(price.parameters.tolist(), price.bytes.tolist(), price.macs.tolist())
+    return tuple(Tier(name, *row) for name, row in zip(mix.names, rows))
 
 
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
@@ -167,14 +182,14 @@ def _method(config: Config, own: Own) -> methods.Make | Algorithm:
 
 
 def _algorithm(
-    config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
-    train: Population,
+    config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, price: Costs,
+    level: np.ndarray, train: Population,
 ) -> Algorithm:  # fmt: skip
-    """The method with its arguments, what the federation tells it, and what is chosen apart from it."""
+    """The method with its arguments, what the federation tells it, what is chosen apart from it, and its clock."""
     if isinstance(make, Algorithm):
         check_unused(config)
         check_whole(config, make, fam.levels, level.size)
-        return make
+        return timed(config, make, price, settings, train)
     args, known = config.method.args.to_dict(), methods.arguments(make)
     told = {
         "proportions": mix.proportions,
@@ -190,7 +205,8 @@ def _algorithm(
     args = {name: value for name, value in args.items() if name in known}
     args |= {name: value for name, value in told.items() if name in known}
     slots: Slots | None = slots_of(config, fam, mix, level.size)
-    return methods.build(config.method.name, make, fam, settings, args, slots)
+    made = methods.build(config.method.name, make, fam, settings, args, slots)
+    return timed(config, made, price, settings, train)
 
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
