@@ -14,7 +14,8 @@ from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import choose
 from hetfl_jax.parts.buffered import buffered
 from hetfl_jax.parts.compose import Slots
-from hetfl_jax.parts.simulate import Rule, simulated
+from hetfl_jax.parts.pace import Rule
+from hetfl_jax.parts.simulate import simulated
 from tests.helpers import mlp_family, sgd, toy_population, worst
 from tests.test_contract import EXECUTORS, play
 from tests.test_devices import clocked, equal_sizes, with_devices

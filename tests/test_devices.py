@@ -10,9 +10,13 @@ import pytest
 from hetfl_jax.core.types import Devices, Population
 from hetfl_jax.data import devices as profiles
 from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.rounds import make_round, start
+from hetfl_jax.engine.stores import Packing, device_store, host_store
 from hetfl_jax.methods import fedavg, scaffold
 from hetfl_jax.models.costs import costs
-from hetfl_jax.parts import afford, choose, explore, select, simulate
+from hetfl_jax.models.windows import memory_extents
+from hetfl_jax.parts import afford, choose, explore, pace, select, simulate
+from hetfl_jax.parts import online as presence
 from hetfl_jax.run import ledger
 from tests.helpers import mlp_family, sgd, toy_population, worst
 from tests.test_contract import BY_NAME, EXECUTORS, play
@@ -50,7 +54,7 @@ def with_devices(pop: Population, table=None, **more):
 
 def clocked(algorithm, family, settings=None, **rule):
     settings = sgd() if settings is None else settings
-    return simulate.simulated(algorithm, simulate.Rule(costs(family).macs, algorithm.price(), settings, **rule))
+    return simulate.simulated(algorithm, pace.Rule(costs(family).macs, algorithm.price(), settings, **rule))
 
 
 def test_the_table_by_hand_before_a_round():
@@ -147,9 +151,6 @@ def test_every_method_can_be_timed(name):
 
 def play_shapes(algorithm, pop):
     """One round, for ``jax.eval_shape``."""
-    from hetfl_jax.engine.rounds import make_round, start
-    from hetfl_jax.engine.stores import device_store
-
     state = start(algorithm, device_store(), pop.size.shape[0], jax.random.key(0))
     return make_round(algorithm, executor("bucketed"), device_store())(state, pop, jax.random.key(0))
 
@@ -168,8 +169,8 @@ def test_a_deadline_of_0_leaves_the_model_and_counts_everybody():
     )
     pop = with_devices(toy_population())
     state, infos, _ = play(algorithm, executor("bucketed"), pop)
-    start = algorithm.init(jax.random.fold_in(jax.random.key(7), 0))[0]
-    assert worst(state.server.server, start.server) == 0
+    before = algorithm.init(jax.random.fold_in(jax.random.key(7), 0))[0]
+    assert worst(state.server.server, before.server) == 0
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(state.memory))
     for info in infos:
         assert info.numbers["late"] == 5
@@ -198,6 +199,20 @@ def test_late_replies_are_as_if_the_client_were_absent(how):
     wanted, _, _ = play(base._replace(plan=plan), executor("bucketed"), pop, rounds=1)
     assert worst(state.server.server, wanted.server) < 1e-6
     assert worst(state.memory, wanted.memory) < 1e-6
+
+
+@pytest.mark.slow
+def test_memory_on_the_host_is_left_alone_likewise(tmp_path):
+    family, settings, key = mlp_family(THREE), sgd(momentum=0.0), jax.random.key(7)
+    base = scaffold.make(family, settings, cohort=5, clients=5)
+    algorithm, pop = clocked(base, family, settings, deadline=60.0), with_devices(equal_sizes(), FIVE)
+    wanted, _, _ = play(algorithm, executor("bucketed"), pop, rounds=1)
+    one = jax.eval_shape(algorithm.init, key)[1]
+    store = host_store(tmp_path, Packing(np.zeros(5, int), memory_extents(family, one)))
+    state, info = make_round(algorithm, executor("bucketed"), store)(start(algorithm, store, 5, key), pop, key)
+    assert info.numbers["late"] == 2
+    assert worst(store.gather((), np.arange(5)), wanted.memory) < 1e-6
+    assert worst(state.server, wanted.server) < 1e-6
 
 
 def test_the_first_replies_are_the_fastest_clients():
@@ -259,8 +274,8 @@ def test_a_round_without_anybody_lasts_until_somebody_comes():
 def test_an_interval_over_midnight_goes_on():
     online = times_of([(0, 10), (80, 100)], [(0, 100)], [(80, 100)])
     known = Devices(jnp.ones(3), jnp.ones(3), jnp.ones(3), online=online)
-    assert simulate.leaving(known, jnp.arange(3), jnp.float32(190.0)).tolist() == [20.0, float("inf"), 10.0]
-    assert float(simulate.coming(known._replace(able=jnp.array([True, False, True])), jnp.float32(30.0))) == 50
+    assert presence.leaving(known, jnp.arange(3), jnp.float32(190.0)).tolist() == [20.0, float("inf"), 10.0]
+    assert float(presence.coming(known._replace(able=jnp.array([True, False, True])), jnp.float32(30.0))) == 50
 
 
 def test_a_survey_takes_the_time_of_its_slowest_answer():

@@ -5,6 +5,7 @@ Every way has the same learning rate and takes up to 10 replies a step, but for 
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hetfl_jax.core import machine
 from hetfl_jax.results.folder import write_json
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.lab import evaluate_tiers, prepare
+from hetfl_jax.run.programs import Shared
 
 TASK = (
     "family.net=mlp", "family.hidden=(32,)", "family.norm=none", "family.scaler=False", "family.mix=a1",
@@ -35,58 +37,64 @@ WAYS = {
 EVERY = 5  #: steps between evaluations
 
 
-def run(way: str, seed: int, target: float, most: int) -> dict[str, Any]:
-    """Train until the test accuracy reaches ``target``, or for ``most`` steps."""
-    lab = prepare(load_config("heterofl_devices", *TASK, *WAYS[way], f"run.seed={seed}", f"train.rounds={most}"))
-    state, curve, reached, late, stale = lab.start(), [], None, 0, list[float]()
-    for step in range(1, most + 1):
+def run(way: str, seed: int, steps: int, shared: Shared) -> dict[str, Any]:
+    """Train for ``steps`` steps; the test accuracy and the simulated seconds of every ``EVERY``-th."""
+    changes = (*TASK, *WAYS[way], f"run.seed={seed}", f"train.rounds={steps}")
+    lab = prepare(load_config("heterofl_devices", *changes, tell=lambda text: None), shared=shared)
+    state, curve, late, stale = lab.start(), [], 0, list[float]()
+    for step in range(1, steps + 1):
         state, info = lab.step(state, lab.population, lab.key)
         numbers = jax.device_get(info.numbers)
         late += int(numbers["late"])
         stale.append(float(numbers.get("staleness", 0)))
         if step % EVERY == 0:
             accuracy = evaluate_tiers(lab, state)["accuracy"]["a"]
-            curve.append((step, float(numbers["simulated_seconds"]), accuracy))
-            if accuracy >= target:
-                reached = curve[-1]
-                break
-    seconds = None if reached is None else reached[1]
-    steps = None if reached is None else reached[0]
-    return {
-        "way": way, "seed": seed, "seconds": seconds, "steps": steps, "late": late,
-        "staleness": float(np.mean(stale)), "curve": curve,
-    }  # fmt: skip
+            curve.append((step, round(float(numbers["simulated_seconds"]), 3), round(accuracy, 6)))
+    return {"way": way, "seed": seed, "late": late, "staleness": float(np.mean(stale)), "curve": curve}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def reached(row: dict[str, Any], target: float) -> tuple[int, float] | None:
+    """(step, simulated seconds) of the first evaluation with at least the accuracy ``target``."""
+    return next(((step, seconds) for step, seconds, accuracy in row["curve"] if accuracy >= target), None)
+
+
+def table(rows: list[dict[str, Any]], target: float) -> str:
     """Means and deviations over seeds; a way that missed the target in a seed has no time."""
-    out = []
-    first = np.mean([r["seconds"] for r in rows if r["way"] == next(iter(WAYS))])
+    out, base = list[list[str]](), 0.0
     for way in WAYS:
         own = [r for r in rows if r["way"] == way]
-        missed = sum(r["seconds"] is None for r in own)
-        if missed:
-            out.append([way, f"missed in {missed} of {len(own)}", "", "", ""])
+        times = [found for r in own if (found := reached(r, target))]
+        last = cell([100 * r["curve"][-1][2] for r in own])
+        if len(times) < len(own):
+            out.append([way, f"{len(times)} of {len(own)} reached it", "", "", "", last])
             continue
-        hours = [r["seconds"] / 3600 for r in own]
-        ratio = float(np.mean(hours)) * 3600 / first
-        steps, stale = [r["steps"] for r in own], [r["staleness"] for r in own]
-        out.append([way, cell(hours, 3), f"{ratio:.2f}", cell(steps, 0), cell(stale, 2)])
-    return markdown(["way", "simulated hours", "of rounds of 10", "steps", "mean staleness"], out)
+        hours, steps = [seconds / 3600 for _, seconds in times], [step for step, _ in times]
+        base = base or float(np.mean(hours))
+        stale = cell([r["staleness"] for r in own], 2)
+        out.append([way, cell(hours, 4), f"{np.mean(hours) / base:.2f}", cell(steps, 0), stale, last])
+    return markdown(
+        ["way", "simulated hours", "of rounds of 10", "steps", "mean staleness", "accuracy at the end"], out
+    )
 
 
 def main() -> None:
-    """Run all ways and seeds; write ``results/fedbuff.json``."""
+    """Run all ways and seeds, write ``results/fedbuff.json``, and print the table; or print it again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--target", type=float, default=0.9)
-    parser.add_argument("--most", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--target", type=float, default=0.85)
+    parser.add_argument("--table", action="store_true", help="of the stored results")
     args = parser.parse_args()
-    machine.use_cache()
-    rows = [run(way, seed, args.target, args.most) for way in WAYS for seed in range(args.seeds)]
-    command = f"python -m experiments.devices.fedbuff --seeds {args.seeds} --target {args.target} --most {args.most}"
-    write_json(Path(__file__).parent / "results" / "fedbuff.json", {"command": command, "rows": rows})
-    print(table(rows))
+    path = Path(__file__).parent / "results" / "fedbuff.json"
+    if not args.table:
+        machine.use_cache()
+        rows, shared = list[dict[str, Any]](), Shared()
+        command = f"python -m experiments.devices.fedbuff --seeds {args.seeds} --steps {args.steps}"
+        for way in WAYS:
+            rows += [run(way, seed, args.steps, shared) for seed in range(args.seeds)]
+            write_json(path, {"command": command, "rows": rows})
+            print(way, [row["curve"][-1] for row in rows[-args.seeds :]], flush=True)
+    print(table(json.loads(path.read_text())["rows"], args.target))
 
 
 if __name__ == "__main__":

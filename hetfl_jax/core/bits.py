@@ -46,6 +46,9 @@ def total(parts: np.ndarray) -> np.ndarray:
 def approximate(parts: Array) -> Array:
     """float32 numbers from [..., 3] digits, on the device, to seven decimals.
 
+    Args:
+      parts: int32, carried or not.
+
     >>> float(approximate(jnp.array([5, 0, 3])))
     3221225472.0
     """

@@ -186,6 +186,10 @@ def _scores(size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def read_table(path: Path, clients: int) -> Profile:
     """A CSV file with the header ``client,macs_per_s,memory_mb,up_mbps,down_mbps`` and a row for every client.
 
+    Args:
+      path: the file.
+      clients: how many there are; each has one row, in any order.
+
     Raises:
       ValueError: another header, a client that is missing, twice or none of the population's, a value <= 0.
     """
@@ -217,6 +221,10 @@ def write_table(path: Path, profile: Profile) -> None:
 def read_times(path: Path, clients: int) -> Times:
     """A CSV file with the header ``client,online_s,offline_s,period_s``: a row for every interval of a client.
 
+    Args:
+      path: the file.
+      clients: how many there are; each has a row at least, all of its rows one period.
+
     Raises:
       ValueError: another header, intervals that overlap or leave their period, a client without any.
     """
@@ -239,6 +247,10 @@ def read_times(path: Path, clients: int) -> Times:
 
 def times(spans: list[list[tuple[float, float]]], period: np.ndarray, key: str = "devices.online") -> Times:
     """Intervals of clients as arrays.
+
+    Args:
+      spans: of each client, (online, offline) in seconds, in any order.
+      period: [N] seconds after which they repeat.
 
     Raises:
       ValueError: two intervals of a client that overlap.

@@ -41,7 +41,11 @@ class Budget(NamedTuple):
 
 
 class Afforded(NamedTuple):
-    """What clients can afford."""
+    """What clients can afford.
+
+    Level l fits client k if ``seconds[k, l] <= max_seconds``, ``megabytes[l] <= max_mb``, and ``memory_mb[l]`` is at
+    most ``max_memory_mb`` and the memory of its device.
+    """
 
     level: np.ndarray  #: [N] int32 the largest level; of those that can afford none, the smallest
     able: np.ndarray  #: [N] bool, who can afford one
@@ -54,7 +58,12 @@ class Afforded(NamedTuple):
 def training_memory(family: Family, local: Local) -> Memory:
     """Bytes of training at every level: counted from shapes and from the program of a forward pass, nothing runs.
 
-    Activations are all intermediate results of a forward pass over a batch, which a backward pass may need.
+    Activations are all intermediate results of a forward pass over a batch, which a backward pass may need: an upper
+    bound, since a compiler fuses some of them away.
+
+    Args:
+      family: the net at its levels.
+      local: how clients train: batch size and optimiser.
 
     >>> from hetfl_jax.models import MLP, families
     >>> from hetfl_jax.parts.local import local
@@ -91,6 +100,13 @@ def round_seconds(
       costs, price: of the levels.
       size: [N] examples.
       speed, down, up: [N] multiply-adds, bits received and bits sent a second.
+
+    >>> from types import SimpleNamespace
+    >>> from hetfl_jax.parts.local import local
+    >>> price, two = Price(np.array([50, 20]), np.array([50, 20])), np.array([10.0, np.inf])
+    >>> known, training = SimpleNamespace(macs=np.array([100, 40])), local(learning_rate=0.1, batch_size=4)
+    >>> round_seconds(known, price, training, np.array([5, 5]), np.array([1000.0, 100.0]), two, two).tolist()
+    [[11.5, 4.6], [15.0, 6.0]]
     """
     trained = np.asarray(examples_trained(local, jnp.asarray(size, jnp.int32)), float)
     examples = (1 + BACKWARD) * trained + price.compared * np.asarray(size, float)
@@ -106,8 +122,13 @@ def afforded(
     Levels are ordered by multiply-adds, then by parameters.
 
     Args:
+      budget: of everybody.
+      costs, price, memory: of the levels.
       seconds: [N, L], see ``round_seconds``.
       memory_mb: [N] of the devices.
+
+    Returns:
+      Levels and who can afford one, with the numbers that they were compared by.
 
     Raises:
       ValueError: a budget <= 0, or one that no client meets at any level.
@@ -133,7 +154,23 @@ def afforded(
 
 
 def sentences(found: Afforded, budget: Budget, names: Sequence[str]) -> list[str]:
-    """The rule, its numbers, and who and what is left out, for people."""
+    """The rule, its numbers, and who and what is left out, for people.
+
+    Args:
+      found: what clients can afford.
+      budget: by which.
+      names: of the levels.
+
+    >>> found = Afforded(np.array([1, 1]), np.array([True, False]), np.array([True, False]), np.array([9.0, 3.0]),
+    ...                  np.array([2.0, 1.0]), np.array([[8.0, 4.0], [12.0, 6.0]]))
+    >>> for sentence in sentences(found, Budget(seconds=5.0), ("a", "b")):
+    ...     print(sentence)
+    the largest level within 5 s and the device's memory
+    level a: 9 MB of memory, 2 MB of traffic, 8 to 12 s (median 10); 0 clients
+    level b: 3 MB of memory, 1 MB of traffic, 4 to 6 s (median 5); 1 clients
+    no client can afford level a: what no other level has is never trained
+    1 clients can afford no level and never take part: 1
+    """
     limits = {"s": budget.seconds, "MB of traffic": budget.megabytes, "MB of memory": budget.memory_mb}
     told = ", ".join(f"{value:g} {unit}" for unit, value in limits.items() if value < math.inf)
     out = [f"the largest level within {told + ' and ' if told else ''}the device's memory"]
@@ -155,7 +192,14 @@ def sentences(found: Afforded, budget: Budget, names: Sequence[str]) -> list[str
 
 
 def saved(found: Afforded, budget: Budget, memory: Memory, names: Sequence[str]) -> dict[str, PyTree]:
-    """The same as values for a run's folder."""
+    """The same as values for a run's folder.
+
+    Args:
+      found: what clients can afford.
+      budget: by which.
+      memory: of training, in its parts.
+      names: of the levels.
+    """
     parts = {name: np.asarray(part).tolist() for name, part in memory._asdict().items()}
     return {
         "max_seconds": budget.seconds,

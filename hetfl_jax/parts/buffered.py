@@ -27,25 +27,18 @@ from hetfl_jax.core.types import (
 )
 from hetfl_jax.parts.compose import ServerState
 from hetfl_jax.parts.merge import Total
-from hetfl_jax.parts.simulate import (
-    Rule,
-    Spent,
-    among,
-    around,
-    check,
-    coming,
-    devices_of,
-    dropped,
-    pace_of,
-    present,
-    told,
-)
+from hetfl_jax.parts.online import among, coming, devices_of, present
+from hetfl_jax.parts.pace import Rule, pace_of
+from hetfl_jax.parts.simulate import Spent, around, check, dropped, told
 
 REFILLS = ("at_once", "after_step")
 
 
 class Work(NamedTuple):
-    """Clients with a model; leaves [M]."""
+    """Clients with a model; leaves [M].
+
+    A client is in it once at most: a selection sees those at work as clients that cannot be chosen.
+    """
 
     there: Array  #: bool
     ids: Array
@@ -57,7 +50,10 @@ class Work(NamedTuple):
 
 
 class Buffered(NamedTuple):
-    """The server of a method, the time, the models of the latest steps, and who is at work."""
+    """The server of a method, the time, the models of the latest steps, and who is at work.
+
+    It needs ``max_staleness + 1`` times the bytes of a model, whatever the number of clients at work.
+    """
 
     server: PyTree
     seconds: Array
@@ -66,7 +62,10 @@ class Buffered(NamedTuple):
 
 
 class Stale(NamedTuple):
-    """What the server knows of an item; leaves [K]."""
+    """What the server knows of an item; leaves [K].
+
+    A reply counts ``(1 + staleness)^-exponent``, or not at all if it is ``lost``.
+    """
 
     known: PyTree  #: of the method inside
     version: Array
@@ -110,8 +109,29 @@ def buffered(
       refill: ``at_once``, as in FedBuff: who is done is replaced at that time; or ``after_step``: all that are done
         are replaced when the server has the next model. With ``concurrency`` K the latter is the synchronous round.
 
+    Returns:
+      The method, whose server is a ``Buffered`` and whose numbers have the mean ``staleness`` of a step's replies.
+
     Raises:
       ValueError: a value out of range, or a method that cannot be inside.
+
+    >>> import numpy as np
+    >>> from hetfl_jax.core.types import Devices
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.methods import fedavg
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.models.costs import costs
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,), classes=2), [{}], jnp.zeros((1, 3)))
+    >>> settings = local(learning_rate=0.1, batch_size=4)
+    >>> base = fedavg.make(fam, settings, cohort=2)
+    >>> people = population(np.zeros((6, 3)), np.arange(6) % 2, np.arange(6), np.full(6, 1))
+    >>> people = people._replace(devices=Devices(*[jnp.arange(1.0, 7.0)] * 3))
+    >>> steps = buffered(base, Rule(costs(fam).macs, base.price(), settings), people, concurrency=4)
+    >>> state, now = steps.init(jax.random.key(0))[0], jnp.int32(0)
+    >>> plan = steps.plan(jax.random.key(1), now, state, people, None)
+    >>> plan.ids.shape, int(plan.notes.work.there.sum())  # the place of the second that was done waits for the model
+    ((2,), 3)
     """
     check(base, rule)
     _check_values(rule, concurrency, exponent, max_staleness, refill)
@@ -185,6 +205,10 @@ def _asks_nobody(*_: PyTree, **__: PyTree) -> PyTree:
 def _template(base: Algorithm, population: Population) -> Plan:
     """Shapes of a plan of the method.
 
+    Args:
+      base: the method.
+      population: with devices.
+
     Raises:
       ValueError: a method whose plan is more than a selection.
     """
@@ -220,6 +244,16 @@ def _beginners(
     """Who begins next, as often as the method's plan has to be asked: once a step, at the start until all are at work.
 
     Where everybody is done at every step, the selection sees the population as it is.
+
+    Args:
+      base: the method, whose selection names K clients at a time.
+      rule: how time goes.
+      template: shapes of its plan.
+      concurrency: clients at work.
+      at_once: whether K - 1 more are wanted, who follow those that are done within a step.
+
+    Returns:
+      (key, round, state, population) -> ``Queue``.
     """
     step = template.ids.shape[0]
     extra = step - 1 if at_once else 0  # the last that is done is replaced by the next step, with the next model
@@ -254,7 +288,13 @@ def _beginners(
 
 
 def _filled(work: Work, queue: Queue, now: Array) -> tuple[Work, Array]:
-    """All free places taken from the queue, as far as it goes; how many of it are used."""
+    """All free places taken from the queue, as far as it goes; how many of it are used.
+
+    Args:
+      work: who is at work.
+      queue: who begins next.
+      now: seconds since the start, when they begin.
+    """
     rank = jnp.cumsum(~work.there) - 1
     takes = ~work.there & (rank < queue.number)
     new = jax.tree.map(lambda v: v[jnp.minimum(rank, queue.work.ids.shape[0] - 1)], queue.work)
@@ -269,7 +309,19 @@ def _filled(work: Work, queue: Queue, now: Array) -> tuple[Work, Array]:
 def _arrivals(
     work: Work, queue: Queue, used: Array, now: Array, step: int, at_once: bool
 ) -> tuple[Work, Work, Array]:  # fmt: skip
-    """The next ``step`` that are done, in their order; who is at work then, and what time it is."""
+    """The next ``step`` that are done, in their order; who is at work then, and what time it is.
+
+    Args:
+      work: who is at work.
+      queue: who begins next, of which ``used`` have begun.
+      now: seconds since the start.
+      step: K.
+      at_once: whether the next in the queue takes the place of who is done; the last place waits for the next model.
+
+    Returns:
+      (who is at work then, the K that arrived, the time of the last of them). Where fewer than K are at work, the rest
+      is not ``there``.
+    """
 
     def one(k: Array, carry: tuple[Work, Work, Array, Array]) -> tuple[Work, Work, Array, Array]:
         work, arrived, used, now = carry

@@ -18,7 +18,8 @@ from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import afford
 from hetfl_jax.parts.buffered import buffered
 from hetfl_jax.parts.local import Local
-from hetfl_jax.parts.simulate import Rule, check_waits, simulated
+from hetfl_jax.parts.pace import Rule, check_waits
+from hetfl_jax.parts.simulate import simulated
 from hetfl_jax.run.keys import KEYS
 
 BUDGET = "budget"  #: the value of capacity.name
