@@ -1,12 +1,14 @@
 """Runs with devices: what is written and said, resume, the page, and both sides of one config."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from hetfl_jax.results.folder import read_metrics
 from hetfl_jax.run import train as run
+from hetfl_jax.run.cite import cite
 from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.report import report
 from tests.helpers import TINY_FLAGS
@@ -59,8 +61,18 @@ def test_a_run_says_who_can_afford_what_and_how_long_it_takes(tmp_path, capsys):
     )
 
 
+def test_a_run_in_which_nobody_is_in_time_says_so(tmp_path):
+    lines = [{"round": n, "clients": 0, "failed": 0, "late": 5, "accuracy": {"a": 0.1}} for n in range(1, 4)]
+    with pytest.raises(ValueError, match=re.escape("no reply was in time in rounds 1, 2, 3 of ")):
+        run._stop_if_lost(lines, tmp_path)
+    lines[2]["failed"] = 1
+    with pytest.raises(ValueError, match=re.escape("no reply was finite in rounds 1, 2, 3 of ")):
+        run._stop_if_lost(lines, tmp_path)
+
+
 def test_the_same_config_runs_without_rounds(tmp_path):
     result = run.train(config(tmp_path, "buffered", "--config.train.rounds=4"), quiet=True)
+    assert "Federated Learning with Buffered Asynchronous Aggregation" in cite(result.folder)
     lines = read_metrics(result.folder)[1:]
     assert all(line["clients"] == 4 for line in lines)
     assert max(line["staleness"] for line in lines) > 0

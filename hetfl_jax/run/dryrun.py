@@ -46,6 +46,7 @@ def describe(config: Config, own: Own | None = None) -> str:
     rows = {
         **_memory(lab, state),
         **({"selection": "; ".join(known)} if (known := sentences(price.needs, least=1)) else {}),
+        **({"clients' devices": "; ".join(fed.outfit.notes)} if fed.outfit else {}),
         "programs": _programs(lab),
         "client work a round": f"{macs / 1e9:,.2f} GMACs expected" + (f", {price.note}" if price.note else ""),
         "bytes a round": f"{down:,.2f} MB down, {up:,.2f} MB up expected",
