@@ -30,6 +30,18 @@ class Views(NamedTuple):
     labels: Array  #: [V, C] int32, view v calls class c ``labels[v, c]``
 
 
+class Devices(NamedTuple):
+    """What clients compute and send with."""
+
+    speed: Array  #: [N] float32 multiply-adds a second
+    down: Array  #: [N] float32 bits a second that they receive
+    up: Array  #: [N] float32 bits a second that they send
+    able: Array | tuple[()] = ()  #: [N] bool, who can afford a level; () for everybody
+    online: tuple[Array, ...] = ()  #: seconds [N, S] of coming, [N, S] of going, [N] of the period; () for always
+    seconds: Array | tuple[()] = ()  #: [N] float32 that a round is expected to take
+    here: Array | tuple[()] = ()  #: [N] bool, who may be chosen now; () for everybody
+
+
 class Population(NamedTuple):
     """One pool of examples and, in CSR form, which of them each client holds; no per-client copies.
 
@@ -48,6 +60,7 @@ class Population(NamedTuple):
     view: Array | PyTree = ()  #: [N] int32 how the client sees its examples, where there are views
     views: Views | PyTree = ()
     levels: tuple[tuple[()], ...] = ()  #: a () for each level that ``level`` counts, so that tracing knows how many
+    devices: Devices | tuple[()] = ()  #: of the clients, where time is simulated
 
 
 class Shard(NamedTuple):
@@ -185,6 +198,8 @@ class Account(NamedTuple):
     valid: Array
     ok: Array
     seen: Seen
+    seconds: Array | tuple[()] = ()  #: float32 that the item took, where time is simulated
+    late: Array | tuple[()] = ()  #: bool, whether its reply came too late to count
 
 
 class Info(NamedTuple):

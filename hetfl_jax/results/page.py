@@ -15,14 +15,14 @@ from hetfl_jax.results.folder import leaves
 from hetfl_jax.results.plots import COLORS
 from hetfl_jax.results.reading import SEED, TABLE, Point, Source, is_number, levels_of
 from hetfl_jax.results.scores import evaluated, is_share, score_of
-from hetfl_jax.results.tables import describe
+from hetfl_jax.results.tables import BY_LEVEL, describe
 
 LARGEST = 1_900_000  #: bytes of a page; with more, fewer of the evaluated rounds are drawn
 _DIGITS = 9  #: significant ones of a number on the page: those of a float32 and no more
 _BYTES = 11  #: of a number in the page, with its comma
 _CLIENTS, _CLASSES = 100, 64  #: most rows and columns of a partition that are drawn
 _CURVES = 2  #: evaluated rounds whose distribution over clients is kept: an early one and the last
-_APART = ("items", "failed_ids", "round")  #: of a line: nothing to draw
+_APART = ("items", "failed_ids", "round", *BY_LEVEL)  #: of a line: nothing to draw
 
 
 class Page(NamedTuple):
