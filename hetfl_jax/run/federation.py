@@ -14,7 +14,7 @@ from hetfl_jax.data import door, sources
 from hetfl_jax.data.levels import check_levels
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
-from hetfl_jax.models.costs import Costs, costs
+from hetfl_jax.models.costs import Costs
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import Local, local
@@ -96,7 +96,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
     train = population(
         *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
     )
-    price, outfit = costs(fam), None
+    outfit = None
     algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
     if equipment := equipment_of(config, part.size, seed):
         outfit = equipped(config, equipment, algorithm, fam, price, settings, mix.names, train)
