@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hetfl_jax.core import platform
 from hetfl_jax.models.conv import conv, depthwise_conv, examples_at_once, lowered, max_pool
 
 pytestmark = pytest.mark.slow
@@ -137,3 +138,29 @@ def test_a_kernel_gradient_in_parts_is_the_whole_one():
         for f in (partial(reference, stride=1, padding="SAME"), partial(conv, lowering="canonical"))
     )
     np.testing.assert_allclose(found, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_both_max_pools_send_a_tie_to_the_first(window):
+    """A TPU takes the other one; whole numbers make many ties, and rows and columns are left over."""
+    x = jnp.round(jax.random.normal(jax.random.key(0), (2, 11, 8, 3)))
+    found = {}
+    for kind in platform.KINDS:
+        with platform.during(platform.Platform(kind)):
+            out, pull = jax.vjp(lambda x: max_pool(x, window), x)
+            found[kind] = out, *pull(jnp.arange(float(out.size)).reshape(out.shape))
+    for kind in ("gpu", "tpu"):
+        for a, b in zip(found[kind], found["cpu"], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_each_platform_has_its_lowerings():
+    x, w = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2))
+    names = {}
+    for kind in platform.KINDS:
+        with platform.during(platform.Platform(kind)):
+            jaxpr = jax.make_jaxpr(lambda x, w: max_pool(conv(x, w)))(x, w).jaxpr
+            names[kind] = {equation.primitive.name for equation in jaxpr.eqns}
+    assert {"conv_general_dilated", "reduce_window_max"} <= names["tpu"]
+    assert "dot_general" in names["gpu"]
+    assert "custom_vjp_call" in names["cpu"]

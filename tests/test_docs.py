@@ -93,17 +93,18 @@ def test_tutorials_are_stored_without_output_and_are_on_the_site():
         assert f"tutorials/{path.name}" in site
 
 
-#: docstring lines over lines of code that each room reached; 0.5 is the aim
+#: docstring lines over lines of code that each room reached, and the package as a whole
 REACHED = {
-    "core": 0.55, "models": 0.42, "data": 0.36, "parts": 0.55, "clusters": 0.39, "methods": 0.6,
-    "engine": 0.2, "results": 0.15, "run": 0.15,
+    "core": 0.57, "models": 0.48, "data": 0.5, "parts": 0.55, "clusters": 0.46, "methods": 0.6,
+    "engine": 0.5, "results": 0.48, "run": 0.36,
 }  # fmt: skip
+REACHED_TOGETHER = 0.49
 
 
-def docstring_ratio(room):
+def docstring_ratio(*rooms):
     """Lines of docstrings over lines of code, blank lines and comments of neither kind counted."""
     doc_lines = code_lines = 0
-    for path in (ROOT / "hetfl_jax" / room).glob("*.py"):
+    for path in (path for room in rooms for path in (ROOT / "hetfl_jax" / room).glob("*.py")):
         lines, inside = path.read_text().splitlines(), set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
@@ -117,3 +118,7 @@ def docstring_ratio(room):
 @pytest.mark.parametrize("room", REACHED)
 def test_docstrings_do_not_get_fewer(room):
     assert docstring_ratio(room) >= REACHED[room]
+
+
+def test_docstrings_of_all_rooms_do_not_get_fewer():
+    assert docstring_ratio(*REACHED) >= REACHED_TOGETHER

@@ -18,6 +18,7 @@ FAMILY = mlp_family()
 KEY = jax.random.key(0)
 WANTED = {
     "power_of_choice": dict(candidates=6),
+    "loss_and_data": dict(candidates=9, data=1.0),
     "oort": dict(cap=8),
     "intermittent": dict(of="power_of_choice", candidates=5, kind="rpow"),
     "in_time": dict(of="weighted", limit=9.0),
@@ -43,7 +44,7 @@ class Asked:
 def test_every_selection_takes_distinct_clients_that_have_data(name):
     rule = selection_of(config(name, **WANTED.get(name, {})), FAMILY, 12)
     size = jnp.where(jnp.arange(12) % 4 == 1, 0, 5) if name != "uniform" else jnp.full(12, 5)
-    there = Population(None, None, None, None, size, None, None)
+    there = Population(None, None, None, None, size, jnp.zeros(12, jnp.int32), None)
     if name == "in_time":
         there = there._replace(devices=Devices(*[jnp.ones(12)] * 3, seconds=jnp.arange(12.0)))
     cohort, _ = jax.jit(lambda: rule.choose(KEY, jnp.int32(0), rule.init(12), there, Asked()))()
@@ -62,7 +63,7 @@ def test_every_selection_takes_distinct_clients_that_have_data(name):
     ("name", "args", "message"),
     [
         ("best", {}, "selection 'best' is not one of none, uniform, weighted, random_with_replacement, "
-         "power_of_choice, active, oort, divfl, intermittent, in_time (select.name)"),
+         "power_of_choice, loss_and_data, active, oort, divfl, intermittent, in_time (select.name)"),
         ("uniform", {"kind": 1}, "argument 'kind' is not one of cohort of uniform (select.args)"),
         ("power_of_choice", {}, "argument 'candidates' of power_of_choice is missing (select.args)"),
         ("power_of_choice", {"candidates": 2}, "2 candidates, allowed >= 3, the cohort (select.args.candidates)"),
@@ -72,7 +73,7 @@ def test_every_selection_takes_distinct_clients_that_have_data(name):
         ("weighted", {"cohort": 13}, "cohort of 13 clients, allowed 1..12 (select.args.cohort)"),
         ("divfl", {"cohort": 13}, "cohort of 13 clients, allowed 1..12 (select.args.cohort)"),
         ("intermittent", {}, "intermittent of None, allowed uniform, weighted, random_with_replacement, "
-         "power_of_choice, active, oort, divfl (select.args.of)"),
+         "power_of_choice, loss_and_data, active, oort, divfl (select.args.of)"),
         ("intermittent", {"of": "weighted", "absent": 1.0}, "absent 1.0, allowed 0 <= a < 1 (select.args.absent)"),
         ("intermittent", {"of": "weighted", "candidates": 4},
          "argument 'candidates' is not one of cohort of weighted (select.args)"),

@@ -11,6 +11,7 @@ from hetfl_jax.core import bits
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg, heterofl, ifca, scaffold
 from hetfl_jax.models.costs import costs
+from hetfl_jax.models.windows import flat
 from hetfl_jax.parts import codec
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.results import tables
@@ -78,6 +79,21 @@ def test_statistics_are_coded_where_asked_masked_as_dense():
     np.testing.assert_array_equal(bits.total(items.seen.up), algorithm.price().up[items.level])
     plainly = fedavg.make(family, sgd(), cohort=5, slots=uplink(family)).price().up
     np.testing.assert_array_equal(plainly - fedavg_bits_of_params(family), 32 * np.array(numbers))
+
+
+def test_low_rank_keeps_thin_factors_whole_at_every_level_masked_as_dense():
+    """Of a leaf [m, n] r rows of n numbers, also of the second tree; not the leaf's own shape."""
+    family = mlp_family()
+    arguments = {"name": "low_rank", "rank": 1, "extra": True}
+    _, state, _ = of_scaffold(family, **arguments, error_feedback=True)
+    _, masked, _ = of_scaffold(family, **arguments, error_feedback=True, how=EXECUTORS["vmapped"][0])
+    assert worst(state, masked) < 1e-4
+    assert {"factor", "extra_factor", "extra_error"} <= set(state.memory)
+    full = {path[1:]: leaf.shape for path, leaf in flat(family.shapes[0]).items()}
+    for name in ("factor", "extra_factor"):
+        found = {path[1:]: leaf.shape for path, leaf in flat(state.memory[name]).items()}
+        assert found
+        assert found == {path: (12, 1, full[path][-1]) for path in found}
 
 
 def fedavg_bits_of_params(family):

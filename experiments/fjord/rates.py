@@ -3,19 +3,22 @@
     HETFL_DATA=DATA taskset -c 0 python -m experiments.fjord.rates --source npz:cifar10.npz
     python -m experiments.fjord.rates --seeds 0 --rounds 2 --examples 2000      a try
 
-One process runs all: each row's programs are compiled once and serve every seed; the split is the same for all.
+One process runs all: each row's programs are compiled once and serve every seed; the split is the same for all. Runs
+that are done are kept in runs/experiments.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.kept import once
 from hetfl_jax.core import machine
 from hetfl_jax.engine import rounds
 from hetfl_jax.results.folder import write_json
@@ -24,6 +27,7 @@ from hetfl_jax.run.lab import Lab, evaluate_tiers, prepare
 
 HERE = Path(__file__).parent
 RATES = ("0.2", "0.4", "0.6", "0.8", "1")
+WHOLE = "whole"  #: the one tier of eFD
 #: arguments of the config for each row; eFD is one run a rate, and at the smallest it is FedAvg
 ROWS = {
     "FjORD": "distill=true",
@@ -50,7 +54,7 @@ def accuracies(lab: Lab, seed: int, count: int) -> dict[str, float]:
     for _ in range(count):
         state, _ = lab.step(state, lab.population, key)
     found = evaluate_tiers(lab, state)["accuracy"]
-    return {name.removeprefix("w"): 100 * value for name, value in found.items()}
+    return {name if name == WHOLE else name.removeprefix("w"): 100 * value for name, value in found.items()}
 
 
 def measure(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -58,11 +62,17 @@ def measure(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for row, arguments in ROWS.items():
         began = time.perf_counter()
-        lab = lab_of(arguments, given)
-        each = [accuracies(lab, seed, given.rounds) for seed in given.seeds]
+        made: list[Lab] = []  # only if a run is missing
+
+        def scores(seed: int, arguments: str = arguments, made: list[Lab] = made) -> dict[str, float]:
+            made[:] = made or [lab_of(arguments, given)]
+            return accuracies(made[0], seed, given.rounds)
+
+        about = {n: getattr(given, n) for n in ("rounds", "examples", "width", "source")} | {"row": arguments}
+        each = [once("fjord_rates", {**about, "seed": seed}, partial(scores, seed)) for seed in given.seeds]
         if row.startswith("eFD"):
             rate = row.rpartition(" ")[2]
-            each = [{rate: scores["whole"]} for scores in each]
+            each = [{rate: scores[WHOLE]} for scores in each]
         found[row] = each
         print(f"{row}: {time.perf_counter() - began:.0f} s", flush=True)
         jax.clear_caches()

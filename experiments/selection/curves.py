@@ -1,17 +1,22 @@
 """What the experiments of this folder share: runs of several selections, the rounds they take, their costs, a plot."""
 
 import argparse
+import json
+import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.federated import Line, cell, markdown, play
+from experiments.kept import once
 from hetfl_jax.core import machine
-from hetfl_jax.results.folder import write_json
+from hetfl_jax.results.folder import leaves, plain
 
 RESULTS = Path(__file__).parent / "results"
+DISTRIBUTIONS = ("client_accuracy", "local_accuracy")  #: of a line that are not kept
 Runs = dict[str, list[list[Line]]]  #: of each selection, of each seed, a line an evaluated round
 
 
@@ -24,13 +29,20 @@ def flags(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def runs_of(rows: dict[str, tuple[str, ...]], given: argparse.Namespace, every: int) -> Runs:
-    """All rows over all seeds: a row is a config's name with arguments, then changes; ``{seed}`` is filled in."""
+    """All rows over all seeds: a row is a config's name with arguments, then changes; ``{seed}`` is filled in.
+
+    Runs that are done are kept in runs/experiments.
+    """
     machine.use_cache()
     found: Runs = {}
     for name, (target, *changes) in rows.items():
         seeds = [[text.format(seed=seed) for text in (target, *changes)] for seed in range(given.seeds)]
         rounds = f"train.rounds={given.rounds}"
-        found[name] = [play(one[0], rounds, *one[1:], every=every, training_loss=True) for one in seeds]
+        found[name] = [
+            once("selection", {"run": one, "rounds": rounds, "every": every},
+                 partial(play, one[0], rounds, *one[1:], every=every, training_loss=True))
+            for one in seeds
+        ]  # fmt: skip
         last = [lines[-1] for lines in found[name]]
         print(name, cell([line["training_loss"] for line in last], 4), flush=True)
     return found
@@ -79,17 +91,40 @@ def draw(found: Runs, path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
+def columns(lines: list[Line]) -> dict[str, list[Any]]:
+    """A run's numbers as one list a name, over its evaluated rounds; what floats of 32 bits hold, 7 digits.
+
+    >>> columns([{"round": 10, "loss": {"a": 0.25}}, {"round": 20, "loss": {"a": 0.1234567891}}])
+    {'round': [10, 20], 'loss/a': [0.25, 0.1234568]}
+    """
+    flat = [leaves({k: v for k, v in line.items() if k not in DISTRIBUTIONS}, "/") for line in lines]
+    short = lambda v: float(f"{v:.7g}") if isinstance(v, float) else v  # noqa: E731
+    return {name: [short(line.get(name)) for line in flat] for name in flat[0]}
+
+
+def compact(values: dict[str, Any]) -> str:
+    """JSON with a line for each list.
+
+    >>> print(compact({"rand": {"round": [10, 20]}}), end="")
+    {
+     "rand": {
+      "round": [10, 20]
+     }
+    }
+    """
+
+    def on_one_line(found: re.Match[str]) -> str:
+        return f"[{' '.join(found[1].split())}]"
+
+    return re.sub(r"\[([^\[\]{}\"]*)\]", on_one_line, json.dumps(plain(values), indent=1)) + "\n"
+
+
 def keep(name: str, title: str, found: Runs, baseline: str, began: float) -> None:
     """Print the table; write numbers and plot."""
     RESULTS.mkdir(exist_ok=True)
-    kept: dict[str, Any] = {
-        row: [
-            [{k: v for k, v in line.items() if k not in ("client_accuracy", "local_accuracy")} for line in lines]
-            for lines in seeds
-        ]
-        for row, seeds in found.items()
-    }
+    kept = {row: [columns(lines) for lines in seeds] for row, seeds in found.items()}
     seconds, text = round(time.perf_counter() - began), table(found, baseline)
-    write_json(RESULTS / f"{name}.json", {"title": title, "seconds": seconds, "table": text, "runs": kept})
+    values = {"title": title, "seconds": seconds, "table": text, "runs": kept}
+    (RESULTS / f"{name}.json").write_text(compact(values))
     draw(found, RESULTS / f"{name}.png", title)
     print(f"{text}\n\n{seconds} s")

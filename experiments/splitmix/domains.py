@@ -5,13 +5,15 @@
 MNIST at 14 x 14 in five domains (plain, inverted, rotated, noisy, at half the resolution) x 4 clients of 200 images,
 all in every round; a client's budget is x1/8, x1/4, x1/2 or x1, the last domains have the largest. FedAvg is one run a
 width, which every client can afford. A score is the mean over clients of the accuracy on their own test data, in
-batches of one client whose statistics the norms use. Writes results/domains.json and .png.
+batches of one client whose statistics the norms use. Writes results/domains.json and .png; runs that are done are kept
+in runs/experiments.
 """
 
 from typing import Any
 
 import numpy as np
 
+from experiments.kept import once
 from experiments.splitmix import common
 
 WIDTHS = ("0.125", "0.25", "0.5", "1")
@@ -29,11 +31,13 @@ def scores(row: str, seed: int, given: Any, data: Any) -> dict[str, float]:
     """Mean accuracy over clients by width."""
     found: dict[str, float] = {}
     for text, tiers in ROWS[row]:
-        once = ("method.args.multiplicity=False",) if text.endswith("once") else ()
+        counted = ("method.args.multiplicity=False",) if text.endswith("once") else ()
         rate = given.splitmix_rate if row == "Split-Mix" else given.rate
         target = f"splitmix_digits:{text.removesuffix(',once')},rounds={given.rounds},examples={given.examples}"
-        changes = (*CHANGES, *once, f"train.learning_rate={rate}", f"run.eval_every={given.rounds}")
-        last = common.last_scores(target, seed, data, *changes)["local_accuracy"]
+        changes = (*CHANGES, *counted, f"train.learning_rate={rate}", f"run.eval_every={given.rounds}")
+        about = {"target": target, "changes": changes, "seed": seed}
+        last = once("splitmix_domains", about, lambda t=target, c=changes: common.last_scores(t, seed, data, *c))
+        last = last["local_accuracy"]
         found |= {width: last[tier] for width, tier in tiers.items()}
     return found
 

@@ -5,13 +5,15 @@
 MNIST at 14 x 14, 8 iid clients of 250 images, all in every round, four base nets of width 1/4; half of the clients can
 train two of them, half all four. Training is half clean, half attacked (PGD, 7 steps, within ``--epsilon``); every norm
 has a clean and a noise branch, and at the knob's value lambda it gives ``(1 - lambda)`` of the one and lambda of the
-other. The attack is on the very ensemble that is judged. Writes results/knob.json and .png.
+other. The attack is on the very ensemble that is judged. Writes results/knob.json and .png; runs that
+are done are kept in runs/experiments.
 """
 
 from typing import Any
 
 import numpy as np
 
+from experiments.kept import once
 from experiments.splitmix import common
 
 KNOBS = (0.0, 0.2, 0.5, 0.8, 1.0)
@@ -26,7 +28,8 @@ def scores(seed: int, given: Any, data: Any) -> dict[str, dict[str, list[float]]
         "method.args.bases=(4,1)", f"train.learning_rate={given.rate}", f"run.eval_every={given.rounds}",
         f"adversary.args.epsilon={given.epsilon}", f"adversary.args.step={1.25 * given.epsilon / 7}",
     )  # fmt: skip
-    last = common.last_scores(target, seed, data, *changes)
+    about = {"target": target, "changes": changes, "seed": seed}
+    last = once("splitmix_knob", about, lambda: common.last_scores(target, seed, data, *changes))
     names = ["", *(f"lambda{knob:g}_" for knob in KNOBS[1:])]
     return {
         tier: {

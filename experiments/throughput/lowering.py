@@ -2,18 +2,22 @@
 
     python -m experiments.throughput.lowering --net cnn conv preresnet_1112 --chunks 1 8 32 128 256
     python -m experiments.throughput.lowering --precision highest default bfloat16
+    python -m experiments.throughput.lowering --target=v5e:2x2     a TPU that is not here, by what its compiler plans
 
 Milliseconds a client step, the ratio to a matrix product at the same precision, and the winner of each net. The
-default of ``lowering: auto`` and ``clients_per_chunk: 0`` is the winner measured on a CPU, and reasoned elsewhere.
+default of ``lowering: auto`` is in ``models.conv.AUTO``: measured on a CPU and a GPU, planned for a TPU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from experiments.throughput import common
+from experiments.throughput import common, layers_planned
 from hetfl_jax.engine.executors import executor
+from hetfl_jax.engine.topology import target
 from hetfl_jax.methods import fedavg
+from hetfl_jax.models.conv import AUTO, POOLS
 
 CLIENTS, EXAMPLES = 256, 20
 
@@ -38,6 +42,17 @@ def measure(net: str, lowering: str, chunk: int, cohort: int, repeats: int) -> c
     }
 
 
+def planned(name: str, nets: Sequence[str], file: str | None) -> None:
+    """Layers of the nets as a TPU's compiler plans them, and what the tables in use say."""
+    rows = layers_planned.table(target(name), nets)
+    labels = [f"{row['layer']} {row['shapes']} {row['type']}" for row in rows]
+    worse = [max(row["first Mcycles"], row["second Mcycles"]) / min(row["first Mcycles"], row["second Mcycles"])
+             for row in rows]  # fmt: skip
+    in_use = {"target": name, "in use": f"conv {AUTO['tpu']}, max_pool {POOLS['tpu']}"}
+    common.keep(file or f"lowering_{name.replace(':', '_')}", f"Lowerings of layers as compiled for {name}, not run",
+                rows, in_use, lambda axes: common.bars(axes, labels, worse, "worse over better lowering"))  # fmt: skip
+
+
 def main() -> None:
     """Measure every combination and name the winners."""
     parser = common.flags(__doc__)
@@ -46,7 +61,11 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--cohort", type=int, default=0, help="clients a round (default: the largest chunk)")
     parser.add_argument("--precision", nargs="+", default=["default"], help="of products: highest is f32 without TF32")
+    parser.add_argument("--target", default="", help="a TPU topology, e.g. v5e:2x2: layers alone, compiled for it")
     given = common.begin(parser)
+    if given.target:
+        planned(given.target, given.net, given.name)
+        return
     rows: list[common.Row] = []
     for precision in given.precision:
         jax.config.update("jax_default_matmul_precision", None if precision == "default" else precision)

@@ -13,6 +13,10 @@ from hetfl_jax.parts.bank import alike
 def matched(found: np.ndarray, groups: np.ndarray) -> float:
     """Share of clients in the right cluster under the best one-to-one matching of clusters and true groups.
 
+    Args:
+      found: [n] cluster of each client.
+      groups: [n] its true group.
+
     >>> matched(np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])), matched(np.array([0, 0, 0, 0]), np.array([0, 0, 1, 1]))
     (1.0, 0.5)
     """
@@ -99,8 +103,11 @@ def plot(folder: Path, lines: Sequence[Arguments]) -> list[Path]:
     """Clients in each cluster over rounds, and how many are in the right one where that is known; returns the file.
 
     Args:
-      folder: of the run.
+      folder: of the run; gets ``clusters.png``.
       lines: of ``metrics.jsonl``; those without clusters are left out.
+
+    >>> plot(Path("nowhere"), [{"round": 1}])
+    []
     """
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ from hetfl_jax.parts.compose import Sent
 
 
 class AtSplit(NamedTuple):
-    """What the clients of a cluster had received when it was split."""
+    """What the clients of a cluster had received when it was split; new clients are asked for their update there."""
 
     variables: PyTree
     round: Array
@@ -30,7 +30,10 @@ class AtSplit(NamedTuple):
 
 @struct.dataclass
 class Clusters:
-    """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``."""
+    """Who is where, and how it came about; cluster ``s`` >= 1 was split off ``parent[s]``, and 0 is the first one.
+
+    ``size`` is the most clusters there can be; rows from ``count`` on are not in use yet.
+    """
 
     table: Array  #: [N] int32 cluster of each client
     count: Array  #: int32, clusters so far
@@ -43,7 +46,12 @@ class Clusters:
 
 
 class Rule(NamedTuple):
-    """When and how a cluster is split."""
+    """When and how a cluster is split, see ``splitting``.
+
+    ``eps1``, ``eps2``: bounds of the mean update's norm and of the largest one. ``gamma_max``: a cut counts only if its
+    ``gamma``, of ``bipartition``, is above it. ``linkage``: of the hierarchical clustering. ``min_clients``: members
+    that a cluster needs in the round. ``first_round``: rounds, from 0, before which nothing is split.
+    """
 
     eps1: float
     eps2: float
@@ -84,7 +92,7 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
 
 
 class Measured(NamedTuple):
-    """A client's report."""
+    """A client's report in a bank whose clusters are split: that of the bank, and what the split is decided by."""
 
     bank: Report
     norm: Array  #: of its update
@@ -92,7 +100,7 @@ class Measured(NamedTuple):
 
 
 def _update(total: merge.Total) -> PyTree:
-    """The change of the parameters behind a reply, or behind a sum of them (their weighted mean)."""
+    """The change of the parameters behind a reply; behind a sum of replies ``sum_i n_i u_i / sum_i n_i``."""
     return jax.tree.map(lambda d: d / jnp.maximum(total.weight.sum(), 1e-12), total.delta["params"])
 
 
@@ -183,10 +191,22 @@ def _asked(base: Algorithm) -> Callable[..., Array]:
 
 
 class Cutting:
-    """The splits of one round, on the host."""
+    """The splits of one round, on the host.
+
+    Make it, ``consider`` each cluster whose criteria fire, then take ``state`` and ``table`` [N].
+    """
 
     def __init__(self, state: BankState, plan: Plan, sent: PyTree, ok: np.ndarray, updates: PyTree, keep: bool):
-        """Start from the state before the round, what clients were sent, and the updates of its items."""
+        """Start from the state before the round.
+
+        Args:
+          state: of the bank.
+          plan: of the round; ``ids`` [K].
+          sent: leaves [clusters, ...], what clients of each cluster had received.
+          ok: [K] which replies count.
+          updates: leaves [K, ...], of the round's items.
+          keep: whether unit updates are kept, for clients that come later.
+        """
         self.sent, self.ok, self.updates, self.keep = sent, ok, updates, keep
         self.members, self.route = state.members, state.route
         self.table = np.array(state.route.table)
@@ -194,7 +214,16 @@ class Cutting:
         self.was = self.table.copy()
 
     def consider(self, cluster: int, similar: np.ndarray, rule: Rule, ask: Callable[[PyTree, Array], Array]) -> None:
-        """Cut one cluster in two if there is room and the cut passes."""
+        """Cut one cluster in two if there is room and the cut passes.
+
+        Clients of the cluster that did not take part this round are asked for their update, and go with the most
+        similar member of those that did.
+
+        Args:
+          cluster: its number.
+          similar: [K, K] cosines between the items' updates.
+          ask: (what was sent, ids) -> [ids, P] unit updates.
+        """
         count = int(self.route.count)
         items = np.flatnonzero(self.ok & (self.was[self.ids] == cluster))
         if count == self.route.parent.shape[0]:

@@ -12,6 +12,10 @@ from hetfl_jax.core.types import PyTree
 def computed_bytes(fn: Callable[..., PyTree], *args: PyTree) -> int:
     """Bytes of all that ``fn(*args)`` computes, each loop's body once: more than it holds at any one time.
 
+    Args:
+      fn: is traced, nothing is computed.
+      args: arrays, or their shapes.
+
     >>> computed_bytes(lambda x: (2 * x).sum(), jax.ShapeDtypeStruct((3, 5), "float32"))
     64
     """
@@ -19,6 +23,7 @@ def computed_bytes(fn: Callable[..., PyTree], *args: PyTree) -> int:
 
 
 def _bytes(jaxpr: PyTree) -> int:
+    """Bytes of the results of every equation, those of inner programs too."""
     total = 0
     for equation in jaxpr.eqns:
         total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype"))

@@ -97,11 +97,13 @@ class Setting:
 
 
 def _compared(name: str) -> None:
+    """Give ``Setting`` a comparison, which decides by the concrete number and is written down."""
     rule = getattr(operator, name)
     setattr(Setting, f"__{name}__", lambda self, other: self._decide(rule, other))
 
 
 def _both_sides(name: str) -> None:
+    """Give ``Setting`` an operation, which is traced, with the number on either side."""
     of = getattr(operator, name)
 
     def forward(self: Setting, other: Any) -> Any:
@@ -138,7 +140,18 @@ def at_once(of: F) -> F:
 
 
 def settings(values: Values, traced: Mapping[str, Array | float], seen: list[Guard]) -> dict[str, Setting]:
-    """A ``Setting`` for each value by name."""
+    """A ``Setting`` for each value by name.
+
+    Args:
+      values: concrete numbers, by which code around it decides.
+      traced: the same as the program's arguments.
+      seen: gets every decision, see ``agree``.
+
+    >>> seen = []
+    >>> rate = settings({"rate": 0.5}, {"rate": 0.5}, seen)["rate"]
+    >>> bool(rate > 0), 2 * rate, len(seen)
+    (True, 1.0, 1)
+    """
     return {name: Setting(name, value, traced[name], seen) for name, value in values.items()}
 
 

@@ -1,6 +1,6 @@
 """What ``jax.tree`` and ``optax.tree`` lack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,15 @@ def take(tree: PyTree, index: PyTree) -> PyTree:
     [[4, 5], [0, 1]]
     """
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of sums over numbers of a type: its own, or float32 if that is less precise.
+
+    >>> wide(jnp.dtype("bfloat16")), wide(jnp.dtype("float64"))
+    (dtype('float32'), dtype('float64'))
+    """
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def axis_sum(tree: PyTree) -> PyTree:
@@ -137,3 +146,21 @@ def nbytes(tree: PyTree) -> int:
     6
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fetched(trees: Sequence[PyTree]) -> list[PyTree]:
+    """Trees of equal structure and shapes on the host: one transfer for each leaf place, not one a tree.
+
+    >>> fetched([{"a": jnp.arange(2)}, {"a": jnp.arange(2) + 5}])[1]["a"].tolist()
+    [5, 6]
+    """
+    if jax.process_count() > 1 or len(trees) == 1:
+        return jax.device_get(list(trees))
+    leaves = jax.device_get(_stacked([jax.tree.leaves(tree) for tree in trees]))
+    structure = jax.tree.structure(trees[0])
+    return [jax.tree.unflatten(structure, [leaf[number] for leaf in leaves]) for number in range(len(trees))]
+
+
+@jax.jit
+def _stacked(rows: list[list[Array]]) -> list[Array]:
+    return [jnp.stack(column) for column in zip(*rows)]

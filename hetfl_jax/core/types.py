@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax.core.devices import Devices as Devices
+
 Array = jax.Array
 PyTree = Any
 Config = Any  #: an ``ml_collections.ConfigDict`` of blocks, see ``run.keys``
@@ -24,22 +26,10 @@ Line = dict[str, Any]  #: values by name, fit for JSON: of a round, or of a row 
 
 
 class Views(NamedTuple):
-    """Other ways to see the pool's examples, shared by all clients: pixels moved, labels renamed."""
+    """Other ways to see the pool's examples, shared by all clients: pixels moved, labels renamed (``data.views``)."""
 
     pixels: Array  #: [V, P] int32, view v shows at place p what the pool has at ``pixels[v, p]``
     labels: Array  #: [V, C] int32, view v calls class c ``labels[v, c]``
-
-
-class Devices(NamedTuple):
-    """What clients compute and send with."""
-
-    speed: Array  #: [N] float32 multiply-adds a second
-    down: Array  #: [N] float32 bits a second that they receive
-    up: Array  #: [N] float32 bits a second that they send
-    able: Array | tuple[()] = ()  #: [N] bool, who can afford a level; () for everybody
-    online: tuple[Array, ...] = ()  #: seconds [N, S] of coming, [N, S] of going, [N] of the period; () for always
-    seconds: Array | tuple[()] = ()  #: [N] float32 that a round is expected to take
-    here: Array | tuple[()] = ()  #: [N] bool, who may be chosen now; () for everybody
 
 
 class Population(NamedTuple):
@@ -77,7 +67,10 @@ class Shard(NamedTuple):
 
 
 class Within(NamedTuple):
-    """A traced level that runs masked inside the shape of a larger, static one."""
+    """A traced level that runs masked inside the shape of a larger, static one.
+
+    ``Within(0, jnp.int32(2))`` is level 2 inside the full model: entries beyond its window are zero.
+    """
 
     base: int  #: the level whose shapes are used
     level: Array  #: int32 scalar, a level contained in ``base``
@@ -95,7 +88,11 @@ class Batch(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Sums over all examples seen, float32."""
+    """Sums over all examples seen, float32 scalars.
+
+    >>> ACCURACY.of(Tally(jnp.float32(1.5), jnp.float32(3), jnp.float32(4))).item()
+    0.75
+    """
 
     loss: Array
     correct: Array

@@ -6,6 +6,7 @@ from hetfl_jax.data.partition import Partition
 
 
 def _need(fine: bool, message: str, key: str) -> None:
+    """Refuse with a message and the config key that it is about."""
     if not fine:
         raise ValueError(f"{message} ({key})")
 
@@ -65,6 +66,45 @@ def lognormal_shares(
     draw = rng.lognormal(0, 2, client.size)
     share = draw / np.bincount(held, draw, there.size)[held]
     return _dealt(rng, labels, client, held, least + (share * rest[held]).astype(int), writer)
+
+
+def lognormal_dirichlet(
+    labels: np.ndarray, clients: int, concentration: float, seed: int, least: int = 20, most: int = 600
+) -> Partition:
+    """Amounts and labels that are independent: so many rows by a lognormal law, of classes by a Dirichlet law.
+
+    ``n_k = min(floor(LogNormal(4, 1)) + least, most)``; the class of each of these rows is drawn from client k's prior
+    ~ Dirichlet(concentration) over the classes that have rows left. No row is dealt twice; what is left is not used.
+
+    Args:
+      labels: [M] integers 0..C-1.
+      concentration: > 0; at 100 the labels of all clients are much alike.
+
+    Raises:
+      ValueError: a value out of range, or fewer rows than the draws ask for.
+
+    >>> lognormal_dirichlet(np.arange(900) % 10, 3, 0.3, seed=0).size.tolist()
+    [82, 67, 123]
+    """
+    _need(concentration > 0, f"concentration {concentration}, allowed > 0", "data.concentration")
+    _need(clients >= 1, f"{clients} clients, allowed >= 1", "data.clients")
+    _need(1 <= least <= most, f"least {least}, allowed 1..{most}", "data.least")
+    rng = np.random.default_rng(seed)
+    size = np.minimum(rng.lognormal(4, 1, clients).astype(int) + least, most)
+    rows = [rng.permutation(np.flatnonzero(labels == c)) for c in range(int(labels.max()) + 1)]
+    left = np.array([r.size for r in rows])
+    _need(size.sum() <= left.sum(), f"{left.sum()} rows, the draws ask for {size.sum()}", "data.clients")
+    prior = rng.dirichlet(np.full(left.size, concentration), clients)
+    parts = []
+    for k in rng.permutation(clients):  # who draws first has no meaning
+        wanted = np.zeros(left.size, int)
+        while missing := size[k] - wanted.sum():
+            weight = prior[k] * (left > wanted)
+            weight = weight if weight.sum() > 0 else (left - wanted).astype(float)
+            wanted = np.minimum(wanted + rng.multinomial(missing, weight / weight.sum()), left)
+        parts.append((k, np.concatenate([rows[c][left[c] - n : left[c]] for c, n in enumerate(wanted)])))
+        left -= wanted
+    return Partition(np.concatenate([rows for _, rows in sorted(parts, key=lambda part: part[0])]), size)
 
 
 def _pairs(labels: np.ndarray, clients: int, each: int) -> tuple[np.ndarray, np.ndarray]:

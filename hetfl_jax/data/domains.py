@@ -21,7 +21,9 @@ def combined(source: Source | None, texts: Sequence[str], load: Callable[[str], 
 
     Args:
       source: of the changed domains; not needed where there are none.
+      texts: the domains, e.g. ``("plain", "rotated:30")``.
       load: reads the data set of an ``npz:`` domain.
+      seed: of the parts and of noise.
 
     Raises:
       ValueError: a domain that there is not, or that cannot be made of these images.
@@ -94,11 +96,16 @@ def per_domain(examples: int, clients: int, domains: int, test_examples: int) ->
 
 
 def _fail(text: str) -> NoReturn:
+    """Refuse with a message and the key ``data.domains``."""
     raise ValueError(f"{text} (data.domains)")
 
 
 def _parts(source: Source | None, count: int, seed: int) -> list[Source]:
-    """Equal random parts of all sets of a source."""
+    """Equal random parts of all sets of a source.
+
+    Raises:
+      ValueError: examples that are no images uint8, or fewer than there are domains.
+    """
     assert source is not None
     for x in (source.x_train, source.x_test):
         if x.ndim != 4 or x.dtype != np.uint8:
@@ -122,6 +129,12 @@ def _parts(source: Source | None, count: int, seed: int) -> list[Source]:
 
 
 def _changed(part: Source, text: str, rng: np.random.Generator) -> Source:
+    """A part as a domain sees it: its images changed, its labels as they are.
+
+    Args:
+      text: of the domain; an argument after the colon, else the default one (45 degrees, deviation 0.2, factor 2).
+      rng: of noise and patches.
+    """
     kind, _, argument = text.partition(":")
     if kind not in CHANGES:
         _fail(f"domain {text!r} is not one of npz:<path>, {', '.join(CHANGES)}")
@@ -132,6 +145,14 @@ def _changed(part: Source, text: str, rng: np.random.Generator) -> Source:
 
 
 def _number(text: str, kind: str, low: float, high: float) -> float:
+    """A domain's argument, above ``low`` and at most ``high``.
+
+    >>> _number("30", "rotated", -360, 360)
+    30.0
+    >>> _number("3", "noisy", 0, 1)
+    Traceback (most recent call last):
+    ValueError: domain 'noisy:3', allowed a number above 0, at most 1 (data.domains)
+    """
     try:
         value = float(text)
     except ValueError:
@@ -150,18 +171,21 @@ def _inverted(x: np.ndarray, argument: str, rng: np.random.Generator) -> np.ndar
 
 
 def _noisy(x: np.ndarray, argument: str, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise whose deviation is a share of 255, cut to 0..255."""
     deviation = 255 * _number(argument, "noisy", 0, 1)
     noise = rng.normal(0, deviation, x.shape).astype(np.float32)
     return np.clip(np.round(x + noise), 0, 255).astype(np.uint8)
 
 
 def _downscaled(x: np.ndarray, argument: str, rng: np.random.Generator) -> np.ndarray:
+    """Images shrunk by a factor and brought back to their size, so that they are blurred."""
     factor, side = int(_number(argument, "downscaled", 1, min(x.shape[1:3]))), x.shape[1:3]
     small = resized(x, tuple(-(-s // factor) for s in side))
     return resized(small, side)
 
 
 def _rotated(x: np.ndarray, argument: str, rng: np.random.Generator) -> np.ndarray:
+    """Images turned counter-clockwise by degrees about their centre, black where nothing was."""
     angle = np.deg2rad(_number(argument, "rotated", -360, 360))
     grid = np.stack(np.meshgrid(*(np.arange(s) - (s - 1) / 2 for s in x.shape[1:3]), indexing="ij"))
     rows = np.cos(angle) * grid[0] + np.sin(angle) * grid[1] + (x.shape[1] - 1) / 2
@@ -194,7 +218,15 @@ CHANGES: dict[str, tuple[Change, str]] = {
 
 
 def _between(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, outside: float | None = None) -> np.ndarray:
-    """Images at fractional places [H', W'], bilinear; what lies outside is the nearest edge, or a value."""
+    """Images at fractional places [H', W'], bilinear; what lies outside is the nearest edge, or a value.
+
+    Args:
+      x: [M, H, W, C] uint8.
+      rows, columns: places in pixels from the top left one.
+
+    Returns:
+      [M, H', W', C] uint8.
+    """
     high, wide = x.shape[1:3]
     top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
     out = np.zeros((len(x), *rows.shape, x.shape[-1]), np.float32)

@@ -105,6 +105,7 @@ def admit(
 
 
 def _check_rows(arrays: Arrays, s: str) -> None:
+    """Both arrays of a set must be there, with as many rows, at least one."""
     for name in (f"x_{s}", f"y_{s}"):
         if name not in arrays:
             fail(f"the {s} set has no {name}")
@@ -116,7 +117,18 @@ def _check_rows(arrays: Arrays, s: str) -> None:
 
 
 def _examples(found: Arrays, images: bool | None, scaling: Scaling, notes: list[str]) -> Arrays:
-    """Images [M, H, W, C], or features as they lie."""
+    """Images [M, H, W, C], or features as they lie.
+
+    Args:
+      found: arrays of all sets, which have rows of one shape.
+      images: whether they are; ``None`` decides by the number of axes.
+      scaling: mean and std, if known.
+      notes: gets a sentence for each change that one may not expect.
+
+    Raises:
+      ValueError: text, no axis of values, whole numbers in one set and floats in another, or a range that is no
+        image's.
+    """
     shape = found["x_train"].shape
     for name, x in found.items():
         if x.dtype.kind in "US":
@@ -148,7 +160,7 @@ def _examples(found: Arrays, images: bool | None, scaling: Scaling, notes: list[
 
 
 def _scaled(name: str, x: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
-    """Refuse floats of images that look like 0..255."""
+    """Refuse floats of images that look like 0..255: beyond 4 in absolute value, or, after mean and std, beyond 8."""
     if max(x.max(), -x.min()) > FLOAT_RANGE:
         low, high = x.min((0, 1, 2)), x.max((0, 1, 2))
         most, allowed = np.inf, FLOAT_RANGE
@@ -177,6 +189,7 @@ def need_images(source: Source) -> None:
 
 
 def _need_images(shape: tuple[int, ...]) -> None:
+    """Refuse a shape that is no images', with the ``reshape`` that would make it one."""
     if len(shape) in (3, 4):
         return
     sides = [(math.isqrt(shape[1] // c), c) for c in _CHANNELS] if len(shape) == 2 else []
@@ -200,10 +213,17 @@ def check_outputs(labels: np.ndarray, outputs: int) -> None:
 def check_scaling(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     """Refuse ``mean`` or ``std`` without 1 or C finite entries, and a ``std`` that is not above 0.
 
+    Args:
+      mean, std: of pixels in 0..1.
+      channels: C, of the images.
+
     Raises:
       ValueError: with the value and what is allowed.
 
     >>> check_scaling([0.5], [0.25, 0.25, 0.25], channels=3)
+    >>> check_scaling([0.5], [0.0], channels=1)
+    Traceback (most recent call last):
+    ValueError: std [0.0]: need finite numbers > 0 (data.std)
     """
     for name, value in (("mean", mean), ("std", std)):
         try:
@@ -221,7 +241,11 @@ def sample(source: Source, examples: int, seed: int = 0) -> Source:
     """A random sample of at most ``examples`` training rows, and as many test rows in proportion to their classes.
 
     Training rows come in random order, test rows in their own; where there are no more test rows than asked for, all
-    of them. Validation rows stay. 0 takes everything.
+    of them. Validation rows stay.
+
+    Args:
+      examples: how many of either, 0 for all.
+      seed: of the sample; it does not depend on the run's, so that all seeds of a run see the same rows.
 
     Raises:
       ValueError: a number that is not whole or is negative.
@@ -247,7 +271,11 @@ def sample(source: Source, examples: int, seed: int = 0) -> Source:
 
 
 def _in_proportion(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Every n / count-th row in the order of labels, random among equal ones and from a random start."""
+    """Every n / count-th row in the order of labels, random among equal ones and from a random start.
+
+    >>> _in_proportion(np.array([0, 0, 0, 0, 1, 1]), 3, np.random.default_rng(0)).size
+    3
+    """
     n = len(labels)
     if count >= n:
         return np.arange(n)
@@ -270,6 +298,7 @@ def fingerprint(source: Source, partition: Partition) -> Line:
 
 
 def _about(name: str, array: np.ndarray) -> Line:
+    """Shape, dtype and hash of an array; of labels also how many rows each class has."""
     rows = array
     if array.ndim > 1:
         rows = array[np.linspace(0, max(len(array) - 1, 0), min(64, len(array)), dtype=int)]

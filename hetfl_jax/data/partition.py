@@ -6,7 +6,6 @@ each class) and ``dirichlet_per_client`` (a class prior for each client). The sa
 
 import math
 import time
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -31,11 +30,18 @@ class Partition(NamedTuple):
 
 
 def _need(fine: bool, message: str) -> None:
+    """Refuse with a message."""
     if not fine:
         raise ValueError(f"{message} (data.partition)")
 
 
 def _whole(value: object, name: str, low: int) -> None:
+    """Refuse anything but a whole number of at least ``low``.
+
+    >>> _whole(1.5, "clients", 1)
+    Traceback (most recent call last):
+    ValueError: clients 1.5: need a whole number >= 1 (data.partition)
+    """
     fine = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
     _need(fine, f"{name} {value!r}: need a whole number >= {low}")
 
@@ -46,6 +52,7 @@ def _number(value: object, name: str) -> None:
 
 
 def _clients(clients: object, examples: int, seed: object) -> None:
+    """Refuse a seed below 0, and more clients than examples."""
     _whole(seed, "seed", 0)
     fine = isinstance(clients, Integral) and 1 <= int(clients) <= examples
     _need(fine, f"{clients!r} clients, allowed 1..{examples} (one example each)")
@@ -63,7 +70,11 @@ def _classes(labels: np.ndarray) -> np.ndarray:
 
 
 def _grouped(owner: np.ndarray, clients: int) -> tuple[np.ndarray, np.ndarray]:
-    """CSR index and sizes from the owner of each row; owner -1 means nobody."""
+    """CSR index and sizes from the owner of each row; owner -1 means nobody.
+
+    >>> [v.tolist() for v in _grouped(np.array([1, -1, 0, 1]), 2)]
+    [[2, 0, 3], [1, 2]]
+    """
     order = np.argsort(owner, kind="stable")
     order = order[np.searchsorted(owner[order], 0) :]
     return order, np.bincount(owner[owner >= 0], minlength=clients)
@@ -71,6 +82,10 @@ def _grouped(owner: np.ndarray, clients: int) -> tuple[np.ndarray, np.ndarray]:
 
 def iid(examples: int, clients: int, seed: int, test_examples: int = 0) -> Partition:
     """Equal random parts of ``examples // clients`` rows without replacement, the remainder dropped; test data alike.
+
+    Args:
+      examples, test_examples: rows of the training and of the test set.
+      clients: N, at most one an example; with fewer test rows than clients nobody has test data.
 
     >>> iid(10, 3, seed=0).size.tolist()
     [3, 3, 3]
@@ -93,6 +108,14 @@ def per_group(examples: int, clients: int, groups: int, seed: int, shuffle: bool
 
     NumPy's legacy generator in the official call order, so the index sets equal the official ones.
 
+    Args:
+      examples: rows, a multiple of the clients of a group.
+      clients: N, a multiple of ``groups``.
+      shuffle: whether rows are permuted.
+
+    Raises:
+      ValueError: parts that would not be equal.
+
     >>> per_group(4, 4, 2, seed=0, shuffle=False).rows.tolist()
     [0, 1, 2, 3, 0, 1, 2, 3]
     """
@@ -112,6 +135,9 @@ def per_group(examples: int, clients: int, groups: int, seed: int, shuffle: bool
 
 def hold_out_own(part: Partition, fraction: float, seed: int) -> Partition:
     """A share of every client's own rows as its test data; every client keeps at least one row for training.
+
+    Args:
+      fraction: 0 <= f < 1; a client of n rows tests on ``min(floor(f n), n - 1)``.
 
     >>> hold_out_own(iid(10, 2, seed=0), 0.2, seed=0).test_size.tolist()
     [1, 1]
@@ -159,6 +185,18 @@ def shards(
     to the first of them. Class ids, each repeated once per shard, are shuffled and dealt N a client; duplicates
     collapse, so some clients hold fewer classes and some shards stay unused. A client takes a random unused shard of
     each class it holds. Test rows are split the same way with the same classes.
+
+    Args:
+      labels: [M] integers 0..C-1.
+      classes_per_client: N; ``N * clients`` must be a multiple of C.
+      test_labels: of the test set, which is dealt only if they are given.
+
+    Raises:
+      ValueError: a value out of range, or a class with fewer rows than shards.
+
+    >>> part = shards(np.repeat([0, 1], 6), clients=4, classes_per_client=1, seed=0)
+    >>> part.size.tolist(), part.classes.sum(1).tolist()
+    ([3, 3, 3, 3], [1, 1, 1, 1])
     """
     labels = _classes(labels)
     classes = int(labels.max()) + 1
@@ -255,6 +293,7 @@ def _dealt(rng: np.random.RandomState, rows: list[np.ndarray], clients: int, con
 
 
 def _concentration(value: float) -> None:
+    """Refuse a concentration that is not above 0."""
     _number(value, "Dirichlet concentration")
     _need(value > 0, f"Dirichlet concentration {value}, allowed > 0")
 
@@ -264,6 +303,14 @@ def dirichlet_per_client(labels: np.ndarray, clients: int, concentration: float,
 
     Sizes are equal and fixed first; examples are dealt one by one to a random client that is not full, the class drawn
     from its prior among the classes that are left.
+
+    Args:
+      labels: [M] integers 0..C-1.
+      clients: N, each with ``M // N`` rows.
+      concentration: > 0, small is skewed.
+
+    >>> dirichlet_per_client(np.repeat([0, 1], 8), 2, 0.1, seed=0).size.tolist()
+    [8, 8]
     """
     labels = _classes(labels)
     _concentration(concentration)
@@ -309,67 +356,14 @@ def natural(writer: np.ndarray, seed: int, test_fraction: float = 0.2, min_examp
     return hold_out_own(Partition(*_grouped(renumbered, int(keep.sum()))), test_fraction, seed)
 
 
-def levels_fixed(proportions: tuple[int, ...], clients: int) -> np.ndarray:
-    """HeteroFL's fixed assignment: blocks of ``clients // sum * proportion`` in id order, leftovers the last level.
-
-    >>> levels_fixed((1, 2), 7).tolist()
-    [0, 0, 1, 1, 1, 1, 1]
-    """
-    _proportions(proportions, clients)
-    each = clients // sum(proportions)
-    level = np.repeat(np.arange(len(proportions)), [each * p for p in proportions])
-    return np.concatenate([level, np.full(clients - level.size, len(proportions) - 1)]).astype(np.int32)
-
-
-def levels_by_id(proportions: tuple[int, ...], clients: int) -> np.ndarray:
-    """DepthFL's fixed assignment: the smallest level (the last) to the first ids; any remainder is spread.
-
-    With D equal proportions client i gets depth ``floor(D i / N) + 1``.
-
-    >>> levels_by_id((1, 1), 5).tolist()
-    [1, 1, 1, 0, 0]
-    """
-    _proportions(proportions, clients)
-    share = np.arange(clients) * sum(proportions) // clients
-    from_smallest = np.searchsorted(np.cumsum(proportions[::-1]), share, side="right")
-    return (len(proportions) - 1 - from_smallest).astype(np.int32)
-
-
-def _proportions(proportions: tuple[int, ...], clients: int) -> None:
-    _whole(clients, "clients", 1)
-    _need(isinstance(proportions, Sequence) and len(proportions) > 0, f"proportions {proportions!r}: need some")
-    for value in proportions:
-        _whole(value, f"proportions {proportions!r}:", 0)
-    _need(sum(proportions) > 0, f"proportions {proportions!r}: need one above 0")
-
-
-def check_levels(level: np.ndarray, levels: int, names: Sequence[str]) -> None:
-    """Refuse [N] fixed levels of which one has no client, above all the global one: nobody would train it.
-
-    Args:
-      level: the level of each client, 0 is the global one.
-      levels: how many there are.
-      names: what they are called, in that order.
-
-    Raises:
-      ValueError: with the number of clients of each level.
-
-    >>> check_levels(np.array([1, 1]), 2, ("a", "e"))
-    Traceback (most recent call last):
-    ValueError: no client has level a, the global one: a 0, e 2 clients; need one each, so more clients or other
-    proportions (family.mix, data.clients)
-    """
-    count = np.bincount(level, minlength=levels)
-    if empty := [i for i in range(levels) if not count[i]]:
-        told = ", ".join(f"{name} {clients}" for name, clients in zip(names, count))
-        raise ValueError(
-            f"no client has level {names[empty[0]]}{', the global one' if not empty[0] else ''}: {told} clients; need "
-            "one each, so more clients or other proportions (family.mix, data.clients)"
-        )
-
-
 def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
-    """Sizes and classes per client in numbers: what a run prints and saves."""
+    """Sizes and classes per client in numbers: what a run prints and saves in ``partition.json``.
+
+    ``largest class share``: of a client's examples, those of its most common class, averaged over clients.
+
+    >>> summary(np.array([0, 0, 1, 1]), Partition(np.arange(4), np.array([3, 1])))["largest class share"]
+    0.8333
+    """
     size = np.asarray(part.size)
     about = {
         "clients": int(size.size),
@@ -387,7 +381,11 @@ def summary(labels: np.ndarray, part: Partition) -> dict[str, object]:
 
 
 def class_counts(labels: np.ndarray, part: Partition) -> np.ndarray:
-    """[N, C] examples of each class per client; of sequences, labels of each class; of a regression, one class."""
+    """[N, C] examples of each class per client; of sequences, labels of each class; of a regression, one class.
+
+    >>> class_counts(np.array([0, 0, 1, 1]), Partition(np.arange(4), np.array([3, 1]))).tolist()
+    [[2, 1], [0, 1]]
+    """
     if labels.dtype.kind == "f":
         return np.asarray(part.size)[:, None]
     classes, each = int(labels.max()) + 1, labels.size // len(labels)

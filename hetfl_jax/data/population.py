@@ -111,6 +111,7 @@ def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray
 
 
 def _array(value: object, name: str) -> np.ndarray:
+    """As an array; rows of uneven length are refused with the array's name."""
     try:
         return np.asarray(value)
     except (ValueError, TypeError):
@@ -118,7 +119,7 @@ def _array(value: object, name: str) -> np.ndarray:
 
 
 def _of_clients(value: object, name: str, clients: int) -> np.ndarray:
-    """[N] whole numbers."""
+    """[N] whole numbers, one a client; refused otherwise, with the array's name."""
     array = _array(value, name)
     _check(array.shape == (clients,), f"{array.size} {name} for {clients} clients")
     _check(array.dtype.kind in "biuf", f"{name} of dtype {array.dtype}: need whole numbers")
@@ -127,6 +128,7 @@ def _of_clients(value: object, name: str, clients: int) -> np.ndarray:
 
 
 def _check_counts(levels: Any, classes: Any) -> None:
+    """Refuse a number of levels or classes below 1, and a class table that is not [N, C]."""
     _check(isinstance(levels, Integral) and int(levels) >= 1, f"levels {levels!r}: need a whole number >= 1")
     if np.ndim(classes):
         _check(np.ndim(classes) == 2, f"class table of shape {np.shape(classes)}: need [clients, classes]")
@@ -145,7 +147,11 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     With views, a batch has examples of clients that see alike, and as they do.
 
     Args:
+      batch_size: examples; the last batch (of each view) may be shorter.
       order: [n] permutation of the index, default a fixed shuffle (sorted pools would give one-class batches).
+
+    Returns:
+      A population over the same pool, its clients all of level 0.
 
     >>> pop = population(np.zeros((5, 2)), np.arange(5), np.arange(5), np.array([5]))
     >>> batches(pop, 2).size.tolist()
@@ -167,9 +173,9 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         rows=jnp.asarray(index[order]),
         offset=jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         size=jnp.asarray(sizes),
-        level=jnp.zeros(sizes.size, jnp.int32),
+        level=jnp.asarray(np.zeros(sizes.size, np.int32)),  # made on the host: of every length JAX would compile
         view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
-        classes=jnp.ones((sizes.size, pop.classes.shape[1]), bool),
+        classes=jnp.asarray(np.ones((sizes.size, pop.classes.shape[1]), bool)),
         devices=(),
     )
 
@@ -181,7 +187,10 @@ def joined(first: Population, second: Population) -> Population:
     >>> joined(pop, pop).size.tolist(), joined(pop, pop).offset.tolist()
     ([1, 2, 1, 2], [0, 1, 3, 4])
     """
-    second = second._replace(offset=second.offset + first.rows.shape[0])
-    clients: list[PyTree] = [(*pop[2:7], pop.view) for pop in (first, second)]
-    *rows, view = jax.tree.map(lambda *pair: jnp.concatenate(pair), *clients)
+    first_row = np.int32(first.rows.shape[0])
+    clients: list[PyTree] = [
+        jax.tree.map(np.asarray, (pop.rows, np.asarray(pop.offset) + start, *pop[4:7], pop.view))
+        for pop, start in ((first, np.int32(0)), (second, first_row))
+    ]
+    *rows, view = jax.tree.map(lambda *pair: jnp.asarray(np.concatenate(pair)), *clients)
     return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

@@ -57,10 +57,16 @@ def images(
 
 
 def _scaled(x: Array) -> Array:
+    """float32 in [0, 1]: integers divided by 255, floats as they are."""
     return x.astype(jnp.float32) / (255.0 if jnp.issubdtype(x.dtype, jnp.integer) else 1.0)
 
 
 def _windows(augment: str) -> Callable[[Array, Array | None], Array]:
+    """``prepare`` of ``window:<n>``, see ``images``; example i of a batch draws from ``fold_in(key, i)``.
+
+    >>> _windows("window:2")(jnp.arange(16, dtype=jnp.float32).reshape(1, 4, 4, 1), None).shape
+    (1, 2, 2, 1)
+    """
     text = augment.partition(":")[2]
     side = int(text) if text.isdigit() else 0
 

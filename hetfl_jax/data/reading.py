@@ -43,6 +43,10 @@ def first(name: str, x: np.ndarray, wrong: np.ndarray, start: int = 0) -> str:
 def array_of(name: str, value: Any) -> np.ndarray:
     """An array of numbers, bool or text with a row for each example.
 
+    Args:
+      name: of the array, for the message.
+      value: an array, a list, or a column of a table.
+
     Raises:
       ValueError: rows of different length, objects that are neither numbers nor text, or both.
 
@@ -63,7 +67,11 @@ def array_of(name: str, value: Any) -> np.ndarray:
 
 
 def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
-    """Python objects, as tables keep them, as text or as numbers."""
+    """Python objects, as tables keep them, as text or as numbers.
+
+    Raises:
+      ValueError: with the first row that is another kind, such as ``None`` for a missing value.
+    """
     values = array.ravel().tolist()
     text = bool(values) and isinstance(values[0], str)
     kinds = (str,) if text else (int, float, np.number, np.bool_)
@@ -79,6 +87,9 @@ def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
 
 def float32(name: str, x: np.ndarray) -> np.ndarray:
     """As float32, in which every value must be finite.
+
+    Raises:
+      ValueError: with the first row that has NaN, an infinity, or a number beyond float32.
 
     >>> float32("x_train", np.array([[0.0], [np.nan]]))
     Traceback (most recent call last):
@@ -96,6 +107,9 @@ def float32(name: str, x: np.ndarray) -> np.ndarray:
 
 def pixels(name: str, x: np.ndarray) -> np.ndarray:
     """Integers 0..255 and bool as uint8.
+
+    Raises:
+      ValueError: with the first row that has another number.
 
     >>> pixels("x_train", np.array([[0, 255]])).dtype, pixels("x_train", np.array([[True]])).tolist()
     (dtype('uint8'), [[255]])
@@ -133,6 +147,9 @@ def are_sequences(x: np.ndarray, y: np.ndarray) -> bool:
 def tokens(name: str, ids: np.ndarray) -> np.ndarray:
     """[M, S] token ids as int32, -1 for no token.
 
+    Raises:
+      ValueError: another shape or dtype, an id below -1 or beyond int32, or no token at all.
+
     >>> tokens("x_train", np.array([[3, -1]])).tolist()
     [[3, -1]]
     """
@@ -150,6 +167,9 @@ def tokens(name: str, ids: np.ndarray) -> np.ndarray:
 def targets(name: str, y: np.ndarray) -> np.ndarray:
     """[M] or [M, 1] numbers to predict as float32 [M].
 
+    Raises:
+      ValueError: several numbers a row, text, or one that is not finite.
+
     >>> targets("y_train", np.array([[1], [2]])).tolist()
     [1.0, 2.0]
     """
@@ -161,6 +181,13 @@ def targets(name: str, y: np.ndarray) -> np.ndarray:
 
 def client_ids(name: str, ids: np.ndarray, rows: int, place: str = "data.writers") -> np.ndarray:
     """[rows] or [rows, 1] client ids of any kind as [rows].
+
+    Args:
+      rows: how many there must be.
+      place: the config key, for the message.
+
+    Raises:
+      ValueError: another number of ids, or a row without one.
 
     >>> client_ids("writer", np.array([4, 4]), 3)
     Traceback (most recent call last):
@@ -177,6 +204,7 @@ def client_ids(name: str, ids: np.ndarray, rows: int, place: str = "data.writers
 
 
 def _flat(y: np.ndarray) -> np.ndarray:
+    """[M, 1] as [M]; anything else as it is."""
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
@@ -185,7 +213,14 @@ def class_labels(
 ) -> tuple[dict[str, np.ndarray], dict[str, int] | None, str]:
     """Labels of all sets as int32 [M] in 0..C-1, the table old -> new if they were renumbered, and a line that says so.
 
-    The rule stands at ``admit``.
+    The rule stands at ``door.admit``.
+
+    Args:
+      arrays: labels of each set by name; the sets count together.
+      classes: outputs of the net, 0 if they are not fixed.
+
+    Raises:
+      ValueError: text in one set and numbers in another, rows that are no label, or sets of different shapes.
 
     >>> class_labels({"y_train": np.array([-1, 1])})
     ({'y_train': array([0, 1], dtype=int32)}, {'-1': 0, '1': 1}, 'labels were renumbered to 0..1: -1 -> 0, 1 -> 1')
@@ -221,11 +256,23 @@ def class_labels(
 
 
 def _is_whole(text: str) -> bool:
+    """Whether a text is a whole number as Python writes it.
+
+    >>> _is_whole("-3"), _is_whole("03"), _is_whole("cat")
+    (True, False, False)
+    """
     return text.removeprefix("-").isdecimal() and len(text) < 18 and str(int(text)) == text
 
 
 def _column(name: str, y: np.ndarray) -> tuple[np.ndarray, int]:
-    """[M] labels as text or int64, and how many there are where the kind itself says so (bool, one-hot rows)."""
+    """[M] labels as text or int64, and how many there are where the kind itself says so (bool, one-hot rows).
+
+    >>> _column("y_train", np.array([[0, 1, 0], [1, 0, 0]]))
+    (array([1, 0]), 3)
+    >>> _column("y_train", np.array([1.5]))
+    Traceback (most recent call last):
+    ValueError: y_train row 0 has 1.5: classes are whole numbers; numbers to predict (a regression) need ...
+    """
     y = _flat(y)
     if y.ndim == 2 and y.dtype.kind in "biuf":
         if (wrong := not_one_hot(y)).any():

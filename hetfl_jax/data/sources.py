@@ -1,20 +1,20 @@
-"""Data sets by name: digits, npz:<path>, text:<path>, tfds:<name>, synthetic. Arrays come back on the host."""
+"""Data sets by name: digits, npz:<path>, text:<path>, tfds:<name>, synthetic, teacher. Arrays come back on the host."""
 
 import importlib
 import importlib.util
 import inspect
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetfl_jax.data.synthetic import linear_clients
+from hetfl_jax.data.synthetic import linear_clients, teacher_clients
 
-SYNTHETIC_CLASSES = 10  #: of Synthetic(alpha, beta), whether a draw has them all or not
+GENERATED = {"synthetic": 10, "teacher": 10}  #: classes of a generator, whether a draw has them all or not
 DATA_FOLDER = "HETFL_DATA"  #: environment variable: where ``npz:`` looks for files that the working folder lacks
 
 
@@ -62,9 +62,9 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
     Args:
       name: ``digits`` (1,797 images that scikit-learn ships), ``npz:<path>`` with x_train, y_train, x_test, y_test,
         ``text:<path>`` with streams of token ids train and test, ``tfds:<name>`` prepared beforehand, or
-        ``synthetic`` (Synthetic(alpha, beta)).
-      clients, seed: of ``synthetic`` only.
-      options: of ``synthetic`` (``alpha``, ``beta``, ``sigma``, ``iid``, ``hybrid``, ``test``) and ``text`` only.
+        ``synthetic`` (Synthetic(alpha, beta)) or ``teacher``, which are made for so many clients.
+      clients, seed: of ``synthetic`` and ``teacher`` only.
+      options: keyword arguments of ``synthetic``, ``teacher`` and ``text``.
       writers: ``<npz path>:<array>`` with the client id of each training example.
 
     Raises:
@@ -77,8 +77,8 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
     _check_options(kind, options)
     if kind == "digits":
         source = _digits()
-    elif kind == "synthetic":
-        source = synthetic(clients, seed, **options)
+    elif kind in GENERATED:
+        source = (synthetic if kind == "synthetic" else teacher)(clients, seed, **options)
     elif kind == "npz" and rest:
         source = _npz(rest)
     elif kind == "text" and rest:
@@ -87,7 +87,8 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
         source = _tfds(rest)
     else:
         raise ValueError(
-            f"data source {name!r} is not one of digits, synthetic, npz:<path>, text:<path>, tfds:<name> (data.source)"
+            f"data source {name!r} is not one of digits, synthetic, teacher, npz:<path>, text:<path>, tfds:<name> "
+            "(data.source)"
         )
     if writers:
         path, _, array = writers.rpartition(":")
@@ -99,8 +100,13 @@ def load(name: str, *, clients: int = 0, seed: int = 0, writers: str = "", **opt
 
 
 def _check_options(kind: str, options: dict[str, Any]) -> None:
-    """Options must be arguments of the source; most sources have none."""
-    makers: dict[str, Callable[..., Source]] = {"synthetic": synthetic, "text": text}
+    """Options must be arguments of the source; most sources have none.
+
+    >>> _check_options("digits", {"length": 64})
+    Traceback (most recent call last):
+    ValueError: option 'length' is not one of none of digits (data.options)
+    """
+    makers: dict[str, Callable[..., Source]] = {"synthetic": synthetic, "teacher": teacher, "text": text}
     known = inspect.signature(makers[kind]).parameters.values() if kind in makers else ()
     own = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
     for name, value in options.items():
@@ -113,6 +119,7 @@ def _check_options(kind: str, options: dict[str, Any]) -> None:
 
 
 def _digits() -> Source:
+    """1,797 images 8 x 8 of scikit-learn, 1,437 to train on; pixels 0..16 become 0..255."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -127,7 +134,18 @@ def _read(
     path: str, wanted: Sequence[str], arrays: str = "x_train=..., y_train=..., x_test=..., y_test=...",
     place: str = "data.source",
 ) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
-    """Those of the wanted arrays that an .npz file has, and the names of all it has."""
+    """Those of the wanted arrays that an .npz file has, and the names of all it has.
+
+    Args:
+      path: here, or below the folder that ``HETFL_DATA`` names.
+      wanted: names of arrays.
+      arrays: what the file should hold, for the message where there is no file.
+      place: the config key, for the message.
+
+    Raises:
+      FileNotFoundError: no such file, with what to do.
+      ValueError: no .npz file of plain arrays.
+    """
     try:
         with np.load(_find(path, arrays), allow_pickle=False) as file:
             return {name: file[name] for name in wanted if name in file.files}, list(file.files)
@@ -137,6 +155,7 @@ def _read(
 
 
 def _find(path: str, arrays: str) -> Path:
+    """The file here, or in the folder of ``HETFL_DATA``."""
     folder = os.environ.get(DATA_FOLDER, "../shared/data")
     for place in (Path(path), Path(folder) / path):
         if place.is_file():
@@ -148,6 +167,7 @@ def _find(path: str, arrays: str) -> Path:
 
 
 def _npz(path: str) -> Source:
+    """The four arrays of a file, and ``writer_train`` [M], a client id for each training example, if it has one."""
     needed = ("x_train", "y_train", "x_test", "y_test")
     found, names = _read(path, (*needed, "writer_train"))
     if missing := set(needed) - set(found):
@@ -158,6 +178,9 @@ def _npz(path: str) -> Source:
 
 def images_of(path: str) -> np.ndarray:
     """The training images of an .npz file, [M, H, W, C] uint8.
+
+    Args:
+      path: as of ``npz:``; [M, H, W] gets a channel axis.
 
     Raises:
       ValueError: there are none.
@@ -170,6 +193,8 @@ def images_of(path: str) -> np.ndarray:
 
 def given(data: Any) -> Source:
     """A data set from a user's arrays: (x_train, y_train, x_test, y_test), or a dict of them.
+
+    A dict may have ``writer`` (or ``writer_train``) too, a client id for each training example.
 
     Raises:
       ValueError: something else, or an array that is missing.
@@ -294,11 +319,33 @@ def synthetic(
     >>> synthetic(3, seed=1).x_train.shape[1]
     60
     """
-    drawn = linear_clients(clients, seed, alpha=alpha, beta=beta, sigma=sigma, iid=iid, hybrid=hybrid)
+    return _by_client(linear_clients(clients, seed, alpha=alpha, beta=beta, sigma=sigma, iid=iid, hybrid=hybrid), test)
+
+
+def teacher(
+    clients: int, seed: int, *, covariate: float = 1.0, concept: float = 0.5, hidden: int = 64, least: int = 20,
+    most: int = 600, test: float = 0.0,
+) -> Source:  # fmt: skip
+    """60 features, 10 classes, labelled by a net with ReLUs whose last layer every client bends its own way.
+
+    ``teacher_clients`` has the equations. With ``test`` 0 all rows are for the clients to split, see ``synthetic``.
+
+    Raises:
+      ValueError: a share outside [0, 1), and as ``teacher_clients``.
+
+    >>> teacher(3, seed=1).x_train.shape[1]
+    60
+    """
+    drawn = teacher_clients(clients, seed, covariate=covariate, concept=concept, hidden=hidden, least=least, most=most)
+    return _by_client(drawn, test)
+
+
+def _by_client(drawn: Iterable[tuple[np.ndarray, np.ndarray]], test: float) -> Source:
+    """The examples of all clients, of each the last share ``test`` as test data."""
     parts = [(x.astype(np.float32), y) for x, y in drawn]
     x, y = (np.concatenate(part) for part in zip(*parts))
     sizes = np.array([y.size for _, y in parts])
-    writer = np.repeat(np.arange(clients), sizes)
+    writer = np.repeat(np.arange(sizes.size), sizes)
     place = np.arange(writer.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     if not 0 <= test < 1:
         raise ValueError(f"test {test}, allowed 0 <= share < 1 (data.options)")

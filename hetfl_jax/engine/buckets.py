@@ -64,7 +64,13 @@ def best(work: Work, holds: np.ndarray, constants: Constants, most: int) -> tupl
 
 
 def at_once(work: Work, levels: Sequence[int], constants: Constants, most: int) -> int:
-    """How many clients of a bucket to run at once; of equally good numbers the largest.
+    """How many clients of a bucket to run at once, so that it takes least time; of equally good numbers the largest.
+
+    Args:
+      work: what the run asks of its buckets.
+      levels: of the bucket, the largest first.
+      constants: of the device.
+      most: the largest number that is tried.
 
     >>> one = Work(macs=[1e9], share=[1.0], layers=1, items=30, steps=1, rounds=1)
     >>> at_once(one, [0], Constants(1e-3, 1e12, 0.0), 256), at_once(one, [0], Constants(1e-9, 1e12, 0.0), 4)
@@ -77,7 +83,15 @@ def at_once(work: Work, levels: Sequence[int], constants: Constants, most: int) 
 def seconds(work: Work, levels: Sequence[int], clients: int, constants: Constants) -> float:
     """Seconds of a bucket over the whole run, with ``clients`` at once.
 
-    A bucket takes one step's launches besides, to be sorted, summed, widened and added.
+    With c clients at once, s local steps a client and R rounds it is ``program + R (s chunks(c) step(c) + launch)``,
+    where ``step(c) = launch + c macs / rate``. ``launch`` is ``constants.launch`` times the layers; it is paid once
+    more a round for sorting, summing and widening. ``macs`` are those of the bucket's largest level, whose shape all
+    of it has.
+
+    >>> work = Work(macs=[1e9], share=[1.0], layers=2, items=4, steps=3, rounds=10)
+    >>> device = Constants(launch=1e-3, rate=1e12, program=1.0)
+    >>> round(seconds(work, [0], 2, device), 3)  # 1 + 10 (3 * 2 * 0.004 + 0.002)
+    1.26
     """
     each = chunks(work.items, sum(work.share[level] for level in levels), clients)
     launch = constants.launch * work.layers
@@ -86,7 +100,12 @@ def seconds(work: Work, levels: Sequence[int], clients: int, constants: Constant
 
 
 def chunks(items: int, share: float, clients: int) -> float:
-    """How many chunks a bucket is expected to have that each of ``items`` falls into with probability ``share``.
+    """How many chunks a bucket is expected to have: ``E[ceil(X / clients)]`` with X ~ Binomial(items, share).
+
+    Args:
+      items: of a round, on one device.
+      share: the probability that an item falls into this bucket, from 0 to 1.
+      clients: of a chunk, at least 1.
 
     >>> chunks(10, 1.0, 4), chunks(2, 0.5, 1)
     (3.0, 1.0)

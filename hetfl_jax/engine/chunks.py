@@ -29,5 +29,14 @@ def clients_at_once(asked: int, slots: int, buckets: int, each: int, memory: int
 
 
 def that_fit(wanted: int, each: int, memory: int) -> int:
-    """``wanted`` clients at once, or as many as surely fit into a device."""
+    """``wanted`` clients at once, or as many as fit into a device, at least one.
+
+    Args:
+      wanted: clients at once, if memory were no limit.
+      each: bytes that one client computes, taken to be in memory all at one time.
+      memory: bytes of the device.
+
+    >>> that_fit(256, each=10**8, memory=16 * 10**9), that_fit(256, each=10**12, memory=16 * 10**9)
+    (160, 1)
+    """
     return max(1, min(wanted, memory // max(1, each)))

@@ -22,10 +22,19 @@ from hetfl_jax.engine.stores import Store, device_store
 
 
 def compiled(fn: Callable[..., PyTree], executor: Executor, **options: PyTree) -> Callable[..., PyTree]:
-    """``jax.jit(fn)`` for this executor.
+    """``jax.jit(fn)`` for this executor; ``fn`` itself where the executor does not compile.
 
     Over several CPU devices it waits for the result: two programs with collectives in flight at once can deadlock
     there, because they share one thread pool.
+
+    Args:
+      fn: is traced for the platform of the executor, whatever this machine has (``core.platform.current``).
+      executor: with its platform, its mesh and ``jit``.
+      options: of ``jax.jit``, e.g. ``donate_argnums``.
+
+    >>> from hetfl_jax.engine.executors import executor
+    >>> int(compiled(lambda x: x + 1, executor("bucketed"))(jnp.int32(2)))
+    3
     """
     fn = made_for(executor.kind(), fn)
     if not executor.jit:
@@ -46,9 +55,20 @@ def execute(
     executor: Executor, algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, store: Store, memory: PyTree,
     rows: Array | None = None,
 ) -> tuple[Outcome, PyTree, Array]:  # fmt: skip
-    """Run items with the rows of ``memory``: (outcome in the order of the items, memory, device of each item).
+    """Run the items of a round, each with its row of client memory.
 
-    ``rows`` [K] says which row of ``memory`` is an item's own; by default its client's id.
+    Over a mesh items are dealt to the devices first (``executors.deal``); replies come back in the order of ``items``.
+
+    Args:
+      sent: what the server sends, the same for all items.
+      pool: what all clients read their examples from, see ``pool_of``.
+      items: leaves [K, ...]; their field ``memory`` is filled in here.
+      store: reads and writes rows of ``memory``, which has the form that ``store.init`` gave it.
+      rows: [K] int32, which row of ``memory`` is an item's own; by default its client's id.
+
+    Returns:
+      The outcome with an empty ``memory``; the memory with the rows of valid items replaced; [K] int32, the device that
+      ran each item.
     """
     slots = items.valid.shape[0]
     mesh = executor.mesh
@@ -104,7 +124,21 @@ def survey(
     executor: Executor, fn: Callable[..., PyTree], sent: PyTree, population: Population, ids: Array, key: Array,
     levels: Array | None = None, count: int = 1, valid: Array | None = None,
 ) -> PyTree:  # fmt: skip
-    """What clients ``ids`` answer: ``fn(key, sent, level, shard)`` stacked; see ``query``."""
+    """What clients answer to a question: ``fn(key, sent, level, shard)`` of each, stacked to leaves [K, ...].
+
+    Args:
+      sent: what each of them gets, e.g. parameters.
+      ids: [K] int32, who is asked.
+      key: of the purpose and the round; each client's own is folded out of it.
+      levels, count, valid: see ``query``.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.executors import executor
+    >>> toy = population(jnp.zeros((4, 2)), jnp.array([0, 1, 1, 0]), jnp.arange(4), jnp.array([3, 1]))
+    >>> ask = lambda key, sent, level, shard: sent * shard.size
+    >>> survey(executor("debugging"), ask, jnp.int32(10), toy, jnp.array([1, 0, 1]), jax.random.key(0)).tolist()
+    [10, 30, 10]
+    """
     return query(executor, lambda *args: ((), fn(*args)), sent, population, ids, key, levels, count, valid).report
 
 
@@ -150,10 +184,17 @@ def query(
 
 
 def client_keys(key: Array, ids: Array) -> Array:
-    """[K] the key of each client, from that of a purpose and a round."""
+    """[K] the key of each client, ``fold_in(key, id)``; ``key`` is that of a purpose and a round.
+
+    A client's key does not depend on who else takes part, nor on its place in the cohort.
+
+    >>> keys = client_keys(jax.random.key(0), jnp.array([7, 3]))
+    >>> bool(keys[1] == jax.random.fold_in(jax.random.key(0), 3))
+    True
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 
 def pool_of(population: Population) -> Pool:
-    """What all clients read their examples from."""
+    """What all clients read their examples from: x, y, rows and views; it goes to devices apart from the items."""
     return population.x, population.y, population.rows, population.views

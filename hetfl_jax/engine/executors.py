@@ -21,7 +21,12 @@ EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 
 class Executor(NamedTuple):
-    """How the items of a round are run."""
+    """How the items of a round are run. Made by ``executor``; every executor gives the same answer up to rounding.
+
+    >>> chosen = executor("bucketed")
+    >>> chosen.devices, chosen.jit
+    (1, True)
+    """
 
     run: Runner
     jit: bool = True
@@ -30,12 +35,12 @@ class Executor(NamedTuple):
     described: bool = False  #: whether its devices are only described: nothing can be put there
 
     def kind(self) -> Platform:
-        """For what its programs are made."""
+        """For which platform its programs are made: cpu, gpu or tpu, with the memory of a device."""
         return self.platform or platforms.current()
 
     @property
     def devices(self) -> int:
-        """Over how many devices the items are spread."""
+        """Over how many devices the items are spread; 1 without a mesh."""
         return 1 if self.mesh is None else self.mesh.size
 
     def place(self, values: PyTree) -> PyTree:
@@ -49,9 +54,11 @@ class Executor(NamedTuple):
             return values
 
         def put(values: PyTree, spec: PartitionSpec) -> PyTree:
+            """Put every leaf over the mesh as ``spec`` says."""
             return jax.tree.map(lambda v: _put(v, NamedSharding(mesh, spec)), values)
 
         def split(rows: Array) -> Array:
+            """Rows of client memory [N, ...], padded with zeros to a multiple of the devices."""
             return jnp.pad(rows, [(0, -rows.shape[0] % mesh.size), *[(0, 0)] * (rows.ndim - 1)])
 
         def one(value: PyTree) -> PyTree:
@@ -64,7 +71,11 @@ class Executor(NamedTuple):
 
 
 def _put(value: Array, sharding: NamedSharding) -> Array:
-    """``device_put``; with several processes from the host, since no device of one reaches those of another."""
+    """``device_put``; with several processes from the host, since no device of one reaches those of another.
+
+    Args:
+      value: an array or a key; whole on every process.
+    """
     if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -73,10 +84,14 @@ def _put(value: Array, sharding: NamedSharding) -> Array:
 
 
 def check_chunk(clients_per_chunk: int) -> None:
-    """Refuse a number of clients at once below 0.
+    """Refuse a number of clients at once below 0; 0 itself lets ``chunks`` choose.
 
     Raises:
-      ValueError: with the key.
+      ValueError: with the number, what is allowed and the key.
+
+    >>> check_chunk(-1)
+    Traceback (most recent call last):
+    ValueError: clients_per_chunk -1, allowed >= 0 (train.clients_per_chunk)
     """
     if clients_per_chunk < 0:
         raise ValueError(f"clients_per_chunk {clients_per_chunk}, allowed >= 0 (train.clients_per_chunk)")
@@ -102,6 +117,12 @@ def executor(
 
     Raises:
       ValueError: an unknown name, or more devices than there are.
+
+    >>> executor("debugging").jit
+    False
+    >>> executor("fast")
+    Traceback (most recent call last):
+    ValueError: executor 'fast' is not one of vmapped, chunked, bucketed, debugging (train.executor)
     """
     if name not in EXECUTORS:
         raise ValueError(f"executor {name!r} is not one of {', '.join(EXECUTORS)} (train.executor)")
@@ -130,6 +151,10 @@ def sharded(mesh: Mesh, inner: Runner) -> Executor:
     """``inner`` on each device of the mesh axis ``clients``, on its equal share of items that ``deal`` put in order.
 
     Totals cross devices in one sum at the end, reports in one gather; memory rows stay with the device that ran them.
+
+    Args:
+      mesh: one axis, ``clients``; the number of items must be a multiple of its devices, as ``deal`` pads it.
+      inner: what each device runs.
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:

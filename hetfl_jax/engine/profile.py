@@ -24,13 +24,21 @@ class Event(NamedTuple):
 
 
 def profiled(run: Callable[[], PyTree], folder: Path) -> PyTree:
-    """``run()`` under the profiler; the trace in ``folder`` opens in TensorBoard and, unzipped, in Perfetto."""
+    """``run()`` under JAX's profiler; returns what ``run`` returns, once it is computed.
+
+    Args:
+      run: should be compiled before, or the trace is one of compiling.
+      folder: gets the trace, which TensorBoard opens, and a ``perfetto_trace.json.gz`` for ui.perfetto.dev.
+    """
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         return jax.block_until_ready(run())
 
 
 def scopes_of(program: str) -> dict[str, str]:
     """Scope of every operation of a compiled program's text: the first of ``SCOPES`` on its path, else ``other``.
+
+    Args:
+      program: as ``rounds.program`` gives it; a path is the ``op_name`` that XLA keeps of named scopes.
 
     >>> scopes_of('  %add.1 = f32[] add(x, y), metadata={op_name="jit(step)/plan/server/add"}')
     {'add.1': 'plan'}
@@ -42,7 +50,14 @@ def scopes_of(program: str) -> dict[str, str]:
 
 
 def events(folder: Path) -> list[Event]:
-    """Operations in the newest trace of ``folder``: those of accelerators if any ran there, else the host's."""
+    """Operations in the newest trace of ``folder``: those of accelerators if any ran there, else the host's.
+
+    Loops, branches and calls are left out, since their time is that of the operations inside. An operation that ran on
+    four cores at once is four events.
+
+    Raises:
+      ValueError: there is no trace below ``folder``.
+    """
     data = ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]  # also of a compiler without a device
@@ -50,6 +65,7 @@ def events(folder: Path) -> list[Event]:
 
 
 def _operations(planes: Sequence[ProfilePlane]) -> list[Event]:
+    """Events of the planes that name an operation of XLA (``hlo_op``)."""
     found = []
     for event in (event for plane in planes for line in plane.lines for event in line.events):
         stats = dict(event.stats)
@@ -60,7 +76,12 @@ def _operations(planes: Sequence[ProfilePlane]) -> list[Event]:
 
 
 def breakdown(folder: Path, program: str) -> dict[str, float]:
-    """Busy seconds of each scope, over all cores and devices; ``program`` is the round's compiled text."""
+    """Busy seconds of each scope, summed over all cores and devices, so they may exceed the wall time.
+
+    Args:
+      folder: of ``profiled``.
+      program: the round's compiled text; operations of other programs count as ``evaluation``.
+    """
     of_round = re.search(r"HloModule ([\w.\-]+)", program)
     scopes = scopes_of(program)
     seconds: dict[str, float] = defaultdict(float)
@@ -71,7 +92,13 @@ def breakdown(folder: Path, program: str) -> dict[str, float]:
 
 
 def render(seconds: dict[str, float], folder: Path) -> str:
-    """The breakdown as text."""
+    """The breakdown as text, one line a scope with its milliseconds and its share.
+
+    >>> print(render({"local_training": 0.03, "server": 0.01}, Path("trace")))
+    busy time of one round and one evaluation, all cores (trace in trace/):
+      local training         30.00 ms   75.0%
+      server                 10.00 ms   25.0%
+    """
     whole = sum(seconds.values()) or 1.0
     rows = [f"  {scope.replace('_', ' '):16s}{1e3 * s:12.2f} ms {s / whole:7.1%}" for scope, s in seconds.items()]
     head = f"busy time of one round and one evaluation, all cores (trace in {folder}/):"

@@ -40,7 +40,12 @@ def start(
     """The state before the first round.
 
     Args:
-      first, settings: the program of ``first_program``, if it is shared, and what it is told.
+      clients: N, of the population that the rounds will get.
+      key: the run's constant key; the start values are drawn from it, for the purpose ``INIT``.
+      first, settings: the program of ``first_program``, if it is shared, and the numbers that it takes.
+
+    Returns:
+      A ``State`` of round 0 with memory for N clients, in the form of the store.
 
     Raises:
       ValueError: another number of clients than the algorithm or the store was made for.
@@ -58,7 +63,14 @@ First = Callable[[Array, int, Settings], State]
 
 
 def first_program(algorithm: Algorithm, store: Store, remake: Remake | None = None) -> First:
-    """What draws the first state, compiled: op by op, a net's start values take seconds."""
+    """What draws the first state, compiled: op by op, a net's start values take seconds.
+
+    Args:
+      remake: settings -> the algorithm with these numbers; without it ``algorithm`` is taken as it is.
+
+    Returns:
+      ``(key, clients, settings) -> State``; where the store is on the host, its memory is ONE client's.
+    """
 
     @partial(jax.jit, static_argnums=1)
     def init(key: Array, clients: int, settings: Settings) -> State:
@@ -71,12 +83,13 @@ def first_program(algorithm: Algorithm, store: Store, remake: Remake | None = No
 
 
 def _check_clients(algorithm: Algorithm, clients: int) -> None:
+    """Refuse another population than the method was made for: its selection has a row for each client."""
     if algorithm.clients not in (0, clients):
         raise ValueError(f"the method was made for {algorithm.clients} clients, but there are {clients} (clients)")
 
 
 def _check_memory(algorithm: Algorithm, store: Store, memory: PyTree, clients: int) -> None:
-    """A row too few would be a row of somebody else's."""
+    """Refuse memory with too few rows: JAX clamps an index past the end, so a client would read somebody else's row."""
     _check_clients(algorithm, clients)
     if not store.rows:
         for leaf in jax.tree.leaves(memory):
@@ -90,8 +103,37 @@ def _check_memory(algorithm: Algorithm, store: Store, memory: PyTree, clients: i
 def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
     """``step(state, population, key) -> (state, info)``: one round, compiled once; the state's buffers are reused.
 
-    ``key`` is the run's constant key. Place state, population and key with ``executor.place`` first. ``info`` is the
-    algorithm's, and ``device`` [K], which device ran each item.
+    Place state, population and key with ``executor.place`` first, or the first round compiles for itself. After a call
+    the state that was passed in is gone (its buffers are donated), unless the method works between rounds.
+
+    Args:
+      algorithm: from a method's ``make``.
+      executor: how the items are run.
+      store: where client memory lives; the one that ``start`` got.
+
+    Returns:
+      ``step``. Its ``key`` is the run's constant key, the same in every round; the round's number is folded into it.
+      Its ``info`` is the algorithm's, and ``device`` [K] says which device ran each item.
+
+    A method by hand, with one number as its model, to which each client adds how many examples it holds:
+
+    >>> from hetfl_jax.core.types import Info, Reply
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.executors import executor
+    >>> def plan(key, round, server, population, survey):
+    ...     return Plan(ids=jnp.arange(2), valid=jnp.ones(2, bool), level=jnp.zeros(2, jnp.int32))
+    >>> method = Algorithm(
+    ...     levels=1, members=1, plan=plan, send=lambda server, round: server,
+    ...     init=lambda key: (jnp.float32(0), ()),
+    ...     client=lambda context: Reply(context.shard.size.astype(jnp.float32), 0, (), ()),
+    ...     widen=lambda total, level: total,
+    ...     server=lambda server, plan, sent, total, report, ok: (server + total[0], Info((), (), {}, {})),
+    ...     model=lambda server, tier: server, predict=lambda *_: None)
+    >>> toy = population(jnp.zeros((5, 1)), jnp.zeros(5, int), jnp.arange(5), jnp.array([2, 3]))
+    >>> key, step = jax.random.key(0), make_round(method, executor("bucketed"), device_store())
+    >>> state, info = step(start(method, device_store(), 2, key), toy, key)
+    >>> float(state.server), int(state.round)
+    (5.0, 1)
     """
     return stepper(round_programs(algorithm, executor, store), algorithm, executor, store)
 
@@ -99,7 +141,8 @@ def make_round(algorithm: Algorithm, executor: Executor, store: Store) -> Step:
 class Programs(NamedTuple):
     """The compiled parts of a round, of runs that differ in numbers only; those that a method does not need are absent.
 
-    Each takes ``settings`` last, from which the method is built anew inside the program.
+    Each takes ``settings`` last, from which the method is built anew inside the program: two runs with another learning
+    rate share one program.
     """
 
     usual: Callable[..., PyTree] | None = None  #: (state, population, key, settings) -> (state, info)
@@ -109,7 +152,7 @@ class Programs(NamedTuple):
 
 
 def round_programs(algorithm: Algorithm, executor: Executor, store: Store, remake: Remake | None = None) -> Programs:
-    """The programs of a round.
+    """The programs of a round: one, or two where the host has something to do in between.
 
     Args:
       remake: settings -> the algorithm with these numbers; without it ``algorithm`` is what it is.
@@ -176,7 +219,12 @@ def stepper(
     programs: Programs, algorithm: Algorithm, executor: Executor, store: Store,
     settings: Settings = MappingProxyType({}),
 ) -> Step:  # fmt: skip
-    """``step(state, population, key) -> (state, info)`` of one run, from programs that others may share."""
+    """``step(state, population, key) -> (state, info)`` of one run, from programs that others may share.
+
+    Args:
+      programs: of ``round_programs``, made for this algorithm, executor and store.
+      settings: the numbers of this run, those that ``remake`` takes.
+    """
     told, main = dict(settings), programs.usual or programs.executed
     assert main is not None
     if programs.executed is not None:
@@ -196,7 +244,7 @@ def stepper(
 
 
 class _Lowered(NamedTuple):
-    """A jitted round whose settings are filled in."""
+    """A jitted round whose settings are filled in, so that ``lower`` takes what a step takes."""
 
     jitted: PyTree
     settings: Settings
@@ -207,7 +255,10 @@ class _Lowered(NamedTuple):
 
 
 def _with_host_memory(programs: Programs, executor: Executor, store: Store, settings: Settings) -> Step:
-    """Rounds of two programs, plan and execution; in between the cohort's rows come from the store."""
+    """Rounds of two programs, plan and execution; in between the cohort's rows come from the store.
+
+    Only ``[K, ...]`` rows are ever on the device, however many clients there are.
+    """
     planned, run = programs.planned, programs.executed
     assert planned is not None
     assert run is not None
@@ -272,9 +323,16 @@ def _planned(
 
 
 def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
-    """[K] which items are of clients that exist, and no copy of an earlier one.
+    """[K] bool, which items are of clients that exist, and no copy of an earlier one.
 
-    Where rows of memory are ``unique``, items of one row are; else those of one client and stream, without tickets.
+    Args:
+      clients: N; ids outside 0 .. N - 1 are refused.
+      unique: whether clients have memory. Then two valid items may not share a row of it; else they may not share both
+        client and stream, unless tickets tell them apart.
+
+    >>> plan = Plan(jnp.array([3, 1, 3, 9]), jnp.ones(4, bool), jnp.zeros(4, int))
+    >>> _allowed(plan, clients=5, unique=True).tolist()
+    [True, True, False, False]
     """
     inside = (plan.ids >= 0) & (plan.ids < clients)
     if not unique and jax.tree.leaves(plan.ticket):
@@ -288,7 +346,13 @@ def _allowed(plan: Plan, clients: int, unique: bool) -> Array:
 
 
 def program(step: Callable[..., PyTree], *args: PyTree) -> str:
-    """The compiled text of a function that ``compiled`` made."""
+    """The compiled text (HLO) of a function that ``compiled`` made, for these arguments. It compiles, and runs nothing.
+
+    >>> from hetfl_jax.engine.executors import executor
+    >>> text = program(compiled(lambda x: x * 2, executor("bucketed")), jnp.ones(3))
+    >>> "HloModule" in text, "multiply" in text
+    (True, True)
+    """
     jitted: PyTree = getattr(step, "jitted", step)
     return jitted.lower(*args).compile().as_text()
 
@@ -296,10 +360,12 @@ def program(step: Callable[..., PyTree], *args: PyTree) -> str:
 def moved_bytes(
     executor: Executor, algorithm: Algorithm, state: State, population: Population, key: Array
 ) -> dict[str, int]:
-    """Bytes that a round puts through each collective on every device; empty on one device.
+    """Bytes that a round puts through each collective on every device; empty on one device. Nothing runs or compiles.
 
-    ``totals`` are summed (all-reduce), ``memory`` goes to the devices that run it (reduce-scatter) and back
-    (all-gather); reports, a few numbers an item, are not counted.
+    Returns:
+      ``totals``: bytes of the sums (one all-reduce). ``memory to clients`` (reduce-scatter) and ``memory back``
+      (all-gather), where clients keep memory: a row for each item, items padded to equal shares. Reports, a few numbers
+      an item, are not counted.
     """
     if executor.mesh is None:
         return {}

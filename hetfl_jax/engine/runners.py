@@ -49,7 +49,17 @@ def _client_at(algorithm: Algorithm, levels: Sequence[int]) -> Callable[..., tup
 
 @jax.named_scope("merge")
 def add_reply(total: PyTree, member: PyTree, accumulated: PyTree) -> PyTree:
-    """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators."""
+    """Add one reply, or a chunk of them along a leading axis of ``member``, to ``[members, ...]`` accumulators.
+
+    Args:
+      total: what is added, leaves [...] of one reply or [c, ...] of a chunk.
+      member: int32 scalar or [c], the row that each reply goes to; 0 in methods with one model.
+      accumulated: leaves [members, ...].
+
+    >>> chunk = {"w": jnp.array([[1.0], [2.0], [4.0]])}
+    >>> add_reply(chunk, jnp.array([0, 1, 0]), {"w": jnp.zeros((2, 1))})["w"].tolist()
+    [[5.0], [2.0]]
+    """
     members = jax.tree.leaves(accumulated)[0].shape[0] if jax.tree.leaves(accumulated) else 1
     if members > 1 and jnp.ndim(member) and platform.current().name == "cpu":
         return jax.tree.map(lambda a, t: _by_columns(t, member, a), accumulated, total)
@@ -92,11 +102,12 @@ def _by_columns(replies: Array, member: Array, sums: Array) -> Array:
 
 @jax.named_scope("merge")
 def _widen(algorithm: Algorithm, total: PyTree, level: int) -> PyTree:
+    """Sums [members, ...] of a level's shape at full shape, zero outside the level's window."""
     return jax.vmap(lambda t: algorithm.widen(t, level), axis_size=algorithm.members)(total)
 
 
 def vmapped() -> Runner:
-    """One vmap over all items, at full shape with traced levels."""
+    """One vmap over all items, at full shape with traced levels: memory grows with the cohort."""
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
         run_item = _client_at(algorithm, range(algorithm.levels))
@@ -112,7 +123,11 @@ def vmapped() -> Runner:
 
 
 def chunked(clients_per_chunk: int) -> Runner:
-    """A loop over chunks of vmapped items, at full shape with traced levels."""
+    """A loop over chunks of vmapped items, at full shape with traced levels.
+
+    Args:
+      clients_per_chunk: items under one vmap; 0 takes what fits, see ``chunks.clients_at_once``.
+    """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
         return _loops(algorithm, sent, pool, items, clients_per_chunk, (tuple(range(algorithm.levels)),))
@@ -123,7 +138,10 @@ def chunked(clients_per_chunk: int) -> Runner:
 def bucketed(clients_per_chunk: int, buckets: Buckets = (), wanted: Sequence[int] = ()) -> Runner:
     """Items grouped into buckets of levels, each at the true shape of its largest level; its sum is widened once.
 
-    ``wanted`` says how many clients of each bucket should run at once, where ``clients_per_chunk`` is 0.
+    Args:
+      clients_per_chunk: items under one vmap in every bucket; 0 takes ``wanted``, or what fits.
+      buckets: levels that share a bucket, e.g. ``((0,), (1, 2))``, each level once; by default one a level.
+      wanted: for each bucket, how many of its clients should run at once where ``clients_per_chunk`` is 0.
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
@@ -136,7 +154,10 @@ def bucketed(clients_per_chunk: int, buckets: Buckets = (), wanted: Sequence[int
 
 
 def _order(items: Items, levels: Array) -> Array:
-    """Items sorted by level, then by size descending (chunks of like step counts); those not valid come last."""
+    """[K] items sorted by level, then by size descending, so that a chunk's items take about as many steps.
+
+    ``levels`` [K] are the buckets; items that are not valid have the largest number and come last.
+    """
     return jnp.lexsort((-items.shard.size, levels))
 
 
@@ -144,6 +165,10 @@ def executed_steps(steps: np.ndarray, chunk: int) -> int:
     """Local steps that one bucket's loop runs for items with these step counts; ``steps.sum()`` are needed.
 
     A chunk runs as long as its longest item, and items come sorted.
+
+    Args:
+      steps: [items] int, steps of each item.
+      chunk: items at once, at least 1.
 
     >>> executed_steps(np.array([1, 5, 4, 2]), chunk=2), executed_steps(np.array([1, 5, 4, 2]), chunk=1)
     (14, 12)
@@ -156,7 +181,16 @@ def _loops(
     algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items, chunk: int, buckets: Buckets,
     wanted: Sequence[int] = (),
 ) -> Outcome:  # fmt: skip
-    """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever."""
+    """One loop over chunks for each bucket, with a traced trip count: no padding, and no new program ever.
+
+    Args:
+      chunk: items under one vmap; 0 chooses.
+      buckets: of levels, each level once.
+      wanted: see ``bucketed``.
+
+    Raises:
+      ValueError: a level that is in no bucket, or in two.
+    """
     if sorted(level for levels in buckets for level in levels) != list(range(algorithm.levels)):
         raise ValueError(f"buckets {buckets}: need each of the levels 0..{algorithm.levels - 1} once (train.buckets)")
     bucket_of = np.zeros(algorithm.levels, np.int32)
@@ -193,7 +227,14 @@ def _loops(
 def _chunks(
     algorithm: Algorithm, slots: int, asked: int, sizes: Sequence[int], wanted: Sequence[int]
 ) -> list[int]:  # fmt: skip
-    """Clients at once of each bucket, of which one client computes so many bytes."""
+    """How many clients of each bucket run at once.
+
+    Args:
+      slots: K, the items of the round.
+      asked: by the user; 0 chooses.
+      sizes: bytes that one client of each bucket computes.
+      wanted: what the cost model would have for each bucket; memory may allow fewer.
+    """
     memory = machine.device_memory()
     if wanted and not asked:
         return [that_fit(min(number, slots), each, memory) for number, each in zip(wanted, sizes, strict=True)]
@@ -206,7 +247,13 @@ def _chunk(
     run: Callable[..., PyTree], sent: PyTree, pool: Pool, items: Items, order: Array, start: Array, count: Array,
     chunk: int, i: Array, carry: tuple[PyTree, PyTree],
 ) -> tuple[PyTree, PyTree]:  # fmt: skip
-    """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item)."""
+    """Run chunk ``i`` of a bucket and add it to (accumulated total, rows by item).
+
+    Args:
+      order: [K] items, those of a bucket side by side.
+      start, count: int32 scalars, where the bucket begins in ``order`` and how many items it has.
+      chunk: items at once; the last chunk of a bucket is filled up with items that are not valid.
+    """
     accumulated, rows = carry
     slots = order.shape[0]
     if chunk == 1:

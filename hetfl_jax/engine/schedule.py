@@ -14,7 +14,7 @@ _PATH = re.compile(r'op_name="([^"]*)"')
 
 
 class Operation(NamedTuple):
-    """One operation of the schedule."""
+    """One operation of the schedule; the largest ``cycles`` sort first."""
 
     cycles: float  #: of all its runs
     shape: str
@@ -31,7 +31,15 @@ class Schedule(NamedTuple):
 
 
 def read(text: str, trips: Trips, most: int = 8) -> Schedule:
-    """The schedule in a compiled program's text; of a branch the dearest side counts.
+    """The schedule in a compiled program's text; of a branch the side with more cycles counts.
+
+    Cycles are the compiler's own estimates (``estimated_cycles``); divided by the clock (``topology.GENERATIONS``) they
+    are seconds. A loop's cycles are multiplied by its trip count.
+
+    Args:
+      text: of a program that was compiled for a TPU; other compilers write no cycles.
+      trips: how often a loop runs, for loops whose count the compiler does not know.
+      most: operations to list.
 
     >>> text = '''ENTRY %main (p: f32[2]) -> f32[2] {
     ...   %w = f32[2] while(%p), condition=%c, body=%b, metadata={op_name="f/loop/while"}
@@ -73,7 +81,11 @@ def read(text: str, trips: Trips, most: int = 8) -> Schedule:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation by its name, and the entry's name."""
+    r"""Lines of each computation by its name, and the entry's name.
+
+    >>> _computations("ENTRY %main (p: f32[]) -> f32[] {\n  ROOT %a = f32[] add(%p, %p)\n}")
+    ({'main': ['  ROOT %a = f32[] add(%p, %p)']}, 'main')
+    """
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -88,11 +100,23 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _named(line: str, role: str) -> str:
+    """The computation that a line calls in a role.
+
+    >>> _named("%w = f32[2] while(%p), condition=%c, body=%b.1", "body")
+    'b.1'
+    """
     match = re.search(rf"{role}=%?([\w.\-]+)", line)
     return match[1] if match else ""
 
 
 def _branches(line: str) -> list[str]:
+    """The computations of a conditional's sides.
+
+    >>> _branches("conditional(%i, %x), branch_computations={%one, %two}")
+    ['one', 'two']
+    >>> _branches("conditional(%p, %x), true_computation=%yes, false_computation=%no")
+    ['yes', 'no']
+    """
     listed = re.search(r"branch_computations=\{([^}]*)\}", line)
     if listed:
         return [name.strip().lstrip("%") for name in listed[1].split(",")]
@@ -100,6 +124,7 @@ def _branches(line: str) -> list[str]:
 
 
 def _alone(bodies: dict[str, list[str]], name: str) -> float:
+    """Cycles of a computation's own operations, without those that it calls."""
     return float(sum(int(own[1]) for line in bodies.get(name, []) if (own := _CYCLES.search(line))))
 
 
@@ -117,6 +142,11 @@ def _collectives(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def _nbytes(kind: str, dims: str) -> int:
+    """Bytes of an array as the text writes it.
+
+    >>> _nbytes("bf16", "8,128"), _nbytes("f32", "")
+    (2048, 4)
+    """
     size = _BYTES.get(kind, 0)
     for extent in filter(None, dims.split(",")):
         size *= int(extent)

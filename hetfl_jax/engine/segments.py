@@ -17,10 +17,30 @@ _BYTES = 4  # of a float32
 
 
 class Segments:
-    """The newest row of every client that ever had one."""
+    """The newest row of every client that ever had one.
+
+    A row is the client's memory as one float32 vector; its length is that of the client's level.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> rows = Segments(folder, level=np.array([0, 1, 1]), sizes=np.array([4, 2]))
+    >>> rows.write(2, np.array([1.0, 2.0]))
+    >>> rows.commit(10, checkpoints=[])
+    >>> rows.write(2, np.array([8.0, 9.0]))  # a round that no checkpoint follows
+    >>> again = Segments(folder, np.array([0, 1, 1]), np.array([4, 2]))
+    >>> again.restore(10)
+    >>> again.clients(), again.read(2).tolist(), again.read(0)
+    ([2], [1.0, 2.0], None)
+    """
 
     def __init__(self, folder: Path, level: np.ndarray, sizes: np.ndarray):
-        """Rows of ``sizes[level[i]]`` float32 for client i; whatever ``folder`` holds is used only by ``restore``."""
+        """Start with no rows; whatever ``folder`` holds is used only by ``restore``.
+
+        Args:
+          folder: need not exist; it is made with the first row.
+          level: [N] int, of each client, fixed for the whole run.
+          sizes: [L] int, float32 entries of a row of each level; 0 keeps nothing of that level's clients.
+        """
         self.folder, self.level, self.sizes = folder, np.asarray(level), np.asarray(sizes)
         self.place = np.empty(self.level.size, np.int64)
         for number in range(self.sizes.size):
@@ -31,11 +51,11 @@ class Segments:
         self.open = self._next()
 
     def clients(self) -> list[int]:
-        """Clients that have a row."""
+        """Clients that have a row, in rising order."""
         return np.flatnonzero(self.index != _NEVER).tolist()
 
     def read(self, client: int) -> np.ndarray | None:
-        """The client's row, or ``None``."""
+        """The client's row [sizes[level]] as a read-only map of the file, or ``None`` if it was never written."""
         if self.index[client] == _NEVER or not self.sizes[self.level[client]]:
             return None
         level, size = self.level[client], int(self.sizes[self.level[client]])
@@ -43,7 +63,10 @@ class Segments:
         return np.memmap(path, np.float32, "r", offset=int(self.place[client]) * size * _BYTES, shape=(size,))
 
     def write(self, client: int, row: np.ndarray) -> None:
-        """Put a row into the open segment.
+        """Put a row into the open segment; it counts from the next ``commit`` on.
+
+        Args:
+          row: [sizes[level]] of the client's level; it is cast to float32.
 
         Raises:
           OSError: the disk is full; what was committed is untouched.
@@ -64,7 +87,15 @@ class Segments:
         self.index[client] = self.open
 
     def commit(self, round: int, checkpoints: Sequence[int]) -> None:
-        """Make the rows so far those of ``round``; what neither it nor another checkpoint needs is removed."""
+        """Make the rows so far those of ``round``; what neither it nor another checkpoint needs is removed.
+
+        Files are written through to the disk before the index is renamed into place: a kill leaves either the old
+        state or the new one.
+
+        Args:
+          round: of the checkpoint that follows.
+          checkpoints: rounds whose checkpoints are still there.
+        """
         live = np.bincount(self.index[self.index != _NEVER], minlength=self.written.size)
         for segment in np.flatnonzero((live > 0) & (2 * live < self.written)).tolist():
             if segment != self.open:
@@ -86,10 +117,10 @@ class Segments:
         self.open = self._next()
 
     def restore(self, round: int) -> None:
-        """The rows of ``round``.
+        """Take the rows that belong to ``round``'s checkpoint; indices of later rounds are removed.
 
         Raises:
-          ValueError: they are not there, or belong to another population.
+          ValueError: they are not there, or belong to another number of clients.
         """
         if not self._index(round).exists():
             have = ", ".join(map(str, sorted(self._rounds()))) or "none"
@@ -103,6 +134,7 @@ class Segments:
         self.open = self._next()
 
     def _prune(self, rounds: set[int]) -> None:
+        """Remove indices of other rounds than these, and segments that no index names."""
         needed = set(np.unique(self.index).tolist())
         for round in self._rounds():
             if round not in rounds:
@@ -115,10 +147,12 @@ class Segments:
                 path.unlink()
 
     def _next(self) -> int:
+        """A number that no segment has or had."""
         taken = [int(path.name.split("_")[1]) for path in self.folder.glob("segment_*")]
         return max([*taken, self.written.size - 1], default=-1) + 1
 
     def _rounds(self) -> list[int]:
+        """Rounds that have an index."""
         return [int(path.stem.split("_")[1]) for path in self.folder.glob("index_*.npz")]
 
     def _index(self, round: int) -> Path:

@@ -26,6 +26,8 @@ class Store(NamedTuple):
 
     ``block``, which may be left out, is a device's number: ``memory`` is then what this device keeps of rows that are
     split evenly over devices.
+
+    What a method is told is the same whatever the store; only what fits differs, see ``docs/howto/memory.md``.
     """
 
     init: Callable[[PyTree, int], PyTree]  #: (one client's memory, N) -> memory
@@ -39,18 +41,30 @@ class Store(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How large each client's row is."""
+    """How large each client's row is.
+
+    >>> Packing(np.array([0, 1, 1]), ([(4, 3), (4,)], [(2, 3), (2,)])).sizes()
+    array([16,  8])
+    """
 
     level: np.ndarray  #: [N] int, fixed
     extents: tuple[list[tuple[int, ...]], ...]  #: for each level, the leading extents of every leaf of the memory
 
     def sizes(self) -> np.ndarray:
-        """[L] entries of a row of each level."""
+        """[L] int64, entries of a row of each level."""
         return np.asarray([sum(int(np.prod(e)) for e in leaves) for leaves in self.extents], np.int64)
 
 
 def unpacked(one: PyTree, clients: int) -> Packing:
-    """Rows of full size for every client, where levels change from round to round."""
+    """Rows of full size for every client, where levels change from round to round.
+
+    Args:
+      one: one client's memory, or its shapes.
+      clients: N.
+
+    >>> unpacked({"sum": np.zeros((4, 3))}, clients=2).sizes()
+    array([12])
+    """
     return Packing(np.zeros(clients, int), ([leaf.shape for leaf in jax.tree.leaves(one)],))
 
 
@@ -130,17 +144,23 @@ def packed_device_store(packing: Packing, one: PyTree) -> Store:
 
 
 def _tiled(value: Array, rows: int) -> Array:
+    """[rows, ...] copies of one client's start value."""
     return jnp.tile(jnp.asarray(value)[None], (rows,) + (1,) * jnp.ndim(value))
 
 
 def _own(kept: Array, row: Array, wanted: Array, block: Array | int) -> tuple[Array, Array]:
-    """Which of ``row`` are wanted and in this block of a split array, and their places in it."""
+    """Which of ``row`` are wanted and in this block of a split array, and their places in it.
+
+    >>> [v.tolist() for v in _own(jnp.zeros((2, 1)), jnp.array([0, 2, 3]), jnp.array([True, True, False]), 1)]
+    [[False, True, False], [-2, 0, 1]]
+    """
     local = row - block * kept.shape[0]
     mine = wanted & (local >= 0) & (local < kept.shape[0])
     return mine, local
 
 
 def _read(kept: Array, row: Array, wanted: Array, block: Array | int) -> Array:
+    """[K, ...] rows of an array that may be one device's block; zero where a row is not wanted or lies elsewhere."""
     mine, local = _own(kept, row, wanted, block)
     rows = kept[jnp.where(mine, local, 0)]
     return jnp.where(mine.reshape(-1, *(1 for _ in rows.shape[1:])), rows, 0)
@@ -148,25 +168,53 @@ def _read(kept: Array, row: Array, wanted: Array, block: Array | int) -> Array:
 
 def _write(kept: Array, row: Array, wanted: Array, rows: Array, block: Array | int) -> Array:
     # Padding may repeat a real client's id: what is not wanted must not land anywhere.
+    """The array with [K, ...] rows put in; those that are not wanted, or of another device, change nothing."""
     mine, local = _own(kept, row, wanted, block)
     return kept.at[jnp.where(mine, local, kept.shape[0])].set(rows, mode="drop")
 
 
 def file_store(folder: Path, packing: Packing) -> Store:
-    """Rows in sparse files below ``folder``, see ``segments``; a client that never took part costs nothing."""
+    """Rows in sparse files below ``folder``, see ``segments``; a client that never took part costs nothing.
+
+    Args:
+      folder: of the files, inside the run's.
+      packing: every client's level and the sizes of levels.
+
+    >>> import tempfile
+    >>> store = file_store(Path(tempfile.mkdtemp()), Packing(np.zeros(1000, int), ([(2,)],)))
+    >>> _ = store.init({"sum": jnp.zeros(2)}, 1000)
+    >>> _ = store.scatter((), np.array([7]), np.array([True]), {"sum": np.ones((1, 2), np.float32)})
+    >>> store.gather((), np.array([7, 8]))["sum"].tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
     return _outside(folder, packing, in_memory=False)
 
 
 def host_store(folder: Path, packing: Packing) -> Store:
-    """Rows in host memory; what changed since the last checkpoint is written to ``folder`` with the next one."""
+    """Rows in host memory; what changed since the last checkpoint is written to ``folder`` with the next one.
+
+    Only clients that took part take memory. Functions and errors are those of ``file_store``.
+    """
     return _outside(folder, packing, in_memory=True)
 
 
 def _window(extent: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices that cut the leading corner of these extents.
+
+    >>> _window((2, 3))
+    (slice(0, 2, None), slice(0, 3, None))
+    """
     return tuple(slice(0, n) for n in extent)
 
 
 def _outside(folder: Path, packing: Packing, in_memory: bool) -> Store:
+    """A store whose functions run on the host, outside of any program.
+
+    Its ``init`` raises a ValueError for another number of clients, or for memory that is not float32.
+
+    Args:
+      in_memory: whether newest rows are kept in host memory; else they are read from the files each time.
+    """
     kept: Line = {}
 
     def init(one: PyTree, clients: int) -> PyTree:

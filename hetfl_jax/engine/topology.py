@@ -12,7 +12,7 @@ from hetfl_jax.engine.executors import AXIS
 
 
 class Generation(NamedTuple):
-    """A generation of TPUs, of one device as jax counts them. From Google's Cloud TPU pages."""
+    """A generation of TPUs, of one device as jax counts them; figures from Google's Cloud TPU pages."""
 
     memory: float  #: GB
     flops: float  #: TFLOP/s of bfloat16 products
@@ -30,22 +30,29 @@ _SHAPE = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
 
 
 class Target(NamedTuple):
-    """What a program is compiled for."""
+    """What a program is compiled for: devices that are only described."""
 
     name: str
     generation: Generation
     mesh: Mesh
 
     def platform(self) -> Platform:
-        """As an executor takes it."""
+        """As an executor takes it: its kind and a device's memory in bytes."""
         return Platform("tpu", int(self.generation.memory * 1e9))
 
 
 def target(name: str) -> Target:
     """The topology called ``name``: a generation and its shape, e.g. ``v5e:2x2``, ``v5e:8x8`` or ``v4:2x2x1``.
 
+    ``libtpu`` describes and compiles for it on any machine; nothing can run there. Its environment variables are set
+    for this process where they are not.
+
     Raises:
       ValueError: a name that is none, or no ``libtpu`` to compile with.
+
+    >>> target("v9:2x2")
+    Traceback (most recent call last):
+    ValueError: target 'v9:2x2': need one of v4, v5e, v5p, v6e and a shape, e.g. v5e:2x2 or v4:2x2x1 (--target)
     """
     match = _SHAPE.fullmatch(name)
     if not match or match[1] not in GENERATIONS:

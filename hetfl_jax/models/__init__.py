@@ -58,11 +58,18 @@ NETS: dict[str, Callable[..., nn.Module]] = {
 def build(net: str, **fields: Any) -> nn.Module:
     """The net called ``net`` with the given fields.
 
+    Args:
+      net: one of ``NETS``, see ``hetfl list``.
+      fields: of the module, e.g. ``hidden``, ``classes``, ``norm``.
+
     Raises:
       ValueError: an unknown name, or a field that the net has not.
 
     >>> build("mlp", hidden=(8,), classes=3).hidden
     (8,)
+    >>> build("mlp", kernel=3)
+    Traceback (most recent call last):
+    ValueError: net 'mlp' has no field 'kernel', set in this config (family.kernel)
     """
     if net not in NETS:
         raise ValueError(f"net {net!r} is not one of {', '.join(NETS)} (family.net)")

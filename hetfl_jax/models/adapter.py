@@ -28,11 +28,16 @@ class Net(NamedTuple):
     module: nn.Module
 
     def knows_padding(self) -> bool:
-        """Whether the module is told which rows of a batch are real."""
+        """Whether the module is told which rows of a batch are real, by an argument ``valid`` or ``mask``."""
         return not {"valid", "mask"}.isdisjoint(_parameters(self.module))
 
     def outputs(self, variables: PyTree, x: PyTree) -> int:
-        """Classes that the net tells apart, from the shapes of its variables and input."""
+        """Classes that the net tells apart, from the shapes of its variables and input.
+
+        >>> net, x = adapt(nn.Dense(3)), jax.ShapeDtypeStruct((1, 4), jnp.float32)
+        >>> net.outputs(jax.eval_shape(net.init, jax.random.key(0), x), x)
+        3
+        """
         return jax.eval_shape(self.each_exit, variables, x)[-1].shape[-1]
 
 
@@ -41,6 +46,14 @@ def adapt(module: nn.Module) -> Net:
 
     ``apply(variables, x, train=False, collect=False, valid=None, key=None, capacity=None)`` returns the exits and,
     while training or collecting, the collection ``batch_stats`` as the module left it (empty if it has none).
+
+    Args of ``apply``:
+      x: [B, ...] prepared.
+      train: whether batch statistics are those of the batch, and units drop.
+      collect: whether statistics are handed out in evaluation.
+      valid: [B] bool, which rows are real.
+      key: of dropout.
+      capacity: traced fields of a level that runs masked, e.g. ``{"width": 0.5}``.
 
     >>> import jax, jax.numpy as jnp
     >>> net = adapt(nn.Dense(3))
@@ -98,7 +111,12 @@ def adapt(module: nn.Module) -> Net:
 
 
 def _spelled(options: Arguments) -> Arguments:
-    """The options of a call under every spelling that is known."""
+    """The options of a call under every spelling that is known.
+
+    >>> options = _spelled({"train": True})
+    >>> options["training"], options["deterministic"], options["mask"]
+    (True, False, None)
+    """
     options = {"train": False, "valid": None, "capacity": None, **options}
     train = options["train"]
     while_training = dict.fromkeys(("training", "is_training", "is_train"), train)
@@ -126,6 +144,7 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def _as_exits(outputs: Array | Sequence[Array]) -> Array:
+    """Outputs as [E, B, C]; a single one as one exit."""
     if isinstance(outputs, tuple | list):
         return jnp.stack(outputs)
     single: Array = outputs  # type: ignore[assignment]

@@ -44,7 +44,8 @@ def class_axes(family: Family) -> dict[Path, int]:
     """The class axis of every parameter of level 0 that has one.
 
     The classes are split in two by each bit of their number; the gradient of the outputs of one half must vanish in the
-    slices of the other half, for both halves of every bit.
+    slices of the other half, for both halves of every bit. That takes ``2 ceil(log2 C)`` gradients on three random
+    rows.
     """
     net, shapes = family.nets[0], family.shapes[0]
     ready = jax.eval_shape(lambda v: family.prepare(v, None), family.example)
@@ -92,6 +93,7 @@ def _halves(classes: int) -> np.ndarray:
 
 
 def _input(key: Array, ready: PyTree) -> Array:
+    """Three random rows of the net's input; of tokens, zeros."""
     shape = (3, *ready.shape[1:])
     floats = jnp.issubdtype(ready.dtype, jnp.floating)
     return jax.random.normal(key, shape, ready.dtype) if floats else jnp.zeros(shape, ready.dtype)

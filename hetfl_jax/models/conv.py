@@ -7,9 +7,10 @@
     convolution. The default on CPU.
 ``rows``
     im2col by rows: the shifted views along the width are joined and each kernel row is one matrix product. Plain
-    batched matrix products under ``vmap``. The default elsewhere.
+    batched matrix products under ``vmap``. The default on a GPU.
 ``lax``
-    ``jax.lax.conv_general_dilated`` as it is, grouped for a depthwise convolution, which is otherwise a sum of slices.
+    ``jax.lax.conv_general_dilated`` as it is, which ``vmap`` makes a grouped one; of a depthwise convolution too, which
+    is otherwise a sum of slices. The default on a TPU.
 
 All three plug into Flax through ``nn.Conv(conv_general_dilated=lowered(name))``.
 """
@@ -18,14 +19,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from hetfl_jax.core import platform
+from hetfl_jax.core import platform, tree
 from hetfl_jax.core.types import Array
 
 LOWERINGS = ("auto", "canonical", "rows", "lax")
+#: what ``auto`` is by platform; ``python -m experiments.throughput.lowering`` measures them, with ``--target=v5e:2x2``
+#: by what a TPU's compiler plans
+AUTO = {"cpu": "canonical", "gpu": "rows", "tpu": "lax"}
+#: likewise of max-pools: ``winners`` remembers where each maximum was, ``window`` is ``reduce_window``
+POOLS = {"cpu": "winners", "gpu": "winners", "tpu": "window"}
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # XLA:CPU convolves an image of few channels several times slower into fewer than 32 channels than into 32.
 _FEW_CHANNELS, _FAST_CHANNELS = 4, 32
@@ -40,7 +47,11 @@ Pads = tuple[tuple[int, int], ...]
 def _geometry(
     x: Array, w: Array, strides: int | Sequence[int], padding: str | Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], Pads]:
-    """Strides and explicit (low, high) zeros per spatial axis."""
+    """Strides and explicit (low, high) zeros per spatial axis.
+
+    >>> _geometry(jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 1)), 2, "SAME")
+    ((2, 2), ((1, 1), (1, 1)))
+    """
     step = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], w.shape[:2], step, padding)
@@ -48,6 +59,7 @@ def _geometry(
 
 
 def _conv(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]], **dilation: Any) -> Array:
+    """XLA's convolution of NHWC by HWIO to NHWC."""
     return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_NHWC, **dilation)
 
 
@@ -62,16 +74,28 @@ def _fast(
     return _conv(x, w, strides, pads, lhs_dilation=dilation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _canonical(x: Array, w: Array, strides: tuple[int, ...], pads: Pads, precision: str | None) -> Array:
+    """``precision`` of products as it was set where the convolution stands: the gradients are made elsewhere."""
     return sequential_vmap(lambda x, w: _fast(x, w, strides, pads, (1, 1)))(x, w)
 
 
-def _canonical_fwd(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> tuple[Array, tuple[Array, Array]]:
-    return _canonical(x, w, strides, pads), (x, w)
+def _canonical_fwd(
+    x: Array, w: Array, strides: tuple[int, ...], pads: Pads, precision: str | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return _canonical(x, w, strides, pads, precision), (x, w)
 
 
-def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _canonical_bwd(
+    strides: tuple[int, ...], pads: Pads, precision: str | None, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    with jax.default_matmul_precision(precision):
+        return _canonical_gradients(strides, pads, saved, g)
+
+
+def _canonical_gradients(
+    strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, w = saved
     dilated = [(g.shape[1 + i] - 1) * strides[i] + 1 for i in range(2)]
     input_pads = [
@@ -99,8 +123,9 @@ def _canonical_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arr
         if part == g.shape[0]:
             return of(x, g)
         parts = [v.reshape(-1, part, *v.shape[1:]) for v in (x, g)]
-        total, _ = jax.lax.scan(lambda total, xg: (total + of(*xg), None), jnp.zeros_like(w), parts)
-        return total
+        zero = jnp.zeros(w.shape, tree.wide(w.dtype))
+        total, _ = jax.lax.scan(lambda total, xg: (total + of(*xg), None), zero, parts)
+        return total.astype(w.dtype)
 
     return input_gradient(g, w), kernel_gradient(x, g)
 
@@ -144,13 +169,14 @@ def _views(
 
 
 def _rows(x: Array, w: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
+    """The lowering ``rows``: for each row of the kernel one matrix product with the shifted views along the width."""
     view = _views(x, w.shape[:2], strides, pads)
 
     def row(i: int) -> Array:
         columns = jnp.concatenate([view(i, j) for j in range(w.shape[1])], axis=-1)
-        return columns @ w[i].reshape(-1, w.shape[-1])
+        return (columns @ w[i].reshape(-1, w.shape[-1])).astype(tree.wide(x.dtype))
 
-    return sum((row(i) for i in range(1, w.shape[0])), row(0))
+    return sum((row(i) for i in range(1, w.shape[0])), row(0)).astype(jnp.result_type(x, w))
 
 
 def _met(x: Array, w: Array, strides: Sequence[int], pads: Pads) -> tuple[Array, Pads]:
@@ -178,11 +204,14 @@ def _no_window_in_padding(x: Array, w: Array, pads: Pads) -> tuple[Array, Pads]:
 
 
 def _resolve(lowering: str) -> str:
+    """A lowering by name; ``auto`` by the platform that programs are made for.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     if lowering not in LOWERINGS:
         raise ValueError(f"conv lowering {lowering!r} is not one of {', '.join(LOWERINGS)} (models.conv)")
-    if lowering != "auto":
-        return lowering
-    return "canonical" if platform.current().name == "cpu" else "rows"
+    return AUTO[platform.current().name] if lowering == "auto" else lowering
 
 
 def conv(
@@ -221,7 +250,8 @@ def conv(
     out = w.shape[-1]
     missing = max(_FAST_CHANNELS - out, 0) if w.shape[2] < _FEW_CHANNELS else 0
     wide = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else w
-    return _canonical(x, wide, step, pads)[..., :out]
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return _canonical(x, wide, step, pads, precision)[..., :out]
 
 
 def depthwise_conv(
@@ -247,13 +277,19 @@ def depthwise_conv(
 
 
 def _slices(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    """Depthwise convolution as a sum over kernel positions, ``sum_ij shifted_ij(x) w_ij``."""
     view = _views(x, w.shape[:2], strides, pads)
     places = [(i, j) for i in range(w.shape[0]) for j in range(w.shape[1])]
-    return sum((view(i, j) * w[i, j, 0] for i, j in places[1:]), view(*places[0]) * w[places[0]][0])
+
+    def at(i: int, j: int) -> Array:
+        return (view(i, j) * w[i, j, 0]).astype(tree.wide(x.dtype))
+
+    return sum((at(i, j) for i, j in places[1:]), at(*places[0])).astype(jnp.result_type(x, w))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _in_parts(x: Array, w: Array, strides: tuple[int, ...], pads: Pads) -> Array:
+    """``_slices`` over parts of the batch, one after the other; so is its gradient."""
     out = jax.lax.map(lambda part: _slices(part, w, strides, pads), _parts(x, x.shape))
     return out.reshape(-1, *out.shape[2:])
 
@@ -270,8 +306,9 @@ def _in_parts_bwd(strides: tuple[int, ...], pads: Pads, saved: tuple[Array, Arra
         input_gradient, kernel_gradient = pull(part[1])
         return total + kernel_gradient, input_gradient
 
-    total, moved = jax.lax.scan(step, jnp.zeros_like(w), (_parts(x, x.shape), _parts(g, x.shape)))
-    return moved.reshape(x.shape), total
+    zero = jnp.zeros(w.shape, tree.wide(w.dtype))
+    total, moved = jax.lax.scan(step, zero, (_parts(x, x.shape), _parts(g, x.shape)))
+    return moved.reshape(x.shape), total.astype(w.dtype)
 
 
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
@@ -289,7 +326,7 @@ def lowered(lowering: str) -> Callable[..., Array]:
     """``conv`` (or ``depthwise_conv``) in the call shape of ``nn.Conv(conv_general_dilated=...)``.
 
     Args:
-      lowering: one of ``LOWERINGS``; ``auto`` is ``canonical`` on a CPU, else ``rows``.
+      lowering: one of ``LOWERINGS``; ``auto`` is what ``AUTO`` says of the platform.
 
     Returns:
       A function of (x [B, H, W, I], kernel [h, w, I, C], strides, padding, ...), as flax calls it.
@@ -329,12 +366,28 @@ def max_pool(x: Array, window: int = 2) -> Array:
 
     The winner is remembered rather than found again in the gradient by comparing with the maximum: XLA may compute the
     input anew there, rounded otherwise, so that no entry equals the maximum and the gradient is lost without a trace.
-    ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU.
+    ``reduce_window``'s gradient, which does remember, is eight times slower on a CPU, and half as slow on a TPU.
+
+    Args:
+      x: [B, H, W, C].
+      window: w; the result is [B, H // w, W // w, C].
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
     """
+    return pooled(x, window, POOLS[platform.current().name])
+
+
+def pooled(x: Array, window: int, how: str) -> Array:
+    """``max_pool`` in one of the ways that ``POOLS`` names.
+
+    >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    >>> bool((pooled(x, 2, "window") == pooled(x, 2, "winners")).all())
+    True
+    """
+    if how == "window":
+        return nn.max_pool(x, (window, window), (window, window))
     return _max_pool(x, window, x.shape[1:3])
 
 

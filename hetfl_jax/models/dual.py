@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.layers import EPSILON, MOMENTUM, batch_moments
 
@@ -39,7 +40,8 @@ class DualNorm(nn.Module):
         Raises:
           ValueError: a share between the branches, where one may not lie there.
         """
-        features, number = x.shape[-1], _branch(noise)
+        features, number, dtype = x.shape[-1], _branch(noise), x.dtype
+        x = x.astype(tree.wide(dtype))  # moments of bfloat16 numbers too
         rows = (features,) if self.shared else (2, features)
         weight = self.param("scale", nn.initializers.ones, rows)
         bias = self.param("bias", nn.initializers.zeros, rows)
@@ -59,6 +61,7 @@ class DualNorm(nn.Module):
             return (x - mean) * (jax.lax.rsqrt(var + EPSILON) * own[0]) + own[1]
 
         y = branch(number) if number is not None else (1 - noise) * branch(CLEAN) + noise * branch(NOISE)
+        y = y.astype(dtype)
         return y if active is None else jnp.where(jnp.arange(features) < active, y, 0.0)
 
     def _moved(self, x: Array, valid: Array | None, row: int, stored: dict[str, Array]) -> tuple[Array, Array]:

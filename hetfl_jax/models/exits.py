@@ -83,7 +83,11 @@ class ExitResNet(BaseNet):
 
 
 def _fan_out_normal(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
-    """Kaiming's normal start by fan-out; as in PyTorch, groups do not count."""
+    """Kaiming's normal start by fan-out, deviation ``sqrt(2 / (kh kw O))``; as in PyTorch, groups do not count.
+
+    Args:
+      shape: (kh, kw, I, O).
+    """
     return jax.random.normal(key, shape, dtype) * (2 / (shape[0] * shape[1] * shape[3])) ** 0.5
 
 
@@ -91,6 +95,10 @@ def upsample(x: Array, size: Sequence[int]) -> Array:
     """Bilinear interpolation of [B, H, W, C] to a spatial size, half-pixel centres (PyTorch's align-corners off).
 
     Doubling, the usual case, is two weighted neighbours an axis, without the matrix products of a general resize.
+
+    Args:
+      x: [B, H, W, C].
+      size: (H', W').
 
     >>> upsample(jnp.arange(2.0).reshape(1, 1, 2, 1), (2, 4))[0, 0, :, 0].tolist()
     [0.0, 0.25, 0.75, 1.0]

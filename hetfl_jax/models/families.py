@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from hetfl_jax.core import jaxprs, tree
 from hetfl_jax.core.types import Arguments, Array, Level, PyTree, Within
 from hetfl_jax.models.adapter import Net, adapt
+from hetfl_jax.models.precision import in_precision
 from hetfl_jax.models.windows import Family, Path, Prepare, Window, base_of, flat, mask, masked_by, narrow, overlay
 
 
@@ -34,7 +35,10 @@ class View(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The net of a view on given variables: what an objective runs."""
+    """The net of a view on given variables: what an objective runs, once or several times, also at smaller levels.
+
+    ``forward(x)`` is the net at the view's level, ``forward(x, level=2)`` a smaller one inside it; see ``forward_at``.
+    """
 
     view: View
     variables: PyTree
@@ -52,6 +56,7 @@ class Forward(NamedTuple):
 
 
 def _as_stored(x: Array, key: Array | None) -> Array:
+    """Examples as they are stored."""
     return x
 
 
@@ -108,6 +113,9 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     A net of the user's is compared once, at every level, on random variables and input: some norms and attentions mix
     channels that are in use with those that are not.
 
+    Args:
+      tolerance: largest difference of outputs that is still rounding, as a share of the largest output.
+
     >>> import flax.linen as nn
     >>> class Grouped(nn.Module):
     ...     width: float = 1.0
@@ -152,8 +160,25 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     return fam
 
 
+def computing_in(precision: str, fam: Family) -> Family:
+    """``fam`` whose nets compute in ``precision``, see ``precision.in_precision``.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = computing_in("bfloat16", family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3))))
+    >>> view(fam, init(fam, jax.random.key(0)), 0).apply(init(fam, jax.random.key(0)), jnp.ones((1, 3)))[0].dtype
+    dtype('float32')
+    """
+    return fam._replace(nets=tuple(in_precision(net, precision) for net in fam.nets))
+
+
 def collects_statistics(fam: Family) -> bool:
-    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
+    """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked.
+
+    >>> from hetfl_jax.models import MLP
+    >>> tracked, static = (MLP(hidden=(4,), norm=norm) for norm in ("bn_tracked", "bn"))
+    >>> [collects_statistics(family(net, [{}], jnp.zeros((2, 3)))) for net in (tracked, static)]
+    [False, True]
+    """
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     stats = jax.eval_shape(lambda v, x: fam.nets[0].apply(v, x, collect=True)[1], fam.shapes[0], ready)
     return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
@@ -175,10 +200,16 @@ def init(fam: Family, key: Array) -> PyTree:
 
 
 def _is_struct(example: PyTree) -> bool:
+    """Whether an example is given by its shape alone."""
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example))
 
 
 def _window(path: Path, leaf: PyTree, levels: list[dict[Path, PyTree]], wider: PyTree) -> Window:
+    """The window of one leaf: its extents at every level, and which axis grows with the number of classes.
+
+    Raises:
+      ValueError: a level that is not inside level 0, or has a leaf that level 0 lacks.
+    """
     extents = []
     for level, leaves in enumerate(levels):
         shape = leaves[path].shape if path in leaves else (0,) * len(leaf.shape)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
 
@@ -67,6 +68,7 @@ def _kernel_init(rate: float) -> nn.initializers.Initializer:
 
 
 def _bias_init(fan_in: float) -> nn.initializers.Initializer:
+    """Uniform within ``1 / sqrt(fan_in)``, PyTorch's default."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -77,7 +79,15 @@ def conv_layer(
 ) -> Array:  # fmt: skip
     """A square convolution padded by ``kernel // 2``, by ``pad`` or not at all, with PyTorch's default initialisation.
 
-    ``rate``: start values as in a layer with ``1 / rate`` times as many inputs.
+    Args:
+      x: [B, H, W, I].
+      features: output channels.
+      kernel: height and width.
+      stride: of both axes.
+      lowering: see ``models.conv``.
+      padded: whether zeros are put around.
+      pad: how many at each side.
+      rate: start values as in a layer with ``1 / rate`` times as many inputs.
     """
     pad = (kernel // 2 if padded else 0) if pad is None else pad
     return nn.Conv(
@@ -96,7 +106,10 @@ def conv_layer(
 def dense_layer(x: Array, features: int, *, zero_bias: bool = False, rate: float = 1.0, name: str) -> Array:
     """A linear layer with PyTorch's default initialisation; HeteroFL's classifiers start with a zero bias.
 
-    ``rate``: start values as in a layer with ``1 / rate`` times as many inputs.
+    Args:
+      x: [..., I].
+      features: outputs.
+      rate: start values as in a layer with ``1 / rate`` times as many inputs.
     """
     bias_init = nn.initializers.zeros if zero_bias else _bias_init(x.shape[-1] / rate)
     return nn.Dense(features, kernel_init=_kernel_init(rate), bias_init=bias_init, name=name)(x)
@@ -113,7 +126,7 @@ def scale(x: Array, width: float | Array, *, train: bool) -> Array:
     >>> float(scale(jnp.float32(2), 0.5, train=True)), float(scale(jnp.float32(2), 0.5, train=False))
     (4.0, 2.0)
     """
-    return x / width if train else x
+    return (x / width).astype(x.dtype) if train else x
 
 
 def check_norm(kind: str, smallest: int, groups: int = GROUPS) -> None:
@@ -163,17 +176,24 @@ class Norm(nn.Module):
         check_norm(self.kind, self.groups, self.groups)
         if self.kind == "none":
             return x
-        features = x.shape[-1]
+        features, dtype = x.shape[-1], x.dtype
+        x = x.astype(tree.wide(dtype))  # moments of bfloat16 numbers too
         if self.kind.startswith("bn"):
             mean, var = self._batch_statistics(x, train, valid, self.tiers if tier is None else tier)
         else:
             mean, var = _group_statistics(x, self.kind, active, self.groups)
         weight = self.param("scale", nn.initializers.ones, (features,))
         bias = self.param("bias", nn.initializers.zeros, (features,))
-        y = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias
+        y = ((x - mean) * (jax.lax.rsqrt(var + EPSILON) * weight) + bias).astype(dtype)
         return y if active is None else jnp.where(jnp.arange(features) < active, y, 0.0)
 
     def _batch_statistics(self, x: Array, train: bool, valid: Array | None, tier: int | Array) -> tuple[Array, Array]:
+        """Mean and variance [C] that the norm divides by; in training it moves the running ones, where there are any.
+
+        Args:
+          valid: [B] bool, rows that count.
+          tier: which set of ``bn_tiers``, from 1.
+        """
         tracked, by_tier = self.kind in RUNNING, self.kind == "bn_tiers"
         stored = self.has_variable("batch_stats", "mean")
         if tracked and not stored:

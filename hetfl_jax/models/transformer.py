@@ -7,13 +7,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.layers import EPSILON, active_channels, scale, traced_channels, uniform_fan_in
 from hetfl_jax.models.nets import BaseNet, Capacity
 
 
 class Run(NamedTuple):
-    """How the net runs this time; all its parts are told."""
+    """How the net runs this time; all its parts are told.
+
+    >>> run = Run(width=0.5, scaler=True, dropout=0.0, train=True, capacity=None)
+    >>> run.size(8), float(run.scale(jnp.float32(1)))
+    (4, 2.0)
+    """
 
     width: float
     scaler: bool
@@ -22,25 +28,31 @@ class Run(NamedTuple):
     capacity: Capacity | None
 
     def size(self, full: int) -> int:
-        """Features of a layer that has ``full`` at width 1."""
+        """Features of a layer that has ``full`` at width 1, here."""
         return active_channels(full, self.width)
 
     def active(self, full: int) -> Array | None:
-        """The same in masked execution."""
+        """The same in masked execution: an int32 scalar that is traced; ``None`` where the net has its true shape."""
         return traced_channels(full, (self.capacity or {}).get("width"))
 
     def scale(self, x: Array) -> Array:
-        """The Scaler."""
+        """The Scaler: division by the width while training."""
         return scale(x, (self.capacity or {}).get("width", self.width), train=self.train) if self.scaler else x
 
     def norm(self, x: Array, full: int, name: str) -> Array:
-        """Layer norm over the active features."""
+        """Layer norm over the active features of [B, S, D]."""
         active = self.active(full)
         mask = None if active is None else jnp.arange(x.shape[-1]) < active
         return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)(x, mask=mask)
 
     def drop(self, x: Array, full: int, make_rng: Callable[[str], Array]) -> Array:
-        """Dropout, drawn for the full width: a feature's fate is the same in every sub-model and executor."""
+        """Dropout, drawn for the full width: a feature's fate is the same in every sub-model and executor.
+
+        Args:
+          x: [B, S, D].
+          full: D at width 1.
+          make_rng: of the module that drops.
+        """
         if not self.train or not self.dropout:
             return x
         keep = jax.random.bernoulli(make_rng("dropout"), 1 - self.dropout, (*x.shape[:-1], full))
@@ -48,7 +60,11 @@ class Run(NamedTuple):
 
 
 class Layer(nn.Module):
-    """One encoder layer, norms after the residuals."""
+    """One encoder layer, norms after the residuals.
+
+    ``x <- norm(x + attention(x))``, ``x <- norm(x + W_2 gelu(W_1 x))``; attention is softmax(q k^T / sqrt(d)) v with d
+    the width of a head in use. ``embedding``, ``heads``, ``hidden`` are sizes at width 1.
+    """
 
     embedding: int
     heads: int
@@ -70,7 +86,8 @@ class Layer(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(
             jnp.asarray(head if active is None else active, q.dtype)
         )
-        weights = nn.softmax(jnp.where(there[:, None, None], scores, jnp.finfo(scores.dtype).min))
+        scores = scores.astype(tree.wide(scores.dtype))
+        weights = nn.softmax(jnp.where(there[:, None, None], scores, jnp.finfo(scores.dtype).min)).astype(v.dtype)
         y = linear(jnp.einsum("bhqk,bkhd->bqhd", weights, v), features, 3, "output", axis=(-2, -1))
         x = run.norm(x + run.drop(y, self.embedding, self.make_rng), self.embedding, "norm1")
         y = nn.gelu(linear(x, run.size(self.hidden), 4, "linear1"), approximate=False)

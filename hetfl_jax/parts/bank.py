@@ -55,7 +55,7 @@ class Report(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Which member an item trains."""
+    """Which member an item trains. Filled by a method: IFCA asks the client, CFL looks at a table."""
 
     init: Callable[[], PyTree]  #: -> the route's state, part of the server's
     #: (key, state, plan, ask) -> (plan, state); ``ask(ids)`` is every member's ``Tally`` [K, size]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from hetfl_jax.core import bits as counts
 from hetfl_jax.core.types import Array, ClientContext, PyTree
@@ -247,12 +248,11 @@ def low_rank(family: Family, rank: int) -> Codec:
     """PowerSGD: ``P = orthonormal(M Q); Q = M^T P``, sent is ``P Q^T``; the client keeps Q for its next message.
 
     M is a leaf as a matrix [m, n], n its last axis. Where r (m + n) >= m n, and of leaves with one axis, the leaf
-    itself is sent. ``32 r (m + n)`` bits a leaf, or ``32 d``. The memory ``factor`` has the shape of the parameters:
-    Q^T lies in r rows of each leaf. It starts with normal numbers, the same for all clients. Biased.
+    itself is sent. ``32 r (m + n)`` bits a leaf, or ``32 d``. The memory ``factor`` is Q^T [r, n] of each leaf, n that
+    of the full leaf at every level. It starts with normal numbers, the same for all clients. Biased.
 
     Raises:
-      ValueError: a rank below 1, above that of every leaf, or larger than the number of rows that all levels which
-        send factors have in common.
+      ValueError: a rank below 1 or above that of every leaf.
 
     Source: Vogels, Karimireddy, Jaggi 2019 (NeurIPS), algorithm 1.
 
@@ -274,23 +274,22 @@ def low_rank(family: Family, rank: int) -> Codec:
             bits += 32 * np.where(plan.pays, rank * (matrix[:, :-1].prod(1) + matrix[:, -1]), d)
     fixed = counts.digits(bits)
 
-    def start(path: Path, value: Array) -> Array:
-        zeros = jnp.zeros(value.shape, jnp.float32).reshape(-1, value.shape[-1] if value.ndim else 1)
-        if (plan := how[path]) is None:
-            return zeros.reshape(value.shape)
-        key = jax.random.fold_in(jax.random.key(0), list(how).index(path))
-        return zeros.at[plan.rows].set(jax.random.normal(key, (rank, value.shape[-1]))).reshape(value.shape)
+    def init(params: PyTree) -> PyTree:
+        keys = {path: jax.random.fold_in(jax.random.key(0), place) for place, path in enumerate(how)}
+        shapes = {path: (rank, leaf.shape[-1]) for path, leaf in windows.flat(params).items() if how[path] is not None}
+        drawn = {path: jax.random.normal(keys[path], shape) for path, shape in shapes.items()}
+        return {"factor": {"rows": unflatten_dict(drawn)}}
 
     def encode(key: Array, delta: PyTree, context: ClientContext, memory: PyTree) -> tuple[PyTree, PyTree, Array]:
-        sent, kept = windows.flat(delta), windows.flat(memory["factor"]["params"])
+        sent, kept = windows.flat(delta), windows.flat(memory["factor"]["rows"])
         for path, part in sparse.parts(family, key, delta, context.level).items():
             if (plan := how[path]) is not None:
                 sent[path], kept[path] = sparse.product(part, kept[path], plan)
-        new = {"factor": {"params": windows.map_leaves(lambda path, value: kept[path], delta)}}
         whole = jnp.asarray(fixed)[windows.index_of(context.level)]
+        new = {"factor": {"rows": unflatten_dict(kept)}}
         return windows.map_leaves(lambda path, value: sent[path], delta), new, whole
 
-    return Codec(lambda params: {"factor": {"params": windows.map_leaves(start, params)}}, encode, bits)
+    return Codec(init, encode, bits)
 
 
 def error_feedback(codec: Codec, ef21: bool = False) -> Codec:

@@ -47,7 +47,12 @@ from hetfl_jax.parts.traffic import memory_of as codec_memory
 
 
 class Slots(NamedTuple):
-    """What is chosen apart from the method: every ``make`` takes it as ``slots``. ``None`` leaves it to the method."""
+    """What is chosen apart from the method: every ``make`` takes it as ``slots``. ``None`` leaves it to the method.
+
+    >>> slots = Slots(select=selects.uniform(5), clients=100)
+    >>> [name for name, value in slots._asdict().items() if value]
+    ['select', 'clients']
+    """
 
     select: selects.Select | None = None  #: who takes part
     capacity: selects.Capacity | None = None  #: at which level
@@ -87,7 +92,17 @@ class Sent(NamedTuple):
 def refuse(method: str, slots: Slots, **fixed: bool) -> None:
     """An error for a slot that is given though the method fixes it itself.
 
+    Args:
+      method: its name, for the message.
+      fixed: whether the method fixes each of these slots.
+
+    Raises:
+      ValueError: with the slot.
+
     >>> refuse("fedavg", Slots(), select=True)
+    >>> refuse("afl", Slots(select=selects.uniform(2)), select=True)
+    Traceback (most recent call last):
+    ValueError: afl fixes its select itself: select.name must be none (select.name)
     """
     for name, own in fixed.items():
         if own and getattr(slots, name) is not None:
@@ -253,6 +268,7 @@ def _reading(family: Family, local: Local, objective: objectives.Objective) -> t
 
 
 def _check_selection(select: selects.Select, clients: int, memory: Mapping[str, PyTree]) -> None:
+    """Refuse a selection that remembers without a number of clients, or that repeats clients which have memory."""
     remembers = jax.tree.leaves(jax.eval_shape(lambda: select.init(max(clients, 1))))
     if remembers and clients < 1:
         raise ValueError("a selection that remembers needs the number of clients (Slots.clients)")
@@ -276,7 +292,10 @@ def _tell_of_memory(slots: Slots, capacity_of: selects.Capacity, family: Family)
 
 
 def trained_leaves(family: Family, objective: objectives.Objective, drift: drifts.Drift) -> PyTree:
-    """``(path, level) -> bool``, whether a level's client trains a leaf; traced where the level is."""
+    """``(path, level) -> bool``, whether a level's client trains a leaf; traced where the level is.
+
+    A leaf that the drift freezes is not trained, nor one that takes no part in the loss at that level.
+    """
     frozen = set(drift.frozen)
 
     def trains(path: windows.Path, level: Level) -> bool | Array:
@@ -320,7 +339,13 @@ def questions_of(
     of_server: Mapping[str, Callable[[PyTree, PyTree], PyTree]],
     of_memory: Mapping[str, Callable[[PyTree], PyTree]],
 ) -> tuple[Question, ...]:
-    """The score of the model, and of what server and clients remember of others."""
+    """The score of the model, and of what server and clients remember of others.
+
+    Args:
+      model, predict: of the algorithm.
+      of_server: by name, (server slot, variables) -> collections that replace the model's, e.g. FedDyn's ``sel``.
+      of_memory: by name, (memory of all clients) -> the same.
+    """
 
     def read(variables: PyTree, tier: Level, batch: Batch, shard: Shard | None) -> dict[str, Array]:
         return objectives.readings(predict(variables, tier, batch.x, shard, batch.valid))
@@ -345,7 +370,13 @@ def questions_of(
 def round_info(
     plan: Plan, seen: Seen, ok: Array, numbers: Mapping[str, Array] | None = None, score: Score = ACCURACY
 ) -> Info:
-    """What a human wants of a round: loss and score of the training, failures, and what every item did."""
+    """What a human wants of a round: loss and score of the training, failures, and what every item did.
+
+    Args:
+      seen: leaves [K, ...], of every item.
+      ok: [K] bool, whose replies count.
+      numbers: further scalars by name.
+    """
     there = lambda v: plan.valid.reshape(-1, *[1] * (v.ndim - 1))  # noqa: E731
     seen = jax.tree.map(lambda v: jnp.where(there(v), v, 0), first_receipt(plan, seen))
     total = jax.tree.map(lambda v: jnp.where(ok, v, 0).sum(), seen.tally)

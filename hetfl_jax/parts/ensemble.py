@@ -90,7 +90,11 @@ def of_members(
 def _checked(
     counts: Iterable[int], size: int, base: Algorithm, private: Private | None, passes: int, ordered: bool
 ) -> np.ndarray:
-    """Numbers of members in falling order."""
+    """Numbers of members in falling order.
+
+    Raises:
+      ValueError: as ``of_members``.
+    """
     if ordered and private:
         raise ValueError("an order of bases with local norms, which stand in their own: need one of them (method.args)")
     if passes < 0 or (passes and base.statistics is None):
@@ -109,6 +113,8 @@ def _tiers(family: Family, number: Sequence[int], size: int) -> tuple[Tier, ...]
 
 
 def _by_members() -> Order:
+    """Members one by one, and a bank whose members are put in another order."""
+
     def each(state: BankState) -> PyTree:
         return jax.tree.map(lambda v: v[:, None], state.members.variables)
 

@@ -135,6 +135,12 @@ def local(
 
 
 def _in_range(given: Mapping[str, float]) -> None:
+    """Refuse a number that is out of range, with its key.
+
+    >>> _in_range({"momentum": 1.5})
+    Traceback (most recent call last):
+    ValueError: momentum 1.5, allowed 0 <= m < 1 (train.momentum)
+    """
     least = {"learning_rate": 1e-12, "batch_size": 1, "decay_factor": 1e-12, "round_decay": 1e-12}
     for name, value in given.items():
         if not least.get(name, 0) <= value < float("inf"):
@@ -161,6 +167,7 @@ def _schedule(
     schedule: str | Callable[[Array], Array], learning_rate: float, milestones: Sequence[int], decay_factor: float,
     round_decay: float, warmup_rounds: int, rounds: int,
 ) -> Callable[[Array], Array]:  # fmt: skip
+    """Round, from 0 -> learning rate; see ``local``."""
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)} (train.schedule)")
     if schedule == "cosine" and rounds < 1:
@@ -224,6 +231,7 @@ def tally(
 
 
 def _count(logits: Array, loss: Array, labels: Array, valid: Array) -> Tally:
+    """Sums over the valid examples of [B, C] logits: loss, hits, how many."""
     return Tally(jnp.where(valid, loss, 0).sum(-1), (valid & hits(logits, labels)).sum(), valid.sum())
 
 

@@ -170,10 +170,10 @@ def rotated_signs(part: Part, unbiased: bool) -> Array:
 
 
 class Factors(NamedTuple):
-    """How a leaf is sent as a product of two thin matrices, and where its client keeps the second."""
+    """At which levels a leaf is sent as a product of two thin matrices."""
 
     pays: np.ndarray  #: [L] bool, the levels where two factors are smaller than the leaf
-    rows: np.ndarray  #: [r] rows of the full leaf, as a matrix, that all these levels have
+    columns: np.ndarray  #: [L] int32, its last axis at each level
 
 
 def factors(family: Family, path: Path, rank: int) -> Factors | None:
@@ -184,48 +184,38 @@ def factors(family: Family, path: Path, rank: int) -> Factors | None:
       path: of the leaf, below ``params``.
       rank: r, >= 1.
 
-    Raises:
-      ValueError: the levels that factor a leaf have fewer rows in common than the rank.
-
     >>> from hetfl_jax.models import MLP, families
     >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
     >>> how = factors(fam, ("dense_0", "kernel"), 1)
-    >>> how.pays.tolist(), how.rows.tolist(), factors(fam, ("dense_0", "bias"), 1)
-    ([True, True], [0], None)
+    >>> how.pays.tolist(), how.columns.tolist(), factors(fam, ("dense_0", "bias"), 1)
+    ([True, True], [4, 2], None)
     """
     extents = family.windows["params", *path].extents
     if extents.shape[1] < 2:
         return None
     m, n = extents[:, :-1].prod(1, dtype=np.int64), extents[:, -1].astype(np.int64)
     pays = rank * (m + n) < m * n
-    if not pays.any():
-        return None
-    box = extents[pays, :-1].min(0)
-    if (common := int(box.prod())) < rank:
-        raise ValueError(f"rank {rank}, allowed 1..{common} for {'/'.join(path)} (uplink.args.rank)")
-    rows = np.ravel_multi_index(np.unravel_index(np.arange(rank), box), extents[0, :-1])
-    return Factors(pays, rows)
+    return Factors(pays, n.astype(np.int32)) if pays.any() else None
 
 
 def product(part: Part, kept: Array, how: Factors) -> tuple[Array, Array]:
-    """PowerSGD of one leaf: what is sent and what is kept; the transpose of Q lies in some rows of ``kept``.
+    """PowerSGD of one leaf: what is sent and the next Q^T.
 
     Args:
       part: the leaf, M as a matrix [m, n].
-      kept: of the leaf's shape; its rows ``how.rows`` hold Q^T of the message before.
+      kept: [r, n] of the full leaf, Q^T of the message before; columns that the level has not stay as they are.
       how: see ``factors``.
 
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, algorithm 1.
     """
     matrix = fill(part.value, part.full).reshape(-1, part.full[-1])
-    old = fill(kept, part.full).reshape(matrix.shape)
-    left = orthonormal(matmul(matrix, old[how.rows].T))
-    right = matmul(left.T, matrix)  # [r, n]
+    left = orthonormal(matmul(matrix, kept.T))
+    right = matmul(left.T, matrix)
+    pays, own = part.at(how.pays), jnp.arange(part.full[-1]) < part.at(how.columns)
     # A direction in which nothing is left to send starts from where it was.
-    new = old.at[how.rows].set(jnp.where((right != 0).any(1, keepdims=True), right, old[how.rows]))
-    pays = part.at(how.pays)
+    new = jnp.where(pays & own & (right != 0).any(1, keepdims=True), right, kept)
     sent = jnp.where(pays, part.cut(matmul(left, right).reshape(part.full)), part.value)
-    return part.only(sent), jnp.where(pays, part.cut(new.reshape(part.full)), kept)
+    return part.only(sent), new
 
 
 def stochastic_levels(values: Array, scale: Array, levels: int, uniform: Array) -> Array:

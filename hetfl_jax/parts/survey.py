@@ -74,7 +74,13 @@ class Asker:
         self._accounts: list[Account] = []
 
     def __call__(self, ids: Array, level: int | None = None, examples: int = 0, valid: Array | None = None) -> Tally:
-        """See ``Ask``."""
+        """See ``Ask``: sums [K] of the model at each client's level (or ``level``) over its examples.
+
+        Args:
+          ids: [K] who is asked.
+          examples: if > 0, at most so many of each client, drawn by its key.
+          valid: [K] who is asked at all; nobody else costs anything.
+        """
         sent = self._send()
 
         def one(key: Array, sent: PyTree, at: Level, shard: Shard) -> Tally:
@@ -92,7 +98,11 @@ class Asker:
     def gradients(
         self, ids: Array, valid: Array | None = None, of: Callable[[Array], PyTree] | None = None, numbers: int = 0
     ) -> PyTree:
-        """See ``Ask``."""
+        """See ``Ask``: [K, P] gradients before training, or what ``of`` makes of each.
+
+        Args:
+          of: of one row, at the client; then ``numbers`` float32 travel in place of the row.
+        """
         if self._gradient is None:
             raise ValueError("this method has no gradients for a selection: need another one (select.name)")
         sent, rows = self._send(), self._gradient.of
@@ -114,6 +124,7 @@ class Asker:
         self, sent: PyTree, ids: Array, at: Array, there: Array, tally: Tally, forward: Array, backward: Array,
         up: Array,
     ) -> None:  # fmt: skip
+        """Write down bits down and up, and [K] examples forward and backward, of one question."""
         empty, place = jnp.zeros((*ids.shape, 2, self._levels), jnp.int32), jnp.arange(ids.size)
         work = empty.at[place, 0, at].set(forward).at[place, 1, at].set(backward)
         self._accounts.append(Account(ids, at, there, there, Seen(tally, work, self._down_bits(sent)[at], up)))

@@ -109,15 +109,17 @@ def _named(what: str, memory: PyTree) -> PyTree:
     """A codec's memory as it is kept among that of others."""
     if what == "params":
         return memory
-    return {f"{what}_{name}": {_collection(what): part["params"]} for name, part in memory.items()}
+    own = _collection(what)
+    return {f"{what}_{n}": {own if k == "params" else k: v for k, v in p.items()} for n, p in memory.items()}
 
 
 def _of(what: str, memory: PyTree) -> PyTree:
     """The way back from ``_named``."""
     if what == "params":
         return memory
-    own = {name: part for name, part in memory.items() if name.startswith(f"{what}_")}
-    return {name.removeprefix(f"{what}_"): {"params": part[_collection(what)]} for name, part in own.items()}
+    own, start = _collection(what), f"{what}_"
+    named = {name.removeprefix(start): part for name, part in memory.items() if name.startswith(start)}
+    return {n: {"params" if k == own else k: v for k, v in p.items()} for n, p in named.items()}
 
 
 def price_of(

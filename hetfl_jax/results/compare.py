@@ -63,6 +63,10 @@ def compare(folders: Sequence[str | Path], metric: str | None = None, confidence
 
     Raises:
       ValueError: fewer than two groups, no common seed, or a metric or level that they do not share.
+
+    >>> compare(["nowhere"], confidence=95)
+    Traceback (most recent call last):
+    ValueError: confidence 95, allowed 0 < c < 1 (--confidence)
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence}, allowed 0 < c < 1 (--confidence)")
@@ -76,7 +80,11 @@ def compare(folders: Sequence[str | Path], metric: str | None = None, confidence
 
 
 def groups(sources: Sequence[Source], finished: set[int]) -> list[Group]:
-    """The finished points, by what they share but the seed.
+    """The finished points, by what they share but the seed; the group of the first point comes first.
+
+    Args:
+      sources: folders that were named, in their order.
+      finished: ``id`` of each point that counts.
 
     Raises:
       ValueError: there are fewer than two groups, or two runs of one config, folder and seed.
@@ -102,6 +110,7 @@ def groups(sources: Sequence[Source], finished: set[int]) -> list[Group]:
 
 
 def _without_seed(point: Point) -> str:
+    """A point's config as text, without its seed and what says where it lies: equal for runs of one group."""
     apart = (SEED, *OF_THE_FOLDER)
     return json.dumps({k: v for k, v in point.config.items() if k not in apart}, sort_keys=True)
 
@@ -111,6 +120,11 @@ def _seed(point: Point) -> int:
 
 
 def _by_seed(points: Sequence[Point]) -> dict[int, Point]:
+    """Points by seed.
+
+    Raises:
+      ValueError: two of them have one seed, with their folders.
+    """
     seeds = [_seed(p) for p in points]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         same = ", ".join(str(p.folder) for p in points if _seed(p) == twice[0])
@@ -119,7 +133,7 @@ def _by_seed(points: Sequence[Point]) -> dict[int, Point]:
 
 
 def _name(points: Sequence[Point], source: Source | None, every: Sequence[tuple[Source | None, list[Point]]]) -> str:
-    """What differs between groups, or the folder where that is too much, or nothing."""
+    """What a group is called: the keys in which groups differ, or its folder where more than three keys or none do."""
     unlike = [name for name in differing([other[0] for _, other in every]) if name != SEED]
     if source or not 1 <= len(unlike) <= _KEYS:
         return str(source.folder if source else points[0].folder)
@@ -139,6 +153,10 @@ def _short(key: str) -> str:
 def values_of(point: Point, metric: str) -> dict[str, float]:
     """A metric after the last evaluated round by level, "" for one that no level has.
 
+    Args:
+      point: a run with at least one evaluated round.
+      metric: a name in its metrics lines.
+
     Raises:
       ValueError: the run has no such metric, with those it has.
     """
@@ -153,6 +171,11 @@ def values_of(point: Point, metric: str) -> dict[str, float]:
 
 
 def _against(first: Group, other: Group, metric: str, confidence: float) -> list[Difference]:
+    """Differences between two groups over their common seeds, one row for each common level.
+
+    Raises:
+      ValueError: no seed or no level is common.
+    """
     seeds = tuple(sorted(set(first.points) & set(other.points)))
     if not seeds:
         sets = (", ".join(map(str, sorted(g.points))) for g in (first, other))
@@ -169,6 +192,7 @@ def _against(first: Group, other: Group, metric: str, confidence: float) -> list
 def _difference(
     name: str, level: str, seeds: tuple[int, ...], ours: list[float], theirs: list[float], confidence: float
 ) -> Difference:
+    """One row from the values of both groups [seeds], which are in the same order of seeds."""
     pairs = np.subtract(theirs, ours)
     middle = float(pairs.mean())
     low, high, p = t_interval(pairs, confidence)
@@ -179,6 +203,13 @@ def _difference(
 
 def t_interval(pairs: np.ndarray, confidence: float) -> tuple[float | None, float | None, float | None]:
     """Interval of the mean and two-sided p value by Student's t; none of them with a single pair.
+
+    Args:
+      pairs: [n] differences.
+      confidence: of the interval, e.g. 0.95.
+
+    Returns:
+      (low, high, p). Where all differences are equal, the interval is a point and p is 1 (they are 0) or 0.
 
     >>> [round(v, 4) for v in t_interval(np.array([1.0, 2.0, 3.0]), 0.95)]
     [-0.4841, 4.4841, 0.0742]
@@ -213,7 +244,13 @@ def sign_flip(pairs: np.ndarray) -> float:
 
 
 def render(found: Comparison) -> str:
-    """A comparison as a table."""
+    """A comparison as a table of text, one row for each group and level; shares in percent, differences in points.
+
+    >>> row = Difference("cohort 10", "a", 0.81, 0.8, 0.01, None, None, None, 1.0, (0,))
+    >>> text = render(Comparison("cohort 5", "accuracy", 0.95, [row], []))
+    >>> "+1.00" in text, "81.00%" in text
+    (True, True)
+    """
     from rich.console import Console
     from rich.table import Table
 

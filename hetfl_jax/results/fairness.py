@@ -15,6 +15,10 @@ CURVES = 4  #: evaluated rounds that the plot shows, the first and the last amon
 def sentence(spread: Mapping[str, Any]) -> str:
     """Figures of ``core.fairness`` in one line, "" where a score has none.
 
+    Args:
+      spread: of one evaluated round: ``mean_over_examples`` (share), ``variance`` over clients (squared percent),
+        ``angle`` (degrees from equal accuracies) and ``kl`` (divergence from equal ones, nats).
+
     >>> sentence({"mean_over_examples": 0.625, "variance": 625.0, "angle": 18.43, "kl": 0.0566})
     'over all their examples 62.50%, variance over clients 625.0 %^2, angle 18.4 degrees, KL 0.0566'
     >>> sentence({"mean": 2.0})
@@ -31,12 +35,24 @@ def sentence(spread: Mapping[str, Any]) -> str:
 
 
 def _is_number(value: float | None) -> bool:
-    """Whether a figure is there; without any right answer some are none."""
+    """Whether a figure is there: without any right answer, the angle and the KL divergence are not defined."""
     return value is not None and math.isfinite(value)
 
 
 def distribution(folder: Path, lines: Sequence[Arguments], title: str = "") -> list[Path]:
-    """Draw the clients' accuracies in rising order, of a few evaluated rounds; returns the file, if there are any."""
+    """Draw the clients' accuracies in rising order, of a few evaluated rounds.
+
+    Args:
+      folder: gets ``clients.png``.
+      lines: of metrics; those whose ``client_accuracy`` has ``quantiles``, of clients' own test data, are used.
+      title: above the curves.
+
+    Returns:
+      The file, or nothing where no line has quantiles.
+
+    >>> distribution(Path("nowhere"), [{"round": 1, "accuracy": {"a": 0.5}}])
+    []
+    """
     told = [line for line in lines if "quantiles" in line.get("client_accuracy", {})]
     if not told:
         return []

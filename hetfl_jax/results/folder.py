@@ -21,14 +21,26 @@ MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.k
 
 
 def write_json(path: Path, values: PyTree) -> None:
-    """Write a JSON file whole or not at all; numbers that are not finite become null."""
+    """Write a JSON file whole or not at all; numbers that are not finite become null.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.json"
+    >>> write_json(path, {"loss": float("nan")})
+    >>> json.loads(path.read_text())
+    {'loss': None}
+    """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(plain(values), indent=2) + "\n")
     os.replace(partial, path)
 
 
 def plain(value: PyTree) -> PyTree:
-    """JSON types only: arrays to lists, NaN and infinities to null."""
+    """JSON types only: arrays to lists, NaN and infinities to null, keys to text.
+
+    >>> import numpy as np
+    >>> plain({"a": np.array([1.0, np.inf]), 2: np.int64(3)})
+    {'a': [1.0, None], '2': 3}
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if hasattr(value, "tolist"):
@@ -46,6 +58,10 @@ def check_folder(folder: Path, config: Arguments, complete: Complete, *, resume:
 
     Raises:
       ValueError: as ``claim``.
+
+    >>> check_folder(Path("nowhere"), {}, dict, resume=True, overwrite=False)
+    Traceback (most recent call last):
+    ValueError: nowhere holds no run to go on with: leave --resume away, or see run.folder and run.name
     """
     saved = folder / "config.json"
     if resume and not saved.exists():
@@ -59,10 +75,15 @@ def check_folder(folder: Path, config: Arguments, complete: Complete, *, resume:
 
 
 def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's own. Several processes check together, then the first one writes.
+    """Make the folder this run's own: check it, empty it if asked to, and write ``config.json``.
+
+    Several processes check together, then the first one writes.
 
     Args:
+      config: by block, what is saved.
       complete: brings a saved config of an older version to today's keys.
+      resume: go on with the run that is there.
+      overwrite: delete what is there.
 
     Raises:
       ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, its config is another, or there is
@@ -82,8 +103,16 @@ def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, 
 def same_config(old: PyTree, new: PyTree, folder: Path, may_change: Sequence[str] = MAY_CHANGE) -> None:
     """Refuse to go on with another config.
 
+    Args:
+      old, new: nested dicts, of the run that is there and of what was asked for.
+      may_change: dotted keys that may differ.
+
     Raises:
       ValueError: with the first key that changed.
+
+    >>> same_config({"run": {"seed": 0}}, {"run": {"seed": 1}}, Path("runs/a"), may_change=["train.rounds"])
+    Traceback (most recent call last):
+    ValueError: cannot resume runs/a: run.seed was 0, now 1 (only train.rounds may change)
     """
     before, after = leaves(old), leaves(new)
     for name in sorted(set(before) | set(after)):
@@ -95,10 +124,12 @@ def same_config(old: PyTree, new: PyTree, folder: Path, may_change: Sequence[str
 
 
 def leaves(values: PyTree, joint: str = ".", prefix: str = "") -> Line:
-    """Values of nested dicts by their names, joined.
+    """Values of nested dicts by their names, joined by ``joint``.
 
     >>> leaves({"train": {"rounds": 3}, "seed": 0})
     {'train.rounds': 3, 'seed': 0}
+    >>> leaves({"accuracy": {"a": 0.5}}, "/")
+    {'accuracy/a': 0.5}
     """
     if not isinstance(values, dict):
         return {prefix.removesuffix(joint): values}
@@ -106,19 +137,32 @@ def leaves(values: PyTree, joint: str = ".", prefix: str = "") -> Line:
 
 
 class Metrics:
-    """``metrics.jsonl``, one line a round, and the same as TensorBoard events."""
+    """``metrics.jsonl``, one line a round, and the same as TensorBoard events.
 
-    def __init__(self, folder: Path, done: int, write: bool = True):
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> metrics = Metrics(folder, done=0)
+    >>> metrics.append([{"round": 1, "train_loss": 2.3, "accuracy": {"a": 0.5}}])
+    >>> metrics.close()
+    >>> read_metrics(folder)
+    [{'round': 1, 'train_loss': 2.3, 'accuracy': {'a': 0.5}}]
+    """
+
+    def __init__(self, folder: Path, done: int, write: bool = True, light: bool = False):
         """Keep the lines of the first ``done`` rounds; later ones belong to rounds that will be run again.
 
-        A process that does not ``write`` keeps its lines to itself.
+        Args:
+          folder: the run's, which must exist.
+          done: rounds of the checkpoint that the run goes on from, 0 at its start.
+          write: a process that does not write keeps its lines to itself.
+          light: only evaluated rounds become events.
         """
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         self.lines = [line for line in read_metrics(folder) if line["round"] <= done]
         machine.wait_for_all("metrics")
-        self._write = write
+        self._write, self._light = write, light
         if not write:
             return
         partial = self.path.with_name(self.path.name + ".partial")
@@ -127,7 +171,10 @@ class Metrics:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def append(self, lines: Iterable[Arguments]) -> None:
-        """Add whole lines and make sure that they are on disk."""
+        """Add whole lines, one a round with its ``round``, and make sure that they are on disk.
+
+        Every number of a line is a TensorBoard scalar; nested names are joined by a slash, e.g. ``accuracy/a``.
+        """
         new = [plain(line) for line in lines]
         self.lines.extend(new)
         if not self._write:
@@ -136,7 +183,7 @@ class Metrics:
             file.write("".join(json.dumps(line) + "\n" for line in new))
             file.flush()
             os.fsync(file.fileno())
-        for line in new:
+        for line in evaluated(new) if self._light else new:
             for name, value in leaves(line).items():
                 if isinstance(value, int | float) and name != "round":
                     self._events.add_scalar(name.replace(".", "/"), value, line["round"])
@@ -167,7 +214,14 @@ def _settings(folder: Path, lines: Sequence[Line]) -> tuple[Any, ...]:
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """The lines of ``metrics.jsonl``; a last line that a kill cut short is passed over."""
+    r"""The lines of ``metrics.jsonl``, none where there is no file; a last line that a kill cut short is passed over.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "metrics.jsonl").write_text('{"round": 1}\n{"round": 2, "acc')
+    >>> read_metrics(folder)
+    [{'round': 1}]
+    """
     path = folder / "metrics.jsonl"
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -182,7 +236,7 @@ class Checkpoints:
     """The last few checkpoints and the best one, through orbax; each appears whole or not at all."""
 
     def __init__(self, folder: Path, keep: int):
-        """Open (or create) ``folder/checkpoints``."""
+        """Open (or create) ``folder/checkpoints``; the last ``keep`` checkpoints stay, and the best one."""
         self._folder = folder
         policies, score = ocp.checkpoint_managers, lambda metrics: metrics["accuracy"]  # so called on disk
         options = ocp.CheckpointManagerOptions(
@@ -196,7 +250,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
     def save(self, round: int, state: State, extra: Arguments, goodness: float) -> None:
-        """Save a state after ``round`` rounds with JSON values beside it; the largest ``goodness`` is the best."""
+        """Save a state after ``round`` rounds with JSON values beside it; returns when it is on disk.
+
+        Args:
+          round: larger than that of any checkpoint there is.
+          extra: what is not part of the state, e.g. the ledger's sums.
+          goodness: the largest one is the best checkpoint's; of a score where less is better, its negative.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(plain(extra)))
         self._manager.save(round, args=args, metrics={"accuracy": float(goodness)})
         self._manager.wait_until_finished()
@@ -205,6 +265,12 @@ class Checkpoints:
         """The newest readable checkpoint (or that of ``round``); damaged ones are passed over with a warning.
 
         Once an older one is read they move to ``damaged/``, for orbax keeps and saves nothing below the latest round.
+
+        Args:
+          like: a state of the same shapes; fields that an older checkpoint lacks keep its values.
+
+        Returns:
+          The state and what was saved beside it; ``None`` where there is no checkpoint.
 
         Raises:
           ValueError: there are checkpoints, but none can be read into ``like``.
@@ -234,6 +300,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: Sequence[int]) -> None:
+        """Move checkpoints of these rounds to ``damaged/``, where nothing reads them."""
         if not steps:
             return
         machine.wait_for_all("restored")
@@ -261,7 +328,14 @@ class Checkpoints:
 
 
 class Remembered:
-    """In place of ``Checkpoints`` where none are kept: only the best round is known."""
+    """In place of ``Checkpoints`` where none are kept: only the best round is known.
+
+    >>> rounds = Remembered()
+    >>> for number, goodness in ((1, 0.5), (2, 0.7), (3, 0.7)):
+    ...     rounds.save(number, None, {}, goodness)
+    >>> rounds.best(), rounds.rounds(), rounds.restore(None)
+    (3, [], None)
+    """
 
     def __init__(self) -> None:
         """No round yet."""

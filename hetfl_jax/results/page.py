@@ -12,10 +12,11 @@ import numpy as np
 
 from hetfl_jax.core.types import Line
 from hetfl_jax.results.folder import leaves
+from hetfl_jax.results.of_time import BY_LEVEL
 from hetfl_jax.results.plots import COLORS
 from hetfl_jax.results.reading import SEED, TABLE, Point, Source, is_number, levels_of
 from hetfl_jax.results.scores import evaluated, is_share, score_of
-from hetfl_jax.results.tables import BY_LEVEL, describe
+from hetfl_jax.results.tables import describe
 
 LARGEST = 1_900_000  #: bytes of a page; with more, fewer of the evaluated rounds are drawn
 _DIGITS = 9  #: significant ones of a number on the page: those of a float32 and no more
@@ -26,7 +27,7 @@ _APART = ("items", "failed_ids", "round", *BY_LEVEL)  #: of a line: nothing to d
 
 
 class Page(NamedTuple):
-    """What a page shows."""
+    """What a page shows: folders as they were named, and one row for each of their points."""
 
     sources: Sequence[Source]
     keys: Sequence[str]
@@ -35,7 +36,12 @@ class Page(NamedTuple):
 
 
 class Pool:
-    """Arrays by number: points that share one keep it once."""
+    """Arrays by number: points that share one keep it once.
+
+    >>> pool = Pool()
+    >>> pool([1, 2]), pool([3]), pool([1, 2]), pool.arrays
+    (0, 1, 0, [[1, 2], [3]])
+    """
 
     def __init__(self) -> None:
         """Start empty."""
@@ -63,7 +69,12 @@ def _short(value: Any) -> Any:
 
 
 def render(page: Page, output: Path) -> str:
-    """The page as HTML; links to the runs' folders are relative to where ``output`` lies."""
+    """The page as HTML of at most 1.9 MB: with more, fewer of the evaluated rounds are drawn, never fewer than two.
+
+    Args:
+      page: what it shows.
+      output: the file that it will be written to; links to the runs' folders are relative to where it lies.
+    """
     drawn = _first_guess([p.lines for s in page.sources for p in s.points])
     while True:
         text = _html(page, output, drawn)
@@ -81,6 +92,7 @@ def _first_guess(runs: Sequence[Sequence[Line]]) -> int:
 
 
 def _html(page: Page, output: Path, drawn: int) -> str:
+    """The page with at most ``drawn`` evaluated rounds of each point."""
     import jinja2
 
     files = resources.files(__package__) / "page_files"
@@ -104,6 +116,11 @@ def data(page: Page, beside: Path, drawn: int) -> Line:
     Args:
       beside: the folder of the page.
       drawn: most evaluated rounds of a point.
+
+    Returns:
+      ``points`` (see ``_point_data``), ``keys`` in which they differ, ``levels`` and ``metrics`` by name, ``score`` and
+      whether ``least`` of it is best, ``partitions``, ``arrays`` (points name theirs by number), and ``fewer``: how
+      many evaluated rounds are drawn where not all are, else 0.
     """
     points = [p for s in page.sources for p in s.points]
     lines = [line for p in points for line in p.lines]
@@ -141,7 +158,11 @@ def _size(row: Mapping[str, Any]) -> str:
 
 
 def _metrics(points: Sequence[Line], score: str) -> list[str]:
-    """Names of what can be drawn over rounds, the score first."""
+    """Names of what can be drawn over rounds, the score first.
+
+    >>> _metrics([{"series": {"loss": {}, "accuracy": {}}, "scalars": {"train_loss": 0}}], "accuracy")
+    ['accuracy', 'loss', 'train_loss']
+    """
     found = dict.fromkeys(name for p in points for part in ("series", "scalars") for name in p[part])
     return sorted(found, key=lambda name: (name != score, list(found).index(name)))
 
@@ -149,7 +170,20 @@ def _metrics(points: Sequence[Line], score: str) -> list[str]:
 def _point_data(
     point: Point, values: Line, counts: np.ndarray | None, beside: Path, drawn: int, pool: Pool, held: dict[str, int]
 ) -> Line:
-    """One point: where it stands, what it scored, what that cost."""
+    """One point: where it stands, what it scored, what that cost.
+
+    Args:
+      values: of the keys in which points differ.
+      counts: [clients, classes] examples, if they are known.
+      beside: the folder of the page, for the link to the run's.
+      drawn: most evaluated rounds.
+      pool: gets the point's arrays.
+      held: partitions so far as JSON, each with its number; an equal one is kept once.
+
+    Returns:
+      Among others ``rounds``, ``x`` (bytes, multiply-adds and simulated time over rounds), ``series`` (a curve a level)
+      and ``scalars`` (one curve); each curve is the number of an array of ``pool``.
+    """
     every, score = evaluated(point.lines), score_of(point.lines)
     lines = _thinned(every, drawn, point.summary.get("best_round"))
     last, final = (every[-1] if every else {}), (point.lines[-1] if point.lines else {})
@@ -188,10 +222,12 @@ def _point_data(
 
 
 def _of(line: Line, name: str, level: str) -> Any:
+    """A level's value in a line, ``None`` where it has none."""
     return line.get(name, {}).get(level)
 
 
 def _sum(line: Line, *names: str) -> Any:
+    """Sum of a line's fields; what it lacks counts 0."""
     return sum(line.get(name, 0) for name in names)
 
 
@@ -202,12 +238,20 @@ def _costs(line: Line) -> list[str]:
 
 
 def _times(line: Line) -> list[str]:
-    """Names of a line that hold time on the clients' devices since the start."""
+    """Names of a line that hold time on the clients' devices since the start.
+
+    >>> _times({"seconds": 1.0, "simulated_seconds": 20.0})
+    ['simulated_seconds']
+    """
     return [name for name in line if name.startswith("simulated_")]
 
 
 def _thinned(lines: Sequence[Line], drawn: int, best: int | None) -> list[Line]:
-    """At most about ``drawn`` lines, the first, the best and the last among them."""
+    """At most about ``drawn`` lines, the first, the best and the last among them.
+
+    >>> [line["round"] for line in _thinned([{"round": n} for n in range(10)], 3, best=7)]
+    [0, 4, 7, 9]
+    """
     if len(lines) <= drawn:
         return list(lines)
     chosen = set(np.unique(np.linspace(0, len(lines) - 1, drawn).round().astype(int)).tolist())
@@ -215,21 +259,37 @@ def _thinned(lines: Sequence[Line], drawn: int, best: int | None) -> list[Line]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a key as text, unless it is a number or a switch."""
+    """A value of a key as text, unless it is a number or a switch.
+
+    >>> _plain((32, 64)), _plain(0.1), _plain(None)
+    ('[32, 64]', 0.1, None)
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return json.dumps(value)
 
 
 def _clients(lines: Sequence[Line], score: str, pool: Pool) -> list[Line]:
-    """Quantiles over clients of a few evaluated rounds, the last one last."""
+    """Quantiles over clients of a few evaluated rounds, the last one last.
+
+    Of all rounds that have any, the second and the last are kept.
+    """
     told = [line for line in lines if "quantiles" in line.get(f"client_{score}", {})]
     places = sorted({min(1, len(told) - 1), len(told) - 1})[-_CURVES:] if told else []
     return [{"round": told[n]["round"], "values": pool(told[n][f"client_{score}"]["quantiles"])} for n in places]
 
 
 def _lists(lines: Sequence[Line], pool: Pool) -> Line:
-    """Lists of numbers that rounds have, e.g. how many clients each of several models had."""
+    """Lists of numbers that rounds have, e.g. how many clients each of several models had.
+
+    One curve for each place of a list; a round whose list is shorter counts 0 there.
+
+    >>> pool = Pool()
+    >>> _lists([{"round": 1, "members": [4]}, {"round": 2, "members": [2, 3]}], pool)
+    {'members': {'rounds': 2, 'rows': [0, 1]}}
+    >>> pool.arrays
+    [[4, 2], [0, 3], [1, 2]]
+    """
     names = dict.fromkeys(n for line in lines for n, v in line.items() if isinstance(v, list) and n not in _APART)
     out: Line = {}
     for name in names:
@@ -241,7 +301,10 @@ def _lists(lines: Sequence[Line], pool: Pool) -> Line:
 
 
 def _partition(point: Point, counts: np.ndarray) -> Line:
-    """A partition: a sentence, and examples by client and class, of as many as can be drawn."""
+    """A partition: a sentence, and examples by client and class, of as many as can be drawn.
+
+    Of more than 100 clients evenly spaced ones are drawn, of more than 64 classes the most common ones.
+    """
     clients, classes = counts.shape
     rows = np.unique(np.linspace(0, clients - 1, min(clients, _CLIENTS)).round().astype(int))
     common = np.sort(np.argsort(-counts.sum(0), kind="stable")[:_CLASSES])
@@ -255,7 +318,7 @@ def _partition(point: Point, counts: np.ndarray) -> Line:
 
 
 def _how(source: Source) -> dict[str, str]:
-    """How a folder came about, in words."""
+    """How a folder came about, in words: command, versions, device, programs, wall time, as far as known."""
     told, seen = source.about, source.about.get("environment") or {}
     done = sum(p.status == "done" for p in source.points)
     packages = [f"{n} {seen[n]}" for n in ("jax", "jaxlib", "flax", "optax", "numpy", "python") if n in seen]

@@ -38,7 +38,11 @@ def level_label(name: str, sizes: Sizes) -> str:
 
 
 def line_style(number: int) -> tuple[str, str]:
-    """Colour and dashes of a curve: no two of the first 32 are alike."""
+    """Colour and dashes of a curve: no two of the first 32 are alike.
+
+    >>> line_style(0), line_style(8)
+    (('#0072b2', '-'), ('#0072b2', '--'))
+    """
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
@@ -55,7 +59,9 @@ def plot(
       title: above the curves, e.g. the run's name.
 
     Returns:
-      The files.
+      The files: ``accuracy.png`` (or by the score's name), ``bytes.png``, ``partition.png``, ``training_loss.png``
+        where
+      there is a loss, and ``clients.png`` where clients have test data of their own.
     """
     points = evaluated(lines)
     sent = [(p.get("down_bytes", 0) + p.get("up_bytes", 0)) / 1e6 for p in points]
@@ -75,6 +81,7 @@ def plot(
 
 
 def _new(size: tuple[float, float], title: str) -> tuple["Figure", "Axes"]:
+    """A figure of ``size`` inches with one pair of axes; it belongs to no window and needs no display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -84,7 +91,13 @@ def _new(size: tuple[float, float], title: str) -> tuple["Figure", "Axes"]:
 
 
 def _scores(points: Sequence[Arguments], x: Sequence[float], label: str, sizes: Sizes, title: str) -> "Figure":
-    """The test score of every level over ``x``, and the largest one's on the clients' own data."""
+    """The test score of every level over ``x``, and the largest one's on the clients' own data.
+
+    Args:
+      points: evaluated metrics lines.
+      x: [points] rounds or megabytes.
+      label: of the horizontal axis.
+    """
     figure, axes = _new((6.4, 4.0), title)
     score = score_of(points)
     share = is_share(score)
@@ -143,7 +156,11 @@ def _finish(axes: "Axes", curves: int, *, whole: bool) -> None:
 
 
 def _partition(counts: np.ndarray) -> "Figure":
-    """Examples of each class that each client holds, as a heat map."""
+    """Examples of each class that each client holds, as a heat map.
+
+    Args:
+      counts: [clients, classes]; of more than 200 classes the most common ones are shown.
+    """
     figure, axes = _new((6.4, 3.4), "")
     common = np.sort(np.argsort(-counts.sum(0), kind="stable")[:_MOST_CLASSES])
     image = axes.imshow(counts[:, common].T, aspect="auto", interpolation="nearest", cmap="viridis")

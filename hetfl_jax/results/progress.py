@@ -29,16 +29,26 @@ class Bar(Protocol):
 
 
 def _bar(name: str, texts: Sequence[str], shown: bool) -> RichProgress:
-    """A bar on stderr: its name, how many of how many, some texts, the time that is left."""
+    """A bar on stderr: its name, how many of how many, some texts, the time that is left.
+
+    Args:
+      name: at the left; may read fields of the task.
+      texts: columns, templates over the task's fields.
+      shown: else nothing is drawn.
+    """
     columns = (TextColumn(name), MofNCompleteColumn(), BarColumn(), *map(TextColumn, texts), TimeRemainingColumn())
     return RichProgress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 class Progress:
-    """A bar over rounds, as a context."""
+    """A bar over rounds, as a context; one line an evaluation where stderr is no terminal.
+
+    >>> with Progress(rounds=10, done=0, quiet=True) as bar:
+    ...     bar.advance(1, {"round": 1, "train_loss": 0.5})
+    """
 
     def __init__(self, rounds: int, done: int, quiet: bool):
-        """Start at ``done`` of ``rounds``."""
+        """Start at ``done`` of ``rounds``; ``quiet`` shows nothing at all."""
         shown = sys.stderr.isatty() and not quiet
         self._bar = _bar("round", ("{task.fields[scores]}", "{task.fields[rate]}"), shown)
         self._task = self._bar.add_task("", total=rounds, completed=done, scores="compiling", rate="")
@@ -53,7 +63,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, round: int, line: Line | None = None) -> None:
-        """``round`` rounds are done; ``line`` is the newest metrics line, if there is one."""
+        """``round`` rounds are done since the run began; ``line`` is the newest metrics line, if there is one."""
         task = self._bar.tasks[0]
         elapsed = task.elapsed or 0.0
         rate = f"{(round - self._done) / elapsed:.2f} rounds/s" if elapsed else ""
@@ -71,10 +81,21 @@ class Progress:
 
 
 class Whole:
-    """One bar over the rounds of all points of a sweep, which threads may move at once."""
+    """One bar over the rounds of all points of a sweep, which threads may move at once.
+
+    >>> with Whole(points=2, rounds=20, quiet=True) as bar:
+    ...     bar.of_point().advance(5)
+    ...     bar.ended("seed=0: done")
+    """
 
     def __init__(self, points: int, rounds: int, quiet: bool):
-        """Start at nothing of ``points`` runs of ``rounds`` rounds each, 0 where they differ."""
+        """Start at nothing.
+
+        Args:
+          points: how many there are.
+          rounds: of all points together, 0 where that is not known.
+          quiet: show nothing.
+        """
         shown = sys.stderr.isatty() and not quiet
         self._bar = _bar("{task.fields[points]} points, rounds", (), shown)
         self._points, self._ended, self._lines = points, 0, not shown and not quiet
@@ -92,7 +113,7 @@ class Whole:
         return OfPoint(lambda rounds: self._bar.advance(self._task, rounds))
 
     def ended(self, text: str) -> None:
-        """A point is over."""
+        """A point is over; ``text`` says which, and how, where there is no terminal."""
         self._ended += 1
         self._bar.update(self._task, points=f"{self._ended}/{self._points}")
         if self._lines:

@@ -62,6 +62,9 @@ def read_json(path: Path) -> Line:
 
     Raises:
       ValueError: the file is no JSON object.
+
+    >>> read_json(Path("nowhere.json"))
+    {}
     """
     if not path.exists():
         return {}
@@ -75,10 +78,15 @@ def read_json(path: Path) -> Line:
 
 
 def read_sweep(folder: Path) -> Line:
-    """``sweep.json`` of a sweep's folder.
+    """``sweep.json`` of a sweep: ``over`` (swept keys), ``points`` (name, values, status, seconds, error), and how it
+    ran: command, version, programs, environment.
 
     Raises:
       ValueError: there is none, or it is damaged.
+
+    >>> read_sweep(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere/sweep.json has no 'over' nor 'points': it is no sweep's (FOLDER)
     """
     found = read_json(folder / SWEEP)
     if missing := [name for name in _NEEDED if name not in found]:
@@ -88,6 +96,8 @@ def read_sweep(folder: Path) -> Line:
 
 def read(folder: str | Path) -> Source:
     """What a folder holds: a sweep (``sweep.json``), a run (``config.json``), or runs in its sub-folders.
+
+    Points of a sweep come in its order, runs of a folder sorted by name, numbers in names by value.
 
     Raises:
       ValueError: it holds none of them, or a file in it is damaged.
@@ -121,7 +131,10 @@ def _natural(name: str) -> list[str | float]:
 
 
 def _point(folder: Path, told: Arguments) -> Point:
-    """A run's folder, with what ``sweep.json`` says of it."""
+    """A run's folder, with what ``sweep.json`` says of it: name, values, status, error and seconds.
+
+    Seconds that nobody told are the sum of those of its rounds.
+    """
     saved, table = read_json(folder / "config.json"), read_json(folder / "table.json")
     lines = read_metrics(folder)
     spent = [line["seconds"] for line in lines if isinstance(line.get("seconds"), int | float)]
@@ -150,9 +163,14 @@ def _about(point: Point) -> Line:
 
 
 def differing(points: Sequence[Point]) -> tuple[str, ...]:
-    """Keys of the configs in which points differ, those of ``run`` last.
+    """Dotted keys of the configs in which points differ, those of the block ``run`` last.
 
     What says where they lie is left out, and so is what only some configs have: arguments of one method among others.
+
+    >>> empty = Point("", Path(), {}, "done", None, None, {}, [], [], {}, {}, {})
+    >>> one = {"run.seed": 0, "run.name": "a", "train.rounds": 5}
+    >>> differing([empty._replace(config=one), empty._replace(config=one | {"run.seed": 1, "train.rounds": 9})])
+    ('train.rounds', 'run.seed')
     """
     configs = [p.config for p in points if p.config]
     names = [name for name in (configs[0] if configs else ()) if all(name in config for config in configs)]
@@ -162,6 +180,12 @@ def differing(points: Sequence[Point]) -> tuple[str, ...]:
 
 def gather(folders: Sequence[str | Path]) -> tuple[list[Source], tuple[str, ...], list[Line]]:
     """Several folders as one table: sources, the keys in which their points differ, and each point's values of them.
+
+    Args:
+      folders: of runs, of sweeps, or with runs below them. The keys of a single sweep are those that it swept.
+
+    Returns:
+      (sources, K dotted keys, one dict of K values for each point, point after point).
 
     Raises:
       ValueError: a folder is named twice, or cannot be read.
@@ -223,7 +247,7 @@ def levels_of(lines: Sequence[Arguments]) -> list[str]:
 
 
 def results(folder: str | Path) -> Results:
-    """A sweep's or a run's folder as arrays: metrics [points, rounds] by name.
+    r"""A sweep's or a run's folder as arrays: metrics [points, rounds] by name.
 
     Args:
       folder: what ``hetfl sweep`` or ``hetfl train`` wrote; a run is one point.
@@ -231,6 +255,13 @@ def results(folder: str | Path) -> Results:
     Raises:
       ValueError: it holds neither.
 
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"run": {"seed": 0}}')
+    >>> _ = (folder / "metrics.jsonl").write_text('{"round": 1, "accuracy": {"a": 0.5}}\n{"round": 2}\n')
+    >>> found = results(folder)
+    >>> found.rounds.tolist(), found.metrics["accuracy/a"].tolist(), found.status
+    ([1, 2], [[0.5, nan]], ('running',))
     >>> results("nowhere")
     Traceback (most recent call last):
       ...
@@ -256,7 +287,11 @@ def results(folder: str | Path) -> Results:
 
 
 def _column(values: Sequence[object]) -> np.ndarray:
-    """Values of a key as an array: of numbers or texts, of objects where they are lists or of several kinds."""
+    """Values of a key as an array: of numbers or texts, of objects where they are lists or of several kinds.
+
+    >>> _column([1, 2.5]).dtype.name, _column(["a", "b"]).dtype.kind, _column([1, "auto"]).dtype.name
+    ('float64', 'U', 'object')
+    """
     kinds = {type(v) for v in values}
     if kinds <= {int, float} or kinds in ({str}, {bool}):
         return np.array(values)

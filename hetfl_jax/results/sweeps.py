@@ -15,8 +15,22 @@ from hetfl_jax.results.reading import SEED, SUMMARY, TABLE, long
 def write_tables(folder: Path, points: Mapping[str, Mapping[str, Any]]) -> None:
     """``sweep.csv`` and ``summary.csv`` of the runs that are there, each whole or not at all.
 
+    ``sweep.csv``: point, the swept keys, round, level, metric, value; a row for each number of each metrics line.
+    ``summary.csv``: the swept keys but the seed, level, metric, mean, deviation (with n - 1) and number of seeds, of
+    each metric's last value.
+
     Args:
-      points: the swept values by point, in order; a point's run is in ``folder/point``.
+      folder: of the sweep; a point's run is in ``folder/point``.
+      points: the swept values by point, in order.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for seed in (0, 1):
+    ...     (folder / f"seed={seed}").mkdir()
+    ...     _ = (folder / f"seed={seed}" / "metrics.jsonl").write_text('{"round": 1, "train_loss": %d}' % (2 + seed))
+    >>> write_tables(folder, {f"seed={seed}": {"run.seed": seed} for seed in (0, 1)})
+    >>> print((folder / "summary.csv").read_text().splitlines()[1])
+    ,train_loss,2.5,0.7071067811865476,2
     """
     keys = list(dict.fromkeys(key for values in points.values() for key in values))
     last: dict[tuple[Any, ...], list[float]] = {}

@@ -22,8 +22,13 @@ def chosen(config: Config, fed: Federation, devices: int, kind: Platform, given:
     ``auto`` minimises the seconds of the whole run, compiling counted as with an empty cache: few rounds make few
     buckets. A net that runs only at its true shapes, and a hand-written algorithm, have a bucket a level.
 
+    Args:
+      devices: over which the clients of a round are spread.
+      kind: the platform, whose constants the cost model takes.
+      given: the method that the user brings, if any.
+
     Raises:
-      ValueError: as ``parse_buckets``.
+      ValueError: as ``parse_buckets``; a number of clients at once below 0.
     """
     train, levels = config.train, fed.family.levels
     check_chunk(train.clients_per_chunk)
@@ -37,7 +42,10 @@ def chosen(config: Config, fed: Federation, devices: int, kind: Platform, given:
 
 
 def work_of(config: Config, fed: Federation, devices: int) -> buckets.Work:
-    """What a round of the config is expected to ask of its buckets."""
+    """What a round of the config is expected to ask of its buckets: multiply-adds, shares, items on a device, steps.
+
+    Clients' sizes enter by their mean, levels by their expected share; nothing is drawn.
+    """
     items = config.method.args.get("cohort", fed.partition.size.size) * (
         fed.algorithm.price().items if fed.algorithm.price else 1
     )
@@ -63,7 +71,7 @@ def holds(mix: Mix) -> np.ndarray:
 
 
 def expected_shares(fed: Federation) -> np.ndarray:
-    """[L] expected share of the items at each level."""
+    """[L] expected share of the items at each level: of drawn levels by how often each is drawn, else by who has it."""
     if fed.algorithm.drawn:
         weights = np.asarray(fed.algorithm.drawn, float)
         return weights / weights.sum()

@@ -44,8 +44,11 @@ def cite(folder: str | Path) -> str:
 
     Above each entry stands what it is the paper of; parts without a known paper are named at the end.
 
+    Args:
+      folder: of a run that has been started, or of a sweep.
+
     Raises:
-      ValueError: the folder holds no run.
+      ValueError: the folder holds no run, or no point of it has been started.
 
     >>> cite("nowhere")
     Traceback (most recent call last):
@@ -60,7 +63,15 @@ def cite(folder: str | Path) -> str:
 
 
 def bibtex(names: list[str]) -> str:
-    """Entries of what is named, and what has none."""
+    """Entries of what is named, and what has none.
+
+    Args:
+      names: kind:value, as ``parts`` yields them.
+
+    >>> text = bibtex(["method:ifca", "net:mlp", "split:mine"])
+    >>> text.splitlines()[0], text.splitlines()[-1]
+    ('% method:ifca', '% no paper known here of split:mine')
+    """
     found = [(paper, [name for name in names if name in paper.names]) for paper in papers()]
     texts = [f"% {', '.join(used)}\n{paper.text}" for paper, used in found if used]
     known = {name for paper, _ in found for name in paper.names} | COMMON
@@ -106,7 +117,11 @@ def _arguments(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _source(config: Mapping[str, Any]) -> str:
-    """The data by its name; of a file, the data set whose name is in the file's."""
+    """The data by its name; of a file, the data set whose name is in the file's.
+
+    >>> _source({"data.source": "npz:/data/CIFAR-10.npz"}), _source({"data.source": "digits"})
+    ('cifar10', 'digits')
+    """
     kind, _, where = str(config.get("data.source", "")).partition(":")
     if not where:
         return kind

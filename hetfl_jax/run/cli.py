@@ -20,7 +20,15 @@ DEFAULT_CONFIG = "heterofl_digits"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors are one line on stderr and exit code 2."""
+    """Run a command; errors are one line on stderr.
+
+    Args:
+      argv: arguments after ``hetfl``; by default those of this process.
+
+    Returns:
+      The exit code: 0, 2 for wrong input or a full device, 130 after an interrupt, 143 after SIGTERM. With
+      ``HETFL_TRACEBACK`` in the environment wrong input raises instead, for debugging.
+    """
     parser = _parser()
     given, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if rest and not (given.command in ("train", "config", "sweep") and all(r.startswith("--config") for r in rest)):
@@ -47,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """``--config FILE`` and ``--config.KEY VALUE`` as ``--config=FILE``: both ways of writing are understood."""
+    """``--config FILE`` and ``--config.KEY VALUE`` as ``--config=FILE``: both ways of writing are understood.
+
+    >>> _joined(["train", "--config", "fedavg_mnist", "--config.train.rounds", "3", "--resume"])
+    ['train', '--config=fedavg_mnist', '--config.train.rounds=3', '--resume']
+    """
     out: list[str] = []
     for argument in arguments:
         if out and out[-1].startswith("--config") and "=" not in out[-1] and not argument.startswith("-"):
@@ -58,7 +70,11 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _unknown(argument: str, command: str) -> str:
-    """What to say of an argument that there is not: a key of the config is written with its block."""
+    """What to say of an argument that there is not: a key of the config is written with its block.
+
+    >>> _unknown("--rounds=3", "train")
+    "unknown argument '--rounds=3': did you mean --config.train.rounds?"
+    """
     name = argument.lstrip("-").partition("=")[0].rpartition(".")[2]
     places = [f"--config.{block}.{name}" for block, keys in KEYS.items() if name in keys]
     hint = f": did you mean {' or '.join(places)}?" if places and command in ("train", "config", "sweep") else ""
@@ -66,7 +82,11 @@ def _unknown(argument: str, command: str) -> str:
 
 
 def _device_error(error: Exception) -> int:
-    """A device that is full, or a process of the run that was lost, in one line; others are raised again."""
+    """A device that is full, or a process of the run that was lost, in one line; others are raised again.
+
+    Returns:
+      2, of a full device. Where a process was lost, this one ends at once with 3.
+    """
     text = " ".join(str(error).split())[:300]
     if jax.process_count() == 1 and "RESOURCE_EXHAUSTED" in text:
         print(
@@ -83,7 +103,14 @@ def _device_error(error: Exception) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line.
+
+    >>> try:
+    ...     _Parser(prog="hetfl").parse_args(["--rounds"])
+    ... except SystemExit as end:
+    ...     print(end.code)
+    2
+    """
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where help is."""
@@ -91,6 +118,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All commands with their options; each names the function that runs it."""
     parser = _Parser(prog="hetfl", allow_abbrev=False, description="Federated learning with heterogeneous clients.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -143,8 +171,14 @@ def _parser() -> argparse.ArgumentParser:
 def config_of(arguments: Sequence[str], target: str = DEFAULT_CONFIG) -> Config:
     """The config that ``--config=FILE[:args]`` and ``--config.KEY=VALUE`` describe, complete.
 
+    Args:
+      target: the config where no file is given.
+
     Raises:
-      ValueError: an unknown key or a value of the wrong type.
+      ValueError: an unknown key, a value of the wrong type, or two files.
+
+    >>> config_of(["--config=heterofl_digits:mix=a1-e1", "--config.train.rounds=3"]).train.rounds
+    3
     """
     files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     changes = [a for a in arguments if a.startswith("--config.")]
@@ -156,6 +190,7 @@ def config_of(arguments: Sequence[str], target: str = DEFAULT_CONFIG) -> Config:
 
 
 def _train(given: argparse.Namespace, rest: list[str]) -> None:
+    """Train, or with ``--dry-run`` say what training would take; with ``--seeds`` one run a seed."""
     from hetfl_jax.results import tables
     from hetfl_jax.results.folder import write_json
     from hetfl_jax.run import train
@@ -187,6 +222,7 @@ def _train(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _sweep(given: argparse.Namespace, rest: list[str]) -> None:
+    """Run a sweep: the product (or with ``--zip`` the pairs) of ``--over``, times the points of ``--sweep``."""
     from hetfl_jax.run import points
     from hetfl_jax.run.sweep import describe, summary, sweep
 
@@ -206,6 +242,7 @@ def _sweep(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _dry_run(config: Config, target: str | None) -> str:
+    """What a run would take on this machine, or on the TPU topology ``target``."""
     if target is None:
         from hetfl_jax.run.dryrun import describe
 
@@ -217,6 +254,9 @@ def _dry_run(config: Config, target: str | None) -> str:
 
 def _seeds(text: str) -> list[int]:
     """Seeds of ``A..B`` (both ends), ``A,B,C`` or ``A``.
+
+    Raises:
+      ValueError: another text, A > B, or a number twice.
 
     >>> _seeds("0..2"), _seeds("0,2,5"), _seeds("3")
     ([0, 1, 2], [0, 2, 5], [3])
@@ -231,11 +271,14 @@ def _seeds(text: str) -> list[int]:
 
 
 def _config(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the resolved config with the meaning of every key."""
     print(as_text(config_of(rest, given.file)))
 
 
 def _list(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the names that a config may use, a line for each kind."""
     from hetfl_jax import methods
+    from hetfl_jax.data.sources import GENERATED
     from hetfl_jax.models import NETS
     from hetfl_jax.models.layers import NORMS
     from hetfl_jax.parts.codec import CODECS
@@ -244,7 +287,7 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
     from hetfl_jax.run.slots import ADVERSARIES
     from hetfl_jax.run.splits import SPLITS
 
-    sources = ("digits", "synthetic", "npz:<path>", "text:<path>", "tfds:<name>")
+    sources = ("digits", *GENERATED, "npz:<path>", "text:<path>", "tfds:<name>")
     for name, values in {
         "configs": config_names(),
         "methods": methods.names(),
@@ -261,18 +304,21 @@ def _list(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _eval(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the scores of a checkpoint."""
     from hetfl_jax.run.export import evaluate_run
 
     print(evaluate_run(given.folder, given.round))
 
 
 def _plot(given: argparse.Namespace, rest: list[str]) -> None:
+    """Draw the plots again and print their paths."""
     from hetfl_jax.run.export import plot_run
 
     print("\n".join(map(str, plot_run(given.folder))))
 
 
 def _export(given: argparse.Namespace, rest: list[str]) -> None:
+    """Write a sub-model and print the file's path."""
     from hetfl_jax.run.export import export_level
 
     print(export_level(given.folder, given.tier, given.round, given.output, given.model))

@@ -25,8 +25,16 @@ from hetfl_jax.run.federation import Federation
 def store_for(config: Config, fed: Federation, executor: Executor) -> Store:
     """The store that ``train.store`` names.
 
+    Rows are as large as their client's own level (packed) where levels are fixed and nothing but the engine reads them.
+    What it needs: on the device the rows of all clients; on the host likewise; in files twice the rows that the run can
+    touch at most.
+
+    Args:
+      executor: over its devices, rows of the device store are spread.
+
     Raises:
-      ValueError: an unknown store, one that does not fit, or one that the run cannot use.
+      ValueError: an unknown store, one that does not fit (with those that do), or one that the run cannot use: ``host``
+        and ``file`` with several processes, or with an evaluation that reads all clients' memory.
     """
     name = config.train.store
     if name not in STORES:

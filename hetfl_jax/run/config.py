@@ -29,11 +29,17 @@ ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "adve
 def changed(**blocks: Arguments) -> Config:
     """The default config with some values of its blocks changed: what a config file returns.
 
+    Args:
+      blocks: values by key, for each block, e.g. ``train=dict(rounds=3)``.
+
     Raises:
-      ValueError: a block or a key that there is not.
+      ValueError: a block or a key that there is not, or a value of another kind.
 
     >>> changed(train=dict(rounds=3)).train.rounds
     3
+    >>> changed(train=dict(round=3))
+    Traceback (most recent call last):
+    ValueError: config key 'train.round' is not one of rounds, epochs, steps, ...
     """
     return _with(blocks).lock()
 
@@ -84,7 +90,15 @@ def parse_arg(arg: str, **defaults: Any) -> Config:
 
 
 def shrink(config: ml_collections.ConfigDict, **train: Config) -> Config:
-    """The ``quick`` version of a config: the same code on few clients, images and rounds; it learns in seconds."""
+    """The ``quick`` version of a config: the same code on few clients, images and rounds; it learns in seconds.
+
+    Args:
+      train: values of the block ``train`` that differ from 10 rounds of 2 epochs.
+
+    >>> quick = shrink(changed(data=dict(clients=100)).unlock())
+    >>> quick.data.clients, quick.train.rounds, quick.run.name
+    (10, 10, 'run_quick')
+    """
     config.data.clients = min(config.data.clients, 10)
     config.data.examples = 2_000
     config.family.hidden = tuple(min(32, width) for width in config.family.hidden)
@@ -107,10 +121,15 @@ def complete(config: Config, tell: Callable[[str], None] = say, method: Any = No
     completed likewise.
 
     Args:
+      config: a ``ConfigDict`` or a dict of blocks; it is not changed.
+      tell: gets that line.
       method: in place of the config's: a name or a ``make``; an ``Algorithm`` has no arguments.
 
     Raises:
       ValueError: a block or key that there is not, or a value of another kind.
+
+    >>> complete({"method": {"name": "fedprox"}}).method.args.proximal_weight > 0
+    True
     """
     if not (method is None or isinstance(method, str | Algorithm) or callable(method)):
         raise ValueError(f"method is a {type(method).__name__}: need a name, a make, or an Algorithm (method)")
@@ -127,7 +146,11 @@ def complete(config: Config, tell: Callable[[str], None] = say, method: Any = No
 
 
 def method_name(config: Config, method: Any = None) -> str:
-    """What the method is called: a ``make`` of the user's by its module, unless that is the program itself."""
+    """What the method is called: a ``make`` of the user's by its module, unless that is the program itself.
+
+    >>> method_name(changed(method=dict(name="ifca"))), method_name(None, lambda family, local: None)
+    ('ifca', 'hetfl_jax.run.config')
+    """
     if method is None or isinstance(method, str):
         return str(method or config.method.name)
     module = getattr(method, "__module__", "") if callable(method) else ""
@@ -135,7 +158,15 @@ def method_name(config: Config, method: Any = None) -> str:
 
 
 def method_defaults(make: methods.Make) -> Line:
-    """Arguments of a method with their defaults, without those that the federation tells it."""
+    """Arguments of a method with their defaults, without those that the federation tells it.
+
+    Args:
+      make: ``make(family, local, *, ...)``; a required argument takes the default of ``KEYS``, else ``None``.
+
+    >>> from hetfl_jax.methods import fedavg
+    >>> list(method_defaults(fedavg.make)), method_defaults(fedavg.make)["cohort"]
+    (['cohort', 'server_optimizer'], 10)
+    """
     found: Line = {}
     for name, parameter in methods.arguments(make).items():
         if name not in TOLD:
@@ -148,8 +179,17 @@ def method_defaults(make: methods.Make) -> Line:
 def find_config(name: str) -> Path:
     """The file of a config: a path, or the name of one that comes with the package.
 
+    Args:
+      name: the suffix ``.py`` may be left out.
+
     Raises:
       FileNotFoundError: there is none, with the names that are near.
+
+    >>> find_config("fedavg_mnist").name
+    'fedavg_mnist.py'
+    >>> find_config("fedavg_mnst")
+    Traceback (most recent call last):
+    FileNotFoundError: no config file fedavg_mnst, nor one of that name with the package: fedavg_mnist, ...
     """
     package = Path(hetfl_jax.__file__).parent
     folders = (package / "configs", package.parent / "configs")
@@ -164,7 +204,11 @@ def find_config(name: str) -> Path:
 
 
 def config_names() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Names of the configs that come with the package, sorted.
+
+    >>> "heterofl_digits" in config_names()
+    True
+    """
     package = Path(hetfl_jax.__file__).parent
     found = {path.stem for folder in (package, package.parent) for path in (folder / "configs").glob("*.py")}
     return sorted(name for name in found if not name.startswith("_"))
@@ -176,9 +220,11 @@ def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[
     Args:
       target: a file or a name, with arguments of the config after a colon: ``heterofl_digits:mix=a1-e1``.
       changes: ``block.key=value``, e.g. ``train.rounds=3``; the command line's ``--config.train.rounds=3`` is the same.
+      tell: gets a line on arguments of another method, which are dropped.
 
     Raises:
       ValueError: an unknown key, or a value of another type.
+      FileNotFoundError: no such config.
 
     >>> load_config("heterofl_digits:mix=a1-e1", "train.rounds=3").train.rounds
     3
@@ -197,6 +243,11 @@ def load_config(target: str = "heterofl_digits", *changes: str, tell: Callable[[
 
 
 def _from_file(path: Path, arg: str) -> Config:
+    """What ``get_config`` of a file returns; of a plain dict of blocks, the config that it describes.
+
+    Raises:
+      ValueError: a file that cannot be read, has no ``get_config``, or takes no arguments and gets some.
+    """
     spec = importlib.util.spec_from_file_location("hetfl_jax_config", path)
     assert spec is not None
     assert spec.loader is not None
@@ -216,7 +267,17 @@ def _from_file(path: Path, arg: str) -> Config:
 
 
 def _overridden(config: Config, changes: Sequence[str]) -> Config:
-    """Values set by text, typed as they are in the config."""
+    """Values set by text, typed as they are in the config.
+
+    Args:
+      changes: ``block.key=value``; a tuple is written ``(1,2)``.
+
+    Raises:
+      ValueError: a change without a value, an unknown key, or a text that is not of the key's kind.
+
+    >>> _overridden(changed(), ["train.rounds=3", "train.milestones=(1,2)"]).train.milestones
+    (1, 2)
+    """
     for change in changes:
         if "=" not in change:
             raise ValueError(f"--config.{change} has no value: --config.{change}=VALUE")
@@ -238,6 +299,11 @@ def check_key(config: Config, name: str) -> None:
 
     Raises:
       ValueError: with the part that is unknown, and those that are known.
+
+    >>> check_key(defaults(), "data.options.length")
+    >>> check_key(defaults(), "train.optimiser")
+    Traceback (most recent call last):
+    ValueError: unknown config key 'train.optimiser': 'optimiser' is not one of batch_size, ...
     """
     place, above = config, ""
     for key in name.split("."):
@@ -251,7 +317,11 @@ def check_key(config: Config, name: str) -> None:
 
 
 def as_text(config: Config) -> str:
-    """A resolved config with the meaning of every key."""
+    """A resolved config with the meaning of every key, as ``hetfl config`` prints it.
+
+    >>> next(line.split() for line in as_text(defaults()).splitlines() if "learning_rate" in line)
+    ['learning_rate', '0.1', '#', 'of', 'clients,', '>', '0']
+    """
     lines = []
     for block, keys in KEYS.items():
         lines.append(f"{block}:")

@@ -6,18 +6,33 @@ from hetfl_jax.data.sources import Source
 
 
 def source_name(data: Config) -> str:
-    """What is loaded first: the source, or the first domain where the source is in none."""
+    """What is loaded first: the source, or the first domain where every domain is a data set of its own.
+
+    >>> from ml_collections import ConfigDict
+    >>> source_name(ConfigDict(dict(source="digits", domains=("plain", "rotated"))))
+    'digits'
+    >>> source_name(ConfigDict(dict(source="digits", domains=("npz:a.npz", "npz:b.npz"))))
+    'npz:a.npz'
+    """
     return data.source if domains.changes(data.domains) else data.domains[0]
 
 
 def sampled(data: Config, source: Source, domain: bool = False) -> Source:
-    """A part of a source, with a validation set held out; of one domain its share of ``data.examples``."""
+    """A part of a source, with a validation set held out.
+
+    Args:
+      data: the config's block.
+      domain: whether the source is one of several domains: it then gives its equal share of ``data.examples``.
+    """
     examples = -(-data.examples // len(data.domains)) if domain else data.examples
     return sources.hold_out(door.sample(source, examples) if examples else source, data.validation)
 
 
 def in_domains(config: Config, source: Source) -> Source:
     """The rows of all domains, of which some may be data sets of their own; the source where there are none.
+
+    Args:
+      source: what was loaded first, already sampled.
 
     Raises:
       ValueError: a domain that there is not, or whose labels are not those of the others.
@@ -37,6 +52,8 @@ def in_domains(config: Config, source: Source) -> Source:
 
 def check_pixels(config: Config, source: Source) -> None:
     """Refuse examples stored as floats that are no pixels in [0, 1], where an adversary attacks pixels.
+
+    Pixels stored as whole numbers are divided by 255 first, so that they are always in range.
 
     Raises:
       ValueError: with their range.

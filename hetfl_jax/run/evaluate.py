@@ -34,7 +34,11 @@ Scores = dict[str, Array]
 
 
 class Asked:
-    """How a question's answers are read: their sums, and the names of the readings, known once it was traced."""
+    """How a question's answers are read: their sums, and the names of the readings, known once it was traced.
+
+    A reading is one of several outputs that a question has of the same batch, e.g. the mean of several exits beside the
+    deepest one. The first is judged as the model, the others are further scores.
+    """
 
     def __init__(self, question: Question, score: Score, metrics: Mapping[str, Metric]):
         """Read ``question``, judged by ``score``, with further ``metrics`` of its first reading."""
@@ -42,13 +46,13 @@ class Asked:
         self.names: list[str] = [""]
 
     def logits(self, variables: PyTree, tier: Level, batch: Batch, shard: Shard) -> Array:
-        """[B, C], or [R, B, C] of several readings."""
+        """[B, C], or [R, B, C] of several readings, of one batch as it is stored."""
         found = self.question.read(variables, tier, batch, shard)
         self.names = list(found)
         return jnp.stack(list(found.values())) if len(found) > 1 else next(iter(found.values()))
 
     def each(self, logits: Array, labels: Array) -> Array:
-        """[B] losses, or [M, B] with the further metrics below them."""
+        """[B] losses, or [1 + metrics, B] with the further metrics below them."""
         loss = self.score.each(logits, labels)
         if not self.metrics:
             return loss
@@ -59,7 +63,14 @@ class Asked:
 def tallies(
     algorithm: Algorithm, executor: Executor, server: PyTree, tier: Level, data: Population, batch: int
 ) -> Tally:
-    """Loss and hits on every client's examples, leaves [N]; [N, models] where there is a choice of models."""
+    """Loss and hits on every client's examples, leaves [N]; [N, models] where there is a choice of models.
+
+    Args:
+      server: of the state.
+      tier: which of the models that are offered.
+      data: whose clients are tested; those of an evaluation are batches of a test set.
+      batch: examples of one forward pass; the answer does not depend on it.
+    """
     asked = Asked(algorithm.questions[0], algorithm.score, {})
     if algorithm.choice is None:
         return _tallies(asked, executor, asked.question.variables(server, (), tier), tier, data, batch)
@@ -71,6 +82,7 @@ def _tallies(
     asked: Asked, executor: Executor, variables: PyTree, tier: Level, data: Population, batch: int,
     several: bool = False,
 ) -> Tally:  # fmt: skip
+    """``Tally`` of each client of ``data``; with ``several``, ``variables`` have a leading axis of models."""
     sent, tier_of = _at_tier(variables, tier)
 
     def one(key: Array, sent: PyTree, level: Level, shard: Shard) -> tuple[PyTree, Tally]:
@@ -87,7 +99,11 @@ def _tallies(
 
 
 def _rows(shard: Shard, position: Array) -> tuple[Array, Array]:
-    """Pool rows at positions of the shard, and which of them exist."""
+    """Pool rows at positions of the shard, and which of them exist.
+
+    Args:
+      position: [B] int32 from 0; those past the end read the last row.
+    """
     return shard.rows[shard.offset + jnp.minimum(position, shard.size - 1)], position < shard.size
 
 
@@ -98,6 +114,11 @@ def with_statistics(
 
     Mean := plain average over batches of batch means, variance := plain average of unbiased batch variances; each batch
     weighs the same, the short last one too (HeteroFL's static batch norm). Unchanged where nothing is to be collected.
+
+    Args:
+      variables: of the model at ``tier``.
+      data: training data in batches, see ``data.population.batches``.
+      batch: examples of the largest of them.
     """
     if algorithm.statistics is None:
         return variables
@@ -123,6 +144,10 @@ def _at_tier(variables: PyTree, tier: Level) -> tuple[PyTree, Callable[[PyTree],
 
 def over_clients(scores: np.ndarray, least: bool = False) -> dict[str, float]:
     """How a score is distributed over clients: mean, population deviation, means of the worst and the best tenth.
+
+    Args:
+      scores: [clients], of those with test data.
+      least: whether less is better, so that the largest are the worst.
 
     >>> over_clients(np.array([0.5, 1.0]))
     {'mean': 0.75, 'deviation': 0.25, 'worst_tenth': 0.5, 'best_tenth': 1.0}
@@ -240,7 +265,10 @@ def _of_own_data(
 
 
 def _own_scores(asked: Asked, seen: Tally) -> Scores:
-    """Means over clients of the scores on their own test data, each of its own model."""
+    """Means over clients of the scores on their own test data, each of its own model.
+
+    Every client counts the same, however many test examples it has; ``local_...`` pools all examples instead.
+    """
     name, of = asked.score.name, asked.score.of
     several, found = len(asked.names) > 1, dict[str, Array]()
     if asked.metrics:
@@ -256,11 +284,19 @@ def _own_scores(asked: Asked, seen: Tally) -> Scores:
 
 
 def _mean_loss(seen: Tally) -> Array:
+    """Mean over examples; 0 where there is none."""
     return seen.loss / jnp.maximum(seen.examples, 1)
 
 
 def _scores(asked: Asked, seen: Tally, test_batches: int, shared: int, sequences: bool) -> Scores:
-    """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares."""
+    """Scores from the sums over batches of the test set, of the validation set, and clients' own test shares.
+
+    Args:
+      seen: leaves [batches and clients], or [.., R] of several readings; losses [.., M] with further metrics.
+      test_batches: how many of the first entries are batches of the test set.
+      shared: where clients' own shares begin.
+      sequences: whether an example has a label a token: then there is ``perplexity = exp(mean loss)`` too.
+    """
     found: Scores = {}
     name, of = asked.score.name, asked.score.of
 
@@ -298,8 +334,14 @@ def evaluate(
     Args:
       state: of the run, or its server.
       data: a population; its clients do not matter here.
+      level: 0 is the largest model.
       statistics: training data, where the net collects batch statistics only before evaluation (static batch norm).
+      batch_size: examples of one forward pass.
+      executor: by default ``bucketed`` on one device.
       metrics: further scores: (logits, labels, valid) -> a value for each example.
+
+    Returns:
+      ``accuracy`` (or the method's score), ``loss``, the metrics, and what else the method's first question reads.
 
     Raises:
       ValueError: statistics that are wanted and not given, or a level that is not there.

@@ -25,7 +25,12 @@ def open_config(folder: Path) -> Config:
     """The config of a run, complete also where an older version wrote it.
 
     Raises:
-      FileNotFoundError: there is no run; ValueError: its config cannot be read.
+      FileNotFoundError: there is no run.
+      ValueError: its config cannot be read.
+
+    >>> open_config(Path("nowhere"))
+    Traceback (most recent call last):
+    FileNotFoundError: nowhere holds no run (no config.json)
     """
     path = folder / "config.json"
     if not path.exists():
@@ -38,6 +43,11 @@ def open_config(folder: Path) -> Config:
 
 
 def _restored(folder: Path, round: int | None) -> tuple[Lab, State, int]:
+    """A run's lab, its state at a checkpoint, and the round of it; by default the best one.
+
+    Raises:
+      ValueError: there is no such checkpoint, with those there are; or the data is not that of the run.
+    """
     lab = prepare(open_config(folder))
     bind(lab, folder, resume=True)
     checkpoints = Checkpoints(folder, keep=1_000_000)
@@ -52,7 +62,12 @@ def _restored(folder: Path, round: int | None) -> tuple[Lab, State, int]:
 
 
 def evaluate_run(folder: Path, round: int | None = None) -> str:
-    """Scores of every tier at a checkpoint (default: the best), as text."""
+    """Scores of every tier at a checkpoint, as text: a line a tier, then the distribution over clients.
+
+    Args:
+      folder: of the run; its data must still be there.
+      round: of the checkpoint; by default the best.
+    """
     lab, state, chosen = _restored(folder, round)
     scores = evaluate_tiers(lab, state)
     lines = [f"{folder}, round {chosen}"]
@@ -67,7 +82,14 @@ def evaluate_run(folder: Path, round: int | None = None) -> str:
 
 
 def plot_run(folder: Path) -> list[Path]:
-    """Draw a run's plots again from its metrics and its partition; what its method draws, from its last checkpoint."""
+    """Draw a run's plots again from its metrics and its partition; what its method draws, from its last checkpoint.
+
+    Returns:
+      The files, all in ``folder``.
+
+    Raises:
+      ValueError: no round was evaluated yet.
+    """
     config = open_config(folder)
     with np.load(folder / "partition.npz") as file:
         part = Partition(file["index"], file["size"])
@@ -94,6 +116,12 @@ def export_level(
     Statistics that the net collects before evaluation are collected and written too, and ``net`` holds the net's
     fields and the normalisation as JSON: the file evaluates without the training code, see ``load_exported``. A tier
     that is a mean of several nets has them along a leading axis, and their number as ``models``.
+
+    Args:
+      tier: its name in the final table, e.g. ``c`` or ``x0.5``.
+      round: of the checkpoint; by default the best.
+      output: the file; by default ``folder/level_<tier>.npz``.
+      model: which of several models, from 0, of methods that have some.
 
     Raises:
       ValueError: a tier or a model that the run lacks, none of several models, or no such checkpoint.
@@ -127,7 +155,14 @@ def export_level(
 
 
 def load_exported(path: Path) -> tuple[Line, PyTree]:
-    """An exported sub-model: the fields of its net and its variables, with NumPy alone."""
+    """An exported sub-model: the fields of its net and its variables as nested dicts, with NumPy alone.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "level_a.npz"
+    >>> np.savez(path, **{"params/dense/bias": np.zeros(2), "net": np.asarray('{"net": "mlp"}')})
+    >>> load_exported(path)
+    ({'net': 'mlp'}, {'params': {'dense': {'bias': array([0., 0.])}}})
+    """
     with np.load(path, allow_pickle=False) as file:
         net = json.loads(str(file["net"]))
         variables: Line = {}

@@ -11,7 +11,8 @@ import numpy as np
 
 from hetfl_jax import methods
 from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
-from hetfl_jax.data import door, partition, preprocess, sources
+from hetfl_jax.data import door, preprocess, sources
+from hetfl_jax.data.levels import check_levels
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
 from hetfl_jax.models import families
@@ -26,7 +27,6 @@ from hetfl_jax.run.given import (
     brought,
     classes_of,
     held_of,
-    is_population,
     named_of,
     notes_of,
     partition_of,
@@ -34,14 +34,15 @@ from hetfl_jax.run.given import (
     source_of,
     views_of,
 )
-from hetfl_jax.run.mix import Mix, assigned, level_fields, parse_mix
+from hetfl_jax.run.levels import levels_of, tiers_of
+from hetfl_jax.run.mix import Mix, level_fields, parse_mix
 from hetfl_jax.run.nets import check_call, net_of
 from hetfl_jax.run.slots import check_unused, check_whole, slots_of
 from hetfl_jax.run.splits import tested_rows
 
 
 class Federation(NamedTuple):
-    """Everything a run needs, on the host or the device."""
+    """Everything a run needs, on the host or the device. Made by ``build``, which checks all of it."""
 
     algorithm: Algorithm
     family: Family
@@ -67,19 +68,30 @@ class Federation(NamedTuple):
     outfit: Equipped | None = None  #: where clients have devices
 
 
-def build(config: Config, own: Own | None = None, families: dict[str, Family] | None = None) -> Federation:
-    """The federation that a config describes.
+class Known:
+    """What federations of several configs have in common, by what it depends on."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.families: dict[str, tuple[Family, Costs]] = {}
+        self.sources: dict[str, tuple[sources.Source, door.Admitted]] = {}  #: the latest one only, as they are large
+
+
+def build(config: Config, own: Own | None = None, known: Known | None = None) -> Federation:
+    """The federation that a config describes: data, split, levels, net, method, and the test batches.
 
     Args:
-      families: those of other configs, by what they depend on; where this one's is not among them it is added.
+      config: complete.
+      own: what the user brings in place of what the config names.
+      known: of other configs; what this one has besides is added.
 
     Raises:
       ValueError: any value that is out of range, named with what is allowed and where it stands.
     """
-    own = own or Own()
+    own, known = own or Own(), known or Known()
     make = _method(config, own)
     mix = parse_mix(config.family.mix)
-    source, found = source_of(config, own)
+    source, found = _known_source(config, own, known)
     seed = config.run.seed if config.data.seed < 0 else config.data.seed
     part = partition_of(config.data, source, seed, own)
     clients = part.size.size
@@ -87,9 +99,9 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
-    fam = _known_family(config, mix, source, classes, own.net, {} if families is None else families)
+    fam, price = _known_family(config, mix, source, classes, own.net, known)
     settings = _settings(config, fam, part.size)
-    level = _levels(config, own, mix, clients)
+    level = levels_of(config, own, mix, part.size)
     check_pixels(config, source)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = held_of(source, part, classes, views, groups)
@@ -109,7 +121,7 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
         return _algorithm(other, make, fam, local, mix, price, level, train)
 
     if not algorithm.drawn and config.capacity.name != BUDGET:
-        partition.check_levels(level, fam.levels, mix.names)
+        check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
     return Federation(
         algorithm=algorithm,
@@ -117,7 +129,7 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
         local=settings,
         mix=mix,
         costs=price,
-        tiers=algorithm.tiers or _tiers(mix, price),
+        tiers=algorithm.tiers or tiers_of(mix, price),
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
@@ -137,21 +149,15 @@ def build(config: Config, own: Own | None = None, families: dict[str, Family] | 
     )  # fmt: skip
 
 
-def _levels(config: Config, own: Own, mix: Mix, clients: int) -> np.ndarray:
-    """[N] the fixed level of every client: of the user's population, or as the config assigns them."""
-    level = assigned(mix, clients, config.capacity.order)
-    if is_population(own.data) and np.asarray(own.data[0].level).any():
-        level = np.asarray(own.data[0].level)
-    return level
-
-
-def _tiers(mix: Mix, price: Costs) -> tuple[Tier, ...]:
-    rows = zip(price.parameters.tolist(), price.bytes.tolist(), price.macs.tolist())
-    return tuple(Tier(name, *row) for name, row in zip(mix.names, rows))
-
-
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
-    """How clients of these sizes train, whose batches are no larger than any of them needs."""
+    """How clients of these sizes train, with batches no larger than the largest client.
+
+    Args:
+      size: [N] examples of every client.
+
+    Raises:
+      ValueError: a client that is larger than the one batch it should be; rows of padding that a net cannot leave out.
+    """
     settings = local_training(config.train, fam)
     if settings.full_batch and size.max() > settings.batch_size:
         raise ValueError(
@@ -165,7 +171,15 @@ def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
 
 
 def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
-    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart."""
+    """Rows that fill a batch up must not enter batch statistics of a net that cannot tell them apart.
+
+    Args:
+      size: [N] examples of every client.
+      batch: of local training.
+
+    Raises:
+      ValueError: with the first client whose last batch would be filled up.
+    """
     if "batch_stats" in fam.shapes[0] and not fam.nets[0].knows_padding() and (size % batch).any():
         client = int(np.flatnonzero(size % batch)[0])
         raise ValueError(
@@ -176,6 +190,7 @@ def _check_padding(fam: Family, size: np.ndarray, batch: int) -> None:
 
 
 def _method(config: Config, own: Own) -> methods.Make | Algorithm:
+    """The user's method, else the config's: a ``make``, or an ``Algorithm`` that is whole."""
     if own.method is None:
         return methods.find(config.method.name)
     return methods.find(own.method) if isinstance(own.method, str) else own.method
@@ -185,7 +200,17 @@ def _algorithm(
     config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, price: Costs,
     level: np.ndarray, train: Population,
 ) -> Algorithm:  # fmt: skip
-    """The method with its arguments, what the federation tells it, what is chosen apart from it, and its clock."""
+    """The method with its arguments, what the federation tells it, what is chosen apart from it, and its clock.
+
+    The federation tells proportions of the mix, number of clients, base width, clients of each level and the
+    population to those methods that have an argument of that name.
+
+    Args:
+      make: of the method; an ``Algorithm`` is returned as it is, if it fits.
+      price: of the levels.
+      level: [N] of each client.
+      train: the population; with devices, the method gets the config's clock.
+    """
     if isinstance(make, Algorithm):
         check_unused(config)
         check_whole(config, make, fam.levels, level.size)
@@ -210,6 +235,7 @@ def _algorithm(
 
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
+    """How clients see the pool, as arguments of ``population``; nothing where there are no views."""
     return {} if views is None else {"view": groups, "views": views}
 
 
@@ -217,7 +243,7 @@ def local_training(train: Config, fam: Family) -> Local:
     """How clients train, from a config's block ``train``.
 
     Raises:
-      ValueError: a layer that the net does not have, and as ``local``.
+      ValueError: neither epochs nor steps, a layer that the net does not have, and as ``parts.local.local``.
     """
     if train.epochs == 0 == train.steps:
         raise ValueError("epochs 0 and steps 0: nobody trains, need one >= 1 (train.epochs)")
@@ -229,18 +255,49 @@ def local_training(train: Config, fam: Family) -> Local:
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
 
 
+#: keys that data does not depend on before it is split
+OF_THE_SPLIT = ("augment", "split", "classes_per_client", "concentration", "least", "test_fraction", "own_test",
+                "own_validation", "tested_on", "groups", "first_clients", "seed")  # fmt: skip
+
+
+def _known_source(config: Config, own: Own, known: Known) -> tuple[sources.Source, door.Admitted]:
+    """Data that is known, or new one, which takes the place of what was known."""
+    data = {name: value for name, value in config.data.to_dict().items() if name not in OF_THE_SPLIT}
+    seed = config.run.seed if config.data.seed < 0 else config.data.seed
+    drawn = data["source"] in sources.GENERATED or data["domains"]
+    kind = str((data, seed if drawn else 0, config.objective, config.family.outputs))
+    if kind not in known.sources:
+        known.sources = {kind: source_of(config, own)}
+    return known.sources[kind]
+
+
 def _known_family(
-    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: dict[str, Family]
-) -> Family:
-    """A family that is among the ``known`` ones, or a new one, which it joins."""
+    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: Known
+) -> tuple[Family, Costs]:
+    """A family that is known, or a new one, which is then; and its costs.
+
+    A family depends on the block ``family``, the normalisation, and shapes and dtypes of the data; points of a sweep
+    that share these share it, and with it their programs.
+    """
     kept, x, y = config.data, source.x_train, source.y_train
-    kind = str((config.family, kept.mean, kept.std, kept.augment, x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes))
-    if kind not in known:
-        known[kind] = _family(config, mix, source, classes, given)
-    return known[kind]
+    shapes = (x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes)
+    kind = str((config.family, config.train.precision, kept.mean, kept.std, kept.augment, *shapes))
+    if kind not in known.families:
+        fam = _family(config, mix, source, classes, given)
+        known.families[kind] = fam, costs(fam)
+    return known.families[kind]
 
 
 def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
+    """The net at every level, checked against the data.
+
+    Args:
+      classes: outputs of the net, 1 where labels are numbers.
+      given: the user's net, or ``None``.
+
+    Raises:
+      ValueError: a net that cannot read the examples, lacks a field that the mix sets, or has too few outputs.
+    """
     prepare: Prepare = preprocess.features
     if source.x_train.ndim == 4:
         prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
@@ -275,11 +332,15 @@ def _family(config: Config, mix: Mix, source: sources.Source, classes: int, give
     if len(levels) > 1 and own:
         fam = families.checked(fam)
     _check_outputs(fam, source, classes)
-    return fam
+    return families.computing_in(config.train.precision, fam)
 
 
 def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:
-    """The net must have an output for every label, or one where labels are numbers."""
+    """The net must have an output for every label, or one where labels are numbers.
+
+    Raises:
+      ValueError: with the shape that the net returns and the one that the labels need.
+    """
     kind, ready = type(fam.nets[0].module).__name__, jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     shape = jax.eval_shape(fam.nets[0].each_exit, fam.shapes[0], ready)[-1].shape
     wanted = (1, *source.y_train.shape[1:])
@@ -300,8 +361,12 @@ def _test(
 ) -> tuple[Population, tuple[int, int]]:  # fmt: skip
     """Batches of the test set, batches of the validation set, then the clients' own test shares, what there is.
 
-    Also how many batches there are of either; where there are views, both sets are seen in each of them. ``common`` are
-    rows of the training data that make the test set in place of the source's.
+    Also how many batches there are of either; where there are views, both sets are seen in each of them.
+
+    Args:
+      held: [N, C] classes of each client, ``None`` where labels are numbers.
+      batch: examples of a batch.
+      common: rows of the training data that make the test set in place of the source's.
     """
     first, end = len(source.y_train), len(source.y_train) + len(source.y_test)
     classes = None if held is None else held.shape[1]

@@ -8,7 +8,11 @@ Command = Callable[[str, Callable[[argparse.Namespace, list[str]], None], str], 
 
 
 def add_commands(command: Command) -> None:
-    """Add the three to the command line, by its ``command(name, run, text)``."""
+    """Add the three to the command line.
+
+    Args:
+      command: (name, what runs it, help) -> the parser of the new command.
+    """
     page = command("report", _report, "Write one HTML page of runs and sweeps.")
     page.add_argument("folders", nargs="+", metavar="RUN_OR_SWEEP", help="folders, e.g. runs/heterofl_digits")
     page.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the file (default: report.html)")
@@ -21,18 +25,21 @@ def add_commands(command: Command) -> None:
 
 
 def _report(given: argparse.Namespace, rest: list[str]) -> None:
+    """Write the page and print its path."""
     from hetfl_jax.run.report import report
 
     print(f"written to {report(given.folders, given.output)}")
 
 
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the table of differences."""
     from hetfl_jax.results.compare import compare, render
 
     print(render(compare(given.folders, given.metric, given.confidence)), end="")
 
 
 def _cite(given: argparse.Namespace, rest: list[str]) -> None:
+    """Print the BibTeX entries."""
     from hetfl_jax.run.cite import cite
 
     print(cite(given.folder), end="")

@@ -20,7 +20,11 @@ from hetfl_jax.run.splits import split
 
 
 class Own(NamedTuple):
-    """What the user brings in place of what a config names; ``None`` leaves it to the config."""
+    """What the user brings in place of what a config names; ``None`` leaves it to the config.
+
+    >>> [name for name, value in Own(net="a net")._asdict().items() if value is not None]
+    ['net']
+    """
 
     net: Any = None  #: a linen module
     data: Config = None  #: (x_train, y_train, x_test, y_test), a ``Source``, or (Population, (x_test, y_test))
@@ -32,7 +36,11 @@ CONFIG = "of the config"  #: what is not brought
 
 
 def brought(own: Own) -> dict[str, str]:
-    """Names of what the user brings, for a run's folder."""
+    """Names of what the user brings, for a run's folder; it goes on only with the same.
+
+    >>> brought(Own(data=([], [], [], [])))["source"], brought(Own())["net"]
+    ('data of yours', 'of the config')
+    """
     return {
         "net": CONFIG if own.net is None else type(own.net).__name__,
         "method": CONFIG if own.method is None else method_name(None, own.method),
@@ -42,14 +50,22 @@ def brought(own: Own) -> dict[str, str]:
 
 
 def named_of(config: Config, own: Own) -> dict[str, str]:
-    """What method, source, net and split are called; what the user brings goes by its own name."""
+    """What method, source, net and split are called; what the user brings goes by its own name.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> named_of(changed(), Own(split=np.zeros(5)))["split"], named_of(changed(), Own())["split"]
+    ('split of yours', 'iid')
+    """
     data, in_config = config.data, {"net": config.family.net, "method": config.method.name}
     in_config |= {"split": data.split, "source": data.source}
     return {name: in_config[name] if value == CONFIG else value for name, value in brought(own).items()}
 
 
 def source_of(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
-    """The data set, through the door, sampled, with a validation set held out.
+    """The data set: read, checked, sampled, with a validation set held out, in its domains.
+
+    Returns:
+      The data set, and what the check found: labels that were renumbered, notes for people.
 
     Raises:
       ValueError: data that cannot be read, named by array and row.
@@ -65,7 +81,7 @@ def source_of(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
         raw = sources.given(own.data)
     if own.split is not None and not (callable(own.split) or isinstance(own.split, Partition)):
         raw = raw._replace(writer=client_ids("split", np.asarray(own.split), len(raw.y_train), "split"))
-    known = sources.SYNTHETIC_CLASSES if own.data is None and data.source == "synthetic" else 0
+    known = sources.GENERATED.get(data.source, 0) if own.data is None else 0
     admitted = door.admit(
         raw,
         regression=objective is not None and objective.numbers,
@@ -77,13 +93,25 @@ def source_of(config: Config, own: Own) -> tuple[sources.Source, door.Admitted]:
 
 
 def is_population(data: Config) -> bool:
-    """Whether the user's data is a population with a test set."""
+    """Whether the user's data is a population with a test set.
+
+    Raises:
+      ValueError: a population alone.
+
+    >>> is_population(None), is_population(([], [], [], []))
+    (False, False)
+    """
     if isinstance(data, Population):
         raise ValueError("a Population alone has no test set: give (population, (x_test, y_test)) (data)")
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Population)
 
 
 def _of_population(data: Config, own: Own) -> sources.Source:
+    """The pool of the user's population and its test set, as a source.
+
+    Raises:
+      ValueError: a split beside it, no test set, or rows to be left out (``data.examples``, ``data.validation``).
+    """
     pop, test = own.data
     if own.split is not None:
         raise ValueError("a Population says already who holds which rows: leave split away (split)")
@@ -96,7 +124,11 @@ def _of_population(data: Config, own: Own) -> sources.Source:
 
 
 def partition_of(data: Config, source: sources.Source, seed: int, own: Own) -> Partition:
-    """Who holds which training rows.
+    """Who holds which training rows: of a population as it says, of the user's split, or of the config's.
+
+    Args:
+      data: the config's block.
+      seed: of the split.
 
     Raises:
       ValueError: a partition of the user's that does not fit the data.
@@ -113,7 +145,12 @@ def partition_of(data: Config, source: sources.Source, seed: int, own: Own) -> P
 
 
 def notes_of(data: Config, source: sources.Source, part: Partition, own: Own) -> list[str]:
-    """What is to be said of a partition: clients that a config did not ask for, and ids that are left out."""
+    """What is to be said of a partition: clients that a config did not ask for, and ids that are left out.
+
+    Args:
+      data: the config's block.
+      part: as it came out.
+    """
     found, clients = list[str](), part.size.size
     first = data.first_clients if own.split is None and not is_population(own.data) else 0
     if clients != (first or data.clients):
@@ -128,8 +165,17 @@ def notes_of(data: Config, source: sources.Source, part: Partition, own: Own) ->
 def checked(part: Any, source: sources.Source) -> Partition:
     """A partition of the user's, if its rows and sizes fit the data.
 
+    Args:
+      part: ``rows`` [n] client after client and ``size`` [N]; ``test_index`` and ``test_size`` likewise, of the
+        training rows if ``held_out``, else of the test set; ``classes`` [N, C].
+
     Raises:
       ValueError: with the first client or row that does not.
+
+    >>> x, y = np.zeros((4, 1)), np.zeros(4, int)
+    >>> checked(Partition(np.arange(5), np.array([2, 3])), sources.Source(x, y, x, y))
+    Traceback (most recent call last):
+    ValueError: rows names rows 0..4, allowed 0..3 (split)
     """
     if not isinstance(part, Partition):
         raise ValueError(f"the split gave a {type(part).__name__}: need a hetfl_jax.data.partition.Partition (split)")
@@ -153,7 +199,12 @@ def checked(part: Any, source: sources.Source) -> Partition:
 
 
 def _check_rows(name: str, rows: Any, size: Any, count: int, least: int) -> None:
-    """Rows 0..count-1, client after client, as many as the sizes say."""
+    """Rows 0..count-1, client after client, as many as the sizes say.
+
+    Args:
+      name: of the array, for messages.
+      least: rows of a client, at least.
+    """
     rows, size, sizes = np.asarray(rows), np.asarray(size), "size" if name == "rows" else "test_size"
     for what, array in ((name, rows), (sizes, size)):
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -170,7 +221,11 @@ def _check_rows(name: str, rows: Any, size: Any, count: int, least: int) -> None
 def held_of(
     source: sources.Source, part: Partition, classes: int, views: Views | None, groups: np.ndarray
 ) -> np.ndarray | None:
-    """[N, C] which classes each client holds, as it sees them; ``None`` where labels are numbers."""
+    """[N, C] bool, which classes each client holds, as it sees them; ``None`` where labels are numbers.
+
+    Raises:
+      ValueError: a split that says so of more classes than the data has.
+    """
     if source.y_train.dtype.kind == "f":
         return None
     if views is not None:
@@ -187,10 +242,18 @@ def views_of(text: str, source: sources.Source, clients: int, classes: int) -> t
     """How groups of consecutive clients see their examples, and the group of each client.
 
     Args:
-      text: ``none``, ``rotation:<k>`` or ``labels:<k>``.
+      text: ``none``, ``rotation:<k>`` (k = 1, 2 or 4 rotations by 360/k degrees) or ``labels:<k>`` (the first group as
+        stored, each other one with class names permuted by a fixed generator).
+
+    Returns:
+      Views, ``None`` for ``none``; [N] the group of each client, of equal sizes up to one.
 
     Raises:
       ValueError: another text, or examples that cannot be seen so.
+
+    >>> x, y = np.zeros((6, 4, 4, 1)), np.arange(6) % 3
+    >>> views_of("rotation:2", sources.Source(x, y, x, y), clients=4, classes=3)[1].tolist()
+    [0, 0, 1, 1]
     """
     kind, _, number = text.partition(":")
     count = int(number) if number.isdigit() else 0
@@ -217,10 +280,19 @@ def views_of(text: str, source: sources.Source, clients: int, classes: int) -> t
 
 
 def classes_of(source: sources.Source, outputs: int) -> int:
-    """Of all labels; a net may have more outputs than the data has classes (the published nets of EMNIST have 62).
+    """Outputs of the net: one for each label of training, test and validation; 1 where labels are numbers.
+
+    A net may have more outputs than the data has classes (the published nets of EMNIST have 62).
+
+    Args:
+      outputs: ``family.outputs``, 0 for as many as there are classes.
 
     Raises:
       ValueError: several outputs where labels are numbers to predict, or fewer than there are classes.
+
+    >>> x, y = np.zeros((3, 1)), np.array([0, 4, 1])
+    >>> classes_of(sources.Source(x, y, x, y), 0), classes_of(sources.Source(x, y, x, y), 62)
+    (5, 62)
     """
     labels = [y for y in (source.y_train, source.y_test, source.y_validation) if y is not None and y.size]
     if labels[0].dtype.kind == "f":
@@ -234,7 +306,10 @@ def classes_of(source: sources.Source, outputs: int) -> int:
 
 
 def pool_of(source: sources.Source) -> tuple[jax.Array, jax.Array]:
-    """All examples and labels: one pool on the device serves training, the statistics pass and all evaluation."""
+    """All examples and labels: one pool on the device serves training, the statistics pass and all evaluation.
+
+    Rows of the training set come first, then those of the test set, then those of the validation set.
+    """
     empty = source.x_test[:0], source.y_test[:0]
     x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
     x = np.concatenate([source.x_train, source.x_test, x_validation])

@@ -7,7 +7,11 @@ import ml_collections
 
 
 class Key(NamedTuple):
-    """One key of a config."""
+    """One key of a config.
+
+    >>> KEYS["train"]["batch_size"].default, KEYS["train"]["batch_size"].meaning
+    (10, 'examples of a local step')
+    """
 
     default: Any
     meaning: str  #: unit, what is allowed, when to change it
@@ -16,7 +20,7 @@ class Key(NamedTuple):
 
 KEYS = {
     "data": {
-        "source": Key("digits", "digits, synthetic, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
+        "source": Key("digits", "digits, synthetic, teacher, npz:<path>, text:<path> or tfds:<name>; see `hetfl list`"),
         "options": Key(
             {},
             "further arguments of the source, e.g. alpha=0.5 of synthetic (its seed too: then data.seed "
@@ -30,12 +34,16 @@ KEYS = {
         "split": Key(
             "iid",
             "iid, shards, dirichlet_per_class, dirichlet_per_client, natural, per_group, domains, "
-            "lognormal_counts, lognormal_shares",
+            "lognormal_counts, lognormal_shares, lognormal_dirichlet",
         ),
         "domains": Key((), "of clients: plain, inverted, blended:<npz>, rotated, noisy, downscaled, npz:<path>", str),
         "classes_per_client": Key(2, "of split=shards and the lognormal ones"),
         "concentration": Key(0.5, "of Dirichlet splits, > 0; small is uneven: at 0.1 most clients have 1 or 2 classes"),
-        "least": Key(0, "examples that dirichlet_per_class draws until every client has; 0: 10, or half a fair share"),
+        "least": Key(
+            0,
+            "examples that every client has: dirichlet_per_class draws until then; 0: 10, or half a fair share; "
+            "lognormal_dirichlet adds them; 0: 20",
+        ),
         "test_fraction": Key(0.2, "of split=natural: share of each client's rows that are its own test data"),
         "own_test": Key(0.0, "of other splits: the same"),
         "own_validation": Key(0.0, "share of each client's rows, test rows counted, that goes to one validation set"),
@@ -92,7 +100,11 @@ KEYS = {
     },
     "capacity": {
         "name": Key("none", "level of a client: none (the method's own rule), fixed, drawn every round, or budget"),
-        "order": Key("usual", "of fixed levels by id: usual (widths: largest first), smallest_first, shuffled"),
+        "order": Key(
+            "usual",
+            "of fixed levels: by id usual (widths: largest first), smallest_first, shuffled; by_data (who has "
+            "most examples has the largest), against_data",
+        ),
         "max_seconds": Key(0.0, "of budget: a client's expected seconds a round; 0 for no limit"),
         "max_mb": Key(0.0, "of budget: 10^6 bytes that a client receives and sends in a round; 0 for no limit"),
         "max_memory_mb": Key(0.0, "of budget: memory of training, besides what the device has; 0 for no limit"),
@@ -129,6 +141,11 @@ KEYS = {
         "warmup_rounds": Key(0, "rounds over which the rate grows to its value"),
         "full_batch": Key(False, "a client's examples are one batch; batch_size is then the most one may hold"),
         "keep_momentum": Key(False, "a client's momentum lives on between its rounds, in its memory"),
+        "precision": Key(
+            "auto",
+            "of the net's products and activations: auto (the device's own), float32, tf32, bfloat16; parameters and "
+            "sums stay float32",
+        ),
         "executor": Key("bucketed", "bucketed (levels at their shapes), chunked, vmapped (masked), debugging (no jit)"),
         "buckets": Key("auto", "levels that share a program: auto (what takes least time), each, one, or a-b-cde"),
         "clients_per_chunk": Key(0, "clients under one vmap; 0: 1 on a CPU, else as many as fit"),
@@ -160,4 +177,5 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def _copy(value: Any) -> Any:
+    """A dict as one of its own, so that no config changes the defaults."""
     return dict(value) if isinstance(value, dict | MappingProxyType) else value

@@ -29,7 +29,10 @@ TAKEN = ("round", "loss", "score", "placed", "perplexity", "clients", "failed", 
 
 
 class Lab(NamedTuple):
-    """A federation with everything that runs it."""
+    """A federation with everything that runs it.
+
+    Rounds without files: ``state = lab.start()``, then ``state, info = lab.step(state, lab.population, lab.key)``.
+    """
 
     config: Config  #: complete
     federation: Federation
@@ -54,6 +57,9 @@ def prepare(
     """Build a config's federation and its compiled functions; nothing compiles yet.
 
     Args:
+      config: complete or not.
+      own: what the user brings in place of what the config names.
+      metrics: further scores, as of ``train``.
       shared: programs of other runs, which this one shares if it can; then they are traced here.
       device: on which the run is, if it is on one of several.
 
@@ -65,7 +71,9 @@ def prepare(
     check_run(config)
     check_metrics(metrics)
     machine.warn_of_idle_cores()
-    fed = build(config, own, None if shared is None else shared.families)
+    fed = build(config, own, None if shared is None else shared.known)
+    if shared is not None:
+        fed = shared.in_room(config, fed)
     if config.run.eval_masked and fed.mix.depths:
         raise ValueError("eval_masked with levels of depth: need False, each depth has its own exits (run.eval_masked)")
     train = config.train
@@ -111,6 +119,11 @@ def check_metrics(metrics: Any) -> None:
 
     Raises:
       ValueError: with the first that is wrong.
+
+    >>> check_metrics({"top5": lambda logits, labels, valid: labels})
+    >>> check_metrics({"loss": max})
+    Traceback (most recent call last):
+    ValueError: metric 'loss': this name is taken, allowed another one (metrics)
     """
     if not isinstance(metrics, Mapping | None):
         raise ValueError(f"metrics is a {type(metrics).__name__}: allowed a dict of functions by name (metrics)")
@@ -126,6 +139,11 @@ def check_run(config: Config) -> None:
 
     Raises:
       ValueError: with the key.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> check_run(changed(train=dict(rounds=0)))
+    Traceback (most recent call last):
+    ValueError: rounds 0, allowed >= 1 (train.rounds)
     """
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
@@ -138,7 +156,7 @@ def check_run(config: Config) -> None:
 
 
 def _check_size(fed: Federation) -> None:
-    """A model must fit beside its gradient and its change."""
+    """A model must fit into a device beside its gradient and its change: three times its bytes."""
     size, room = int(fed.costs.bytes[0]), machine.device_memory()
     if 3 * size > room:
         raise ValueError(
@@ -152,6 +170,12 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
 
     The first question gives all scores; the others, which have a name, that by which models are judged. ``score`` says
     its name where it is no accuracy.
+
+    Returns:
+      A part of a metrics line: ``accuracy`` (or another score), ``loss``, ``validation_accuracy``, ``local_accuracy``,
+      each a dict by tier; ``client_accuracy`` with mean, deviation, tenths, quantiles and figures of fairness.
+      ``own_level`` is the distribution over clients of each one's score by the model of its own level, where levels are
+      fixed.
     """
     fed, server, score = lab.federation, lab.ordered(state.server), lab.federation.algorithm.score
     names = [tier.name for tier in fed.tiers]
@@ -177,16 +201,28 @@ def evaluate_tiers(lab: Lab, state: State) -> Line:
             line[own] = over_clients(each, score.least) | {"quantiles": quantiles(each)}
             if is_share(score.name):
                 line[own] |= fairness(each, tested[tested > 0])
+            if len(names) == fed.algorithm.levels > 1 and not fed.algorithm.drawn:
+                each = np.stack([f[own] for f in found])[np.asarray(fed.train.level)[tested > 0], np.arange(each.size)]
+                line["own_level"] = over_clients(each, score.least)
     return line
 
 
 def _number(value: Any) -> float | None:
-    """A score; one that a tier has not, or that is not finite, is none."""
+    """A score; one that a tier has not, or that is not finite, is none.
+
+    >>> _number(0.5), _number(float("nan")), _number(None)
+    (0.5, None, None)
+    """
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Path) -> list[Path]:
-    """The figures that the method brings; every process takes part, the first one draws."""
+    """The figures that the method brings; every process takes part, the first one draws.
+
+    Args:
+      lines: of metrics.
+      folder: gets the files, which are returned; none of methods that bring no figures.
+    """
     fed = lab.federation
     algorithm, draw = fed.algorithm, fed.algorithm.shown.figures
     if draw is None:
@@ -200,6 +236,6 @@ def draw_figures(lab: Lab, state: State, lines: list[Line], folder: Path) -> lis
 
 
 def models_in_use(lab: Lab, state: State) -> int:
-    """How many models there are."""
+    """How many models there are yet; 1 where clients have no choice among several."""
     choice = lab.federation.algorithm.choice
     return 1 if choice is None else choice.in_use(state.server)

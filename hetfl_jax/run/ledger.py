@@ -14,7 +14,11 @@ Plain = tuple[np.ndarray, np.ndarray] | tuple[()]
 
 
 class Totals(NamedTuple):
-    """Costs so far, exact."""
+    """Costs so far, exact: Python's integers, which do not overflow.
+
+    >>> add(Totals(down_bits=8), Totals(down_bits=16, client_macs=5)).line()["down_bytes"]
+    3
+    """
 
     down_bits: int = 0
     up_bits: int = 0
@@ -24,7 +28,7 @@ class Totals(NamedTuple):
     plain_up_bits: int = 0
 
     def line(self) -> dict[str, float]:
-        """As a metrics line has them: bytes, and multiply-adds."""
+        """As a metrics line has them: bytes, and multiply-adds; ratios where messages are coded."""
         return {
             "down_bytes": _bytes(self.down_bits),
             "up_bytes": _bytes(self.up_bits),
@@ -47,6 +51,11 @@ class Totals(NamedTuple):
 
 
 def _bytes(count: int) -> int | float:
+    """Whole bytes where bits make some.
+
+    >>> _bytes(16), _bytes(5)
+    (2, 0.625)
+    """
     return count // 8 if count % 8 == 0 else count / 8
 
 
@@ -62,7 +71,15 @@ def saved(values: Mapping[str, int]) -> Totals:
 
 
 def macs_of(work: np.ndarray, costs: Costs) -> np.ndarray:
-    """[...] multiply-adds of [..., 2, L] examples forward and backward."""
+    """[...] multiply-adds of [..., 2, L] examples forward and backward, ``sum_l (f_l + 2 b_l) macs_l``; int64.
+
+    A backward pass counts as two forward passes.
+
+    >>> from hetfl_jax.models.costs import Costs
+    >>> costs = Costs(*[np.array([100, 10])] * len(Costs._fields))
+    >>> int(macs_of(np.array([[2, 0], [2, 1]]), costs))  # (2 + 2 * 2) * 100 + (0 + 2 * 1) * 10
+    620
+    """
     work = np.asarray(work, np.int64)
     return work[..., 0, :] @ costs.macs + BACKWARD * (work[..., 1, :] @ costs.macs)
 
@@ -71,6 +88,8 @@ def spent(info: Info, costs: Costs, full: int | None = None, plain: Plain = ()) 
     """What one round cost, surveys before it included.
 
     Args:
+      info: of the round, on the host.
+      costs: of the net at each level.
       full: bytes of the full model, by default of level 0.
       plain: see ``Price.plain``. What a client does not send counts as sent, a model that it does not receive does not.
     """
@@ -90,12 +109,12 @@ def spent(info: Info, costs: Costs, full: int | None = None, plain: Plain = ()) 
 
 
 def add(first: Totals, second: Totals) -> Totals:
-    """The sum."""
+    """The sum of two rounds' costs, field by field."""
     return Totals(*(a + b for a, b in zip(first, second)))
 
 
 def imbalance(info: Info, costs: Costs, devices: int) -> float:
-    """Multiply-adds of the busiest device over the mean of all."""
+    """Multiply-adds of the busiest device over the mean of all, at least 1; four decimals."""
     there = np.asarray(info.items.valid)
     macs = macs_of(np.asarray(info.items.seen.work), costs) * there
     work = np.bincount(np.asarray(info.device), macs, devices)
@@ -103,11 +122,17 @@ def imbalance(info: Info, costs: Costs, devices: int) -> float:
 
 
 def mean_steps(settings: Local, size: np.ndarray) -> float:
-    """Local steps of a client, on average."""
+    """Local steps of a client, on average: ``steps``, or epochs times batches of its size, the last one short.
+
+    >>> from hetfl_jax.parts.local import local
+    >>> mean_steps(local(learning_rate=0.1, batch_size=4, epochs=2), np.array([4, 5]))
+    3.0
+    """
     return float(_steps(settings, np.asarray(size)).mean())
 
 
 def _steps(settings: Local, size: np.ndarray) -> np.ndarray:
+    """[N] local steps of clients of these sizes."""
     by_epochs = settings.epochs * -(-size // settings.batch_size)
     return np.full_like(size, settings.steps) if settings.steps else by_epochs
 
@@ -116,9 +141,11 @@ def executed(info: Info, costs: Costs, settings: Local, size: np.ndarray) -> flo
     """Multiply-adds of the round's local training that ran, over those that its clients needed.
 
     A bucket runs at the shape of its largest level; a chunk of clients as long as its longest, full of clients or not;
-    and a batch is as long as any, full of examples or not.
+    and a batch is as long as any, full of examples or not. 1 is no waste.
 
     Args:
+      info: of the round; ``ran`` says at which level's shape, and how many at once.
+      settings: local training.
       size: [N] examples of every client.
     """
     base, at_once = np.asarray(info.ran)
@@ -164,13 +191,13 @@ def by_level(account: Account, costs: Costs, names: tuple[str, ...]) -> Line:
 
 
 def of_levels(account: Account, names: tuple[str, ...]) -> dict[str, int]:
-    """How many items of each level took part."""
+    """How many items of each level took part, by the level's name."""
     level = np.asarray(account.level)[np.asarray(account.valid)]
     return dict(zip(names, np.bincount(level, minlength=len(names)).tolist()))
 
 
 def failed_ids(account: Account) -> list[int]:
-    """Clients whose replies were not finite; late ones are another matter."""
+    """Clients whose replies were not finite; one entry an item; late ones are another matter."""
     failed = np.asarray(account.valid) & ~np.asarray(account.ok)
     if not isinstance(account.late, tuple):
         failed &= ~np.asarray(account.late)
@@ -181,7 +208,19 @@ def line_of(
     info: Info, number: int, totals: Totals, costs: Costs, names: tuple[str, ...], devices: int, settings: Local,
     size: np.ndarray,
 ) -> Line:  # fmt: skip
-    """A round's metrics line without what the method adds; ``settings`` and ``size`` as ``executed``."""
+    """A round's metrics line without what the method adds.
+
+    Args:
+      number: of the round, from 1.
+      totals: costs since the start.
+      names: of the levels.
+      devices: over which the round's items were spread.
+      settings, size: as ``executed``.
+
+    Returns:
+      The method's numbers, ``clients`` (whose replies counted), ``failed`` (items), costs, ``items`` a level; and
+      ``failed_ids`` where there are any. Without any reply the training loss is ``None``.
+    """
     failed = failed_ids(info.items)
     line: Line = {"round": number}
     line |= {name: float(value) for name, value in info.numbers.items() if name not in ("clients", "failed")}

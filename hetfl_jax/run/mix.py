@@ -8,9 +8,9 @@ import numpy as np
 
 from hetfl_jax.core.random import shuffled
 from hetfl_jax.core.types import Line
-from hetfl_jax.data import partition
+from hetfl_jax.data.levels import levels_by_id, levels_fixed
 
-ORDERS = ("usual", "smallest_first", "shuffled")
+ORDERS = ("usual", "smallest_first", "shuffled", "by_data", "against_data")
 
 RATES = {letter: 0.5**i for i, letter in enumerate("abcde")}  #: width of each level letter
 
@@ -41,13 +41,17 @@ def parse_mix(text: str) -> Mix:
     """A mix such as ``a1-b1-e2``: levels with integer proportions, the global (largest) level first.
 
     A level is a width letter (a to e: 1, 1/2, ... 1/16), a depth (``4x1-3x1``: depth 4 and 3, once each), both
-    (``a4x1-b2x3``), or any width (``w1x2-w0.75x1``: width 1 twice, 0.75 once).
+    (``a4x1-b2x3``), or any width (``w1x2-w0.75x1``: width 1 twice, 0.75 once). Widths of a ``Mix`` are relative to the
+    first one; ``global_rate`` is the first one's own.
 
     Raises:
       ValueError: an unknown letter, a missing or zero proportion, a level above the global one, a repeated level.
 
     >>> parse_mix("b1-e3").widths, parse_mix("a4x1-b2x1").depths, parse_mix("w1x2-w0.75x1").proportions
     ((1.0, 0.125), (4, 2), (2, 1))
+    >>> parse_mix("b1-a1")
+    Traceback (most recent call last):
+    ValueError: level 'a' in mix 'b1-a1' is above the global level 'b', the first (family.mix)
     """
     found = [_level(part, text) for part in (text.split("-") if text else [])]
     names = tuple(name for name, *_ in found)
@@ -66,7 +70,11 @@ def parse_mix(text: str) -> Mix:
 
 
 def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
-    """Name, width if it has one, depth (0: none) and proportion of one level."""
+    """Name, width if it has one, depth (0: none) and proportion of one level.
+
+    >>> _level("b2x3", ""), _level("w0.75x1", "")
+    (('b2', 0.5, 2, 3), ('w0.75', 0.75, 0, 1))
+    """
     if part[:1].isalpha() and part[0] != "w" and part[0] not in RATES:
         raise ValueError(f"level {part[:1]!r} in mix {text!r} is not one of {', '.join(RATES)} (family.mix)")
     match = _PART.fullmatch(part)
@@ -86,12 +94,15 @@ def _level(part: str, text: str) -> tuple[str, float | None, int, int]:
     return f"w{width:g}", width, 0, count
 
 
-def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
+def assigned(mix: Mix, clients: int, order: str = "usual", size: np.ndarray | None = None) -> np.ndarray:
     """[N] int32 the fixed level of every client.
 
     Args:
       order: ``usual``, in blocks by id: the largest width first (HeteroFL), the smallest depth first (DepthFL);
-        ``smallest_first``: by id, shares rounded as in DepthFL and Split-Mix; ``shuffled``: the same, by a shuffled id.
+        ``smallest_first``: by id, shares rounded as in DepthFL and Split-Mix; ``shuffled``: the same, by a shuffled id;
+        ``by_data``: the same, by ``size``, so that those with most examples have the largest level; ``against_data``:
+        those with most have the smallest. Equal sizes go by id.
+      size: [N] examples of each client.
 
     Raises:
       ValueError: an unknown order.
@@ -102,13 +113,25 @@ def assigned(mix: Mix, clients: int, order: str = "usual") -> np.ndarray:
     if order not in ORDERS:
         raise ValueError(f"order {order!r} is not one of {', '.join(ORDERS)} (capacity.order)")
     if order == "usual" and not mix.depths:
-        return partition.levels_fixed(mix.proportions, clients)
-    level = partition.levels_by_id(mix.proportions, clients)
-    return level[shuffled(np.arange(clients), clients)] if order == "shuffled" else level
+        return levels_fixed(mix.proportions, clients)
+    level = levels_by_id(mix.proportions, clients)
+    if order == "shuffled":
+        return level[shuffled(np.arange(clients), clients)]
+    if order in ("by_data", "against_data"):
+        if size is None:
+            raise ValueError(f"order {order!r} without the clients' sizes (capacity.order)")
+        rank = np.empty(clients, int)
+        rank[np.argsort(size if order == "by_data" else -size, kind="stable")] = np.arange(clients)
+        return level[rank]
+    return level
 
 
 def level_fields(mix: Mix, level: int, norm: str = "none") -> Line:
-    """What a level changes in the net of the global one; norm ``bn_tiers`` has statistics for it and all below.
+    """What a level changes in the net of the global one.
+
+    Args:
+      level: its number, 0 is the largest.
+      norm: ``bn_tiers`` has statistics for the level and all below, so that it is told how many these are.
 
     >>> level_fields(parse_mix("4x1-2x1"), 1), level_fields(parse_mix("a1-b1"), 0, "bn_tiers")
     ({'depth': 2}, {'width': 1.0, 'tiers': 2})

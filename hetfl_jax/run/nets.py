@@ -62,8 +62,16 @@ def check_call(module: nn.Module, x: jax.ShapeDtypeStruct) -> None:
 def net_fields(config: Config, mix: Mix, classes: int) -> Line:
     """Fields of the global model's net, by name; its sizes, a net's own ones too, are cut to the global level.
 
+    Args:
+      classes: outputs.
+
     Raises:
       ValueError: an unknown rescaling, or a layer without units.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> from hetfl_jax.run.mix import parse_mix
+    >>> net_fields(changed(family=dict(net="mlp", hidden=(64,))), parse_mix("b1-c1"), 10)["hidden"]  # b: half of 64
+    (32,)
     """
     family = config.family
     if any(width < 1 for width in family.hidden):
@@ -84,12 +92,19 @@ def net_fields(config: Config, mix: Mix, classes: int) -> Line:
 
 
 def _own(name: str, field: str) -> Any:
-    """What a net has where the config says nothing; nothing where it has no such field."""
+    """What a net has where the config says nothing; nothing where it has no such field.
+
+    >>> _own("mlp", "hidden"), _own("mlp", "embedding")
+    ((200,), ())
+    """
     return getattr(build(name), field, ()) if ":" not in name else ()
 
 
 def net_of(config: Config, mix: Mix, classes: int, given: Any) -> nn.Module:
     """The global model's net: the user's, or by name.
+
+    Args:
+      given: the user's linen module, or ``None``.
 
     Raises:
       ValueError: a net that there is not, or a rescaling of one that has none.

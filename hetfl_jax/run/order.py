@@ -19,6 +19,7 @@ def ordered(
 
     Args:
       validation: which batches of ``test`` are the validation set's.
+      batch: examples of one of them.
       remake: settings -> the algorithm with these numbers.
 
     Raises:

@@ -21,7 +21,7 @@ from hetfl_jax.run.programs import new_programs, numbers
 
 
 class Program(NamedTuple):
-    """One compiled program."""
+    """One compiled program. Programs run one after the other, so that each must fit alone."""
 
     name: str
     megabytes: float  #: of a chip's memory: arguments, results and what is temporary
@@ -44,14 +44,19 @@ class Plan(NamedTuple):
 
 
 def plan(config: Any, where: str, own: Own | None = None) -> Plan:
-    """Compile the round and the evaluation of ``config`` for a topology such as ``v5e:2x4``.
+    """Compile the round and the evaluation of ``config`` for a topology such as ``v5e:2x4``; nothing runs there.
 
     Args:
       config: as of ``train``.
       where: a generation and a shape: ``v5e:2x2``, ``v4:2x2x1``, ``v5e:8x8``.
+      own: what the user brings in place of what the config names.
 
     Raises:
       ValueError: as ``train``; an unknown topology; no ``libtpu`` (extra ``tpu-plan``); client memory off the device.
+
+    >>> plan("heterofl_digits", "v9:2x2")
+    Traceback (most recent call last):
+    ValueError: target 'v9:2x2': need one of v4, v5e, v5p, v6e and a shape, e.g. v5e:2x2 or v4:2x2x1 (--target)
     """
     there, own = target(where), own or Own()
     config = complete(load_config(str(config)) if isinstance(config, str) else config, method=own.method)
@@ -89,7 +94,10 @@ def plan(config: Any, where: str, own: Own | None = None) -> Plan:
 
 
 def _there(there: Target, values: PyTree) -> PyTree:
-    """Shapes of ``values`` on the topology: everywhere, but for client memory, which is split as ``Executor.place``."""
+    """Shapes of ``values`` on the topology: everywhere, but for client memory, which is split as ``Executor.place``.
+
+    Rows of memory are padded to a multiple of the chips.
+    """
 
     def shape(spec: Any, rows: bool = False) -> Any:
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -105,7 +113,10 @@ def _there(there: Target, values: PyTree) -> PyTree:
 
 
 def _trips(config: Config, fed: Federation, there: Target, groups: Any) -> schedule.Trips:
-    """Trip counts of the loops that the engine and local training make: chunks of a bucket, and local steps."""
+    """Trip counts of the loops that the engine and local training make: chunks of a bucket, and local steps.
+
+    They are expected ones, for levels and cohorts are drawn; a loop of evaluation or of a method has none.
+    """
     asked = work_of(config, fed, there.mesh.size)
 
     def of(path: str) -> float | None:
@@ -124,6 +135,7 @@ def _trips(config: Config, fed: Federation, there: Target, groups: Any) -> sched
 
 
 def _compiled(name: str, program: Any, trips: schedule.Trips, *args: PyTree) -> Program:
+    """Compile a program for these shapes, and read its memory and its schedule."""
     began = time.perf_counter()
     compiled = getattr(program, "jitted", program).lower(*args).compile()
     seconds = time.perf_counter() - began
@@ -133,7 +145,7 @@ def _compiled(name: str, program: Any, trips: schedule.Trips, *args: PyTree) -> 
 
 
 def describe(found: Plan) -> str:
-    """A plan as text."""
+    """A plan as text: fits or not, collectives, estimated time of a round, and its dearest operations."""
     rows = {"compiled for": f"{found.target}, {found.chips} chips; not run there, times are the compiler's estimates"}
     rows["buckets"] = found.buckets
     for program in (found.round, found.evaluation):

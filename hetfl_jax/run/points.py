@@ -27,12 +27,18 @@ def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, meth
     """The points of a sweep, all checked before any of them runs.
 
     Args:
+      config: complete, what all of them share.
       over: what each changes of the config, by dotted key.
       folder: of the sweep; a point's run is in ``folder/name``.
       method: in place of the config's, as of ``train``.
 
     Raises:
       ValueError: no points, two with the same name, an unknown key, or a value of another kind.
+
+    >>> from hetfl_jax.run.config import load_config
+    >>> found = points(load_config("fedprox_mnist"), [{"train.learning_rate": 0.3}], Path("runs/s"))
+    >>> found[0].name, found[0].config.train.learning_rate, found[0].config.run.folder
+    ('train.learning_rate=0.3', 0.3, 'runs/s')
     """
     if not over:
         raise ValueError("a sweep of no points: need --over KEY=VALUE,... (over)")
@@ -46,7 +52,11 @@ def points(config: Config, over: Sequence[Mapping[str, Any]], folder: Path, meth
 
 
 def _check_values(number: int, values: Any) -> None:
-    """A point changes something, but not where its run is written, and has a name that a folder can have."""
+    """A point changes something, but not where its run is written, and has a name that a folder can have.
+
+    Raises:
+      ValueError: no values, ``run.name`` or ``run.folder`` among them, or a name of more than 200 bytes.
+    """
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"point {number} is {values!r}: need a dict of values by key, train.learning_rate (over)")
     if wrong := [key for key in values if key in ("run.name", "run.folder")]:
@@ -57,6 +67,7 @@ def _check_values(number: int, values: Any) -> None:
 
 
 def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
+    """One point: its name, and the config with its values, complete; another method brings its own arguments."""
     blocks = config.to_dict()
     if "method.name" in values:
         blocks["method"]["name"] = values["method.name"]
@@ -70,6 +81,7 @@ def _point(config: Config, values: Values, folder: Path, method: Any) -> Point:
 
 
 def _set(blocks: Values, path: Sequence[str], value: Any, key: str) -> None:
+    """Put a value at a path of nested dicts, of the kind of the one that is there."""
     for part in path[:-1]:
         blocks = blocks[part]
     before = blocks.get(path[-1])
@@ -115,6 +127,11 @@ def zipped(over: Mapping[str, Sequence[Any]]) -> list[Values]:
 
 
 def _lists(over: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Lists of values by key.
+
+    Raises:
+      ValueError: no dict, a value that is no list, or an empty list.
+    """
     if not isinstance(over, Mapping):
         raise ValueError(f"over is a {type(over).__name__}: need a dict of lists by key, train.learning_rate (over)")
     for key, values in over.items():
@@ -154,7 +171,11 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that stand in no bracket."""
+    """Parts between the commas that stand in no bracket.
+
+    >>> _split("a,(1,2),[3]")
+    ['a', '(1,2)', '[3]']
+    """
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -166,6 +187,11 @@ def _split(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
+    """A Python literal, else the text itself.
+
+    >>> _value("0.1"), _value("None"), _value("a1-e1")
+    (0.1, None, 'a1-e1')
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -175,10 +201,14 @@ def _value(text: str) -> Any:
 def generated(target: str, names: Sequence[str]) -> list[Values]:
     """The product of a config file's ``sweep_NAME()``, each of which yields dicts of dotted keys.
 
-    Raises:
-      ValueError: a name that the file has not, with those that it has.
-
     A file with ``get_hyper(hyper)`` has the name ``hyper``.
+
+    Args:
+      target: of ``--config``: a name or a file.
+      names: of the generators, without ``sweep_``.
+
+    Raises:
+      ValueError: a name that the file has not, with those that it has; a generator that yields nothing.
     """
     path = find_config(target.partition(":")[0])
     spec = importlib.util.spec_from_file_location("hetfl_jax_sweeps", path)
@@ -202,11 +232,21 @@ def generated(target: str, names: Sequence[str]) -> list[Values]:
 
 
 def _without_prefix(values: Mapping[str, Any]) -> Values:
+    """Keys without a leading ``config.``, as other programs write them.
+
+    >>> _without_prefix({"config.train.rounds": 3})
+    {'train.rounds': 3}
+    """
     return {key.removeprefix("config."): value for key, value in values.items()}
 
 
 class Hyper:
-    """What ``get_hyper(hyper)`` of a config may call: lists of points, as parameter sweeps have them."""
+    """What ``get_hyper(hyper)`` of a config may call: lists of points, as parameter sweeps have them.
+
+    >>> rates, seeds = Hyper.sweep("train.learning_rate", [0.1, 0.3]), Hyper.fixed("run.seed", 0)
+    >>> Hyper.product([rates, seeds]) == Hyper.zipit([rates, seeds])
+    True
+    """
 
     @staticmethod
     def sweep(name: str, values: Iterable[Any]) -> list[Values]:
@@ -215,7 +255,11 @@ class Hyper:
 
     @staticmethod
     def fixed(name: str, value: Any, length: int = 1) -> list[Values]:
-        """The same value, ``length`` times."""
+        """The same value, ``length`` times.
+
+        >>> Hyper.fixed("run.seed", 0, 2)
+        [{'run.seed': 0}, {'run.seed': 0}]
+        """
         return [{name: value}] * length
 
     @staticmethod
@@ -232,5 +276,9 @@ class Hyper:
 
     @staticmethod
     def chainit(lists: Sequence[Iterable[Values]]) -> list[Values]:
-        """One after the other."""
+        """One list after the other.
+
+        >>> Hyper.chainit([Hyper.sweep("run.seed", [0]), Hyper.sweep("run.seed", [7])])
+        [{'run.seed': 0}, {'run.seed': 7}]
+        """
         return [values for each in lists for values in each]

@@ -16,9 +16,9 @@ from hetfl_jax.engine.executors import Executor
 from hetfl_jax.engine.rounds import Settings
 from hetfl_jax.engine.runners import Buckets
 from hetfl_jax.engine.stores import Store
-from hetfl_jax.models.windows import Family
+from hetfl_jax.run import room
 from hetfl_jax.run.evaluate import Metric, evaluator, tallies
-from hetfl_jax.run.federation import Federation
+from hetfl_jax.run.federation import Federation, Known
 from hetfl_jax.run.order import ordered
 
 #: blocks whose floats programs take as arguments; of the others every value is part of the program
@@ -27,6 +27,7 @@ TRACED = ("train", "method", "select", "uplink", "downlink", "adversary")
 APART = {
     "run": ("name", "folder", "seed", "eval_every", "checkpoint_every", "keep"),
     "data": ("seed",),
+    "capacity": ("order",),  # how many clients a level has is told apart
 }
 
 
@@ -42,24 +43,47 @@ class Programs(NamedTuple):
 
 
 class Shared:
-    """What runs of a sweep share: families, and programs by structure."""
+    """What runs of a sweep share: data, families, lengths of arrays, and programs by structure.
+
+    >>> Shared().count()
+    0
+    """
 
     def __init__(self) -> None:
         """Nothing yet."""
-        self.families: dict[str, Family] = {}
+        self.known = Known()
         self.programs: dict[str, list[Programs]] = {}
+        self.rooms: dict[str, list[room.Room]] = {}
 
     def count(self) -> int:
         """How many programs of a round there are."""
         return sum(map(len, self.programs.values()))
 
+    def in_room(self, config: Config, fed: Federation) -> Federation:
+        """The federation with arrays as long as those of other runs, where that changes nothing else."""
+        needs = room.needed(fed)
+        if needs is None:
+            return fed
+        kind = json.dumps([fixed(config, fed.remake is not None), fed.train.x.shape[1:], fed.train.size.shape])
+        return room.placed(fed, room.chosen(self.rooms.setdefault(kind, []), needs))
+
 
 def numbers(config: Config, fed: Federation) -> dict[str, float]:
-    """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew."""
+    """What programs of a run are told: floats that are on (not 0), by dotted key; none where nothing is built anew.
+
+    A float that is 0 is a switch that is off, so that it is part of the program: momentum 0 has no momentum buffer.
+    """
     return _on(config) if fed.remake is not None else {}
 
 
 def _on(config: Config) -> dict[str, float]:
+    """Floats of the traced blocks that are not 0, by dotted key.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> found = _on(changed(train=dict(learning_rate=0.2)))
+    >>> found["train.learning_rate"], "train.momentum" in found
+    (0.2, False)
+    """
     blocks = config.to_dict()
     found = numbers_of({block: blocks[block] for block in TRACED})
     return {name: value for name, value in found.items() if value}
@@ -101,7 +125,11 @@ def new_programs(
     config: Config, fed: Federation, executor: Executor, store: Store, metrics: Mapping[str, Metric] | None,
     values: Mapping[str, float],
 ) -> Programs:  # fmt: skip
-    """Programs that are told ``values``, not traced yet."""
+    """Programs that are told ``values``, not traced yet.
+
+    Args:
+      values: numbers by dotted key, which become arguments; without any the algorithm is built once.
+    """
     guards, blocks = list[Guard](), config.to_dict()
 
     def again(told: Settings) -> Algorithm:
@@ -142,6 +170,11 @@ def fixed(config: Config, told: bool = True) -> str:
 
     Args:
       told: whether programs are told the numbers; else they are part of them.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> slow, fast = (changed(train=dict(learning_rate=rate)) for rate in (0.1, 0.2))
+    >>> fixed(slow) == fixed(fast), fixed(slow, told=False) == fixed(fast, told=False)
+    (True, False)
     """
     kept = replaced(config.to_dict(), dict.fromkeys(_on(config) if told else (), "a number"))
     for block, names in APART.items():
@@ -150,11 +183,17 @@ def fixed(config: Config, told: bool = True) -> str:
 
 
 def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
-    """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only."""
+    """A name of all that is fixed in a run's programs; runs with the same name can differ in numbers only.
+
+    It covers the config (``fixed``), shapes and dtypes of the data, levels of clients, and the data itself where the
+    method looks at it while it is built.
+    """
     own = fed.partition.test_size
     shapes = jax.tree.map(lambda v: f"{v.dtype}{v.shape}", (fed.train, fed.train_batches, fed.test))
-    data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes), float(np.mean(fed.train.size))]
-    data += [np.asarray(fed.train.level).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
+    data = [fed.local.batch_size, fed.test_batches, fed.validation_batches, str(shapes)]
+    data += [np.bincount(np.asarray(fed.train.level)).tolist(), [] if own is None else np.flatnonzero(own).tolist()]
+    if config.method.args.get("mean_examples"):
+        data.append(float(np.mean(fed.train.size)))
     if fed.reads_population:
         data.append(fed.fingerprint)
     text = json.dumps([fixed(config, fed.remake is not None), data, buckets], sort_keys=True, default=str)
@@ -162,7 +201,12 @@ def structure(config: Config, fed: Federation, buckets: Buckets = ()) -> str:
 
 
 def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> None:
-    """Trace every program once, which completes the guards; nothing compiles, and nothing is computed."""
+    """Trace every program once, which completes the guards; nothing compiles, and nothing is computed.
+
+    Args:
+      tiers: how many models are evaluated.
+      run: what the programs are given; only shapes matter.
+    """
     if not executor.jit:
         return
     state = jax.eval_shape(lambda key, told: programs.first(key, run.clients, told), run.key, run.told)
@@ -189,7 +233,7 @@ def trace(programs: Programs, executor: Executor, tiers: int, run: "Inputs") -> 
 
 
 class Inputs(NamedTuple):
-    """What the programs of one run are given."""
+    """What the programs of one run are given: its key, data and numbers, placed on its devices."""
 
     key: jax.Array
     clients: int

@@ -41,7 +41,7 @@ def report(folders: str | Path | Sequence[str | Path], output: str | Path = "rep
 
 
 def class_counts(point: Point) -> np.ndarray | None:
-    """[clients, classes] examples of a run's partition, where it was written.
+    """[clients, classes] examples of a run's partition; ``None`` where it was not written.
 
     Raises:
       ValueError: the file is damaged.

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Algorithm, Array, Config, Devices, Line, Needs, Population, PyTree, Tally
 from hetfl_jax.models.windows import Family
-from hetfl_jax.parts import choose, diverse, explore, select
+from hetfl_jax.parts import choose, diverse, explore, select, value
 
 SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
     "uniform": select.uniform,
     "weighted": choose.weighted,
     "random_with_replacement": choose.random_with_replacement,
     "power_of_choice": choose.power_of_choice,
+    "loss_and_data": value.loss_and_data,
     "active": explore.active,
     "oort": explore.oort,
     "divfl": diverse.divfl,
@@ -30,6 +31,9 @@ MENTIONED = 1e6  #: bytes from which on a run says what its selection needs
 
 def selection_of(config: Config, family: Family, clients: int) -> select.Select | None:
     """The selection that ``config.select`` names, ``None`` for the method's own.
+
+    Cohort, number of clients, rounds and parameters come from the config where the selection has arguments of that
+    name.
 
     Raises:
       ValueError: an unknown name, or arguments that do not fit the selection or the population.
@@ -52,6 +56,12 @@ def selection_of(config: Config, family: Family, clients: int) -> select.Select 
 
 
 def _made(name: str, args: Line, told: Line) -> select.Select:
+    """The selection of a name, with what it is told and its arguments; one around another makes the inner one first.
+
+    >>> _made("power_of_choice", {"candidates": 4, "speed": 2}, {"cohort": 2})
+    Traceback (most recent call last):
+    ValueError: argument 'speed' is not one of cohort, candidates... of power_of_choice (select.args)
+    """
     if name not in SELECTIONS:
         raise ValueError(f"selection {name!r} is not one of none, {', '.join(SELECTIONS)} (select.name)")
     make = SELECTIONS[name]
@@ -92,11 +102,17 @@ class _Nobody:
 
 
 def _try(rule: select.Select, clients: int, parameters: int, devices: bool) -> None:
-    """Choose once without computing: what a selection refuses of this population, it refuses here."""
+    """Choose once without computing: what a selection refuses of this population, it refuses here.
+
+    Args:
+      clients: N.
+      parameters: entries of the full model, the length of a gradient.
+      devices: whether clients have some.
+    """
 
     def once(key: Array) -> PyTree:
         size = jnp.ones(clients, jnp.int32)
-        everybody = Population(None, None, None, None, size, None, None)  # type: ignore[arg-type]
+        everybody = Population(None, None, None, None, size, jnp.zeros(clients, jnp.int32), None)  # type: ignore[arg-type]
         if devices:
             one = jnp.ones(clients)
             everybody = everybody._replace(devices=Devices(one, one, one, seconds=one))
@@ -106,7 +122,7 @@ def _try(rule: select.Select, clients: int, parameters: int, devices: bool) -> N
 
 
 def check_memory(algorithm: Algorithm) -> Needs:
-    """What the selection of a method needs at the server.
+    """What the selection of a method needs at the server, in bytes and words.
 
     Raises:
       ValueError: more than the device has, with what would do.

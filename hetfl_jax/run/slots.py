@@ -18,7 +18,13 @@ CAPACITIES = ("none", "fixed", "drawn", "budget")
 
 
 def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
-    """The slots that a config's blocks ``select``, ``uplink``, ``downlink`` and ``capacity`` fill.
+    """What a config says apart from the method: selection, codecs, capacity, objective and adversary.
+
+    A block whose name is ``none`` fills no slot.
+
+
+    Args:
+      clients: N.
 
     Raises:
       ValueError: an unknown name, or arguments that do not fit.
@@ -40,6 +46,11 @@ def check_unused(config: Config) -> None:
 
     Raises:
       ValueError: with the key.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> check_unused(changed(uplink=dict(error_feedback=True)))
+    Traceback (most recent call last):
+    ValueError: error_feedback of a uplink that is none: need uplink.name (uplink.error_feedback)
     """
     for block in ("select", "uplink", "downlink", "adversary"):
         if config[block].name != "none":
@@ -51,7 +62,11 @@ def check_unused(config: Config) -> None:
 
 
 def check_whole(config: Config, algorithm: Algorithm, levels: int, clients: int) -> None:
-    """Refuse what an algorithm of the user's, which is whole, does not take.
+    """Refuse what an algorithm of the user's, which is whole, does not take: slots, other levels or clients.
+
+    Args:
+      levels: of the config's mix.
+      clients: of the split.
 
     Raises:
       ValueError: with the key.
@@ -73,6 +88,10 @@ def objective_of(config: Config) -> Objective | None:
 
     Raises:
       ValueError: an unknown name.
+
+    >>> from hetfl_jax.run.config import changed
+    >>> objective_of(changed()) is None, objective_of(changed(objective=dict(name="squared_error"))).score.name
+    (True, 'rmse')
     """
     name = config.objective.name
     if name not in OBJECTIVES:
@@ -81,6 +100,7 @@ def objective_of(config: Config) -> Objective | None:
 
 
 def _capacity(name: str, mix: Mix) -> select.Capacity | None:
+    """Which level a client has in a round: its own (``fixed``), or drawn by the mix's proportions (``drawn``)."""
     if name not in CAPACITIES:
         raise ValueError(f"capacity {name!r} is not one of {', '.join(CAPACITIES)} (capacity.name)")
     own = select.own_level()
@@ -88,6 +108,11 @@ def _capacity(name: str, mix: Mix) -> select.Capacity | None:
 
 
 def _adversary(block: Config) -> adversary.Adversary | None:
+    """The adversary that a block names, with its arguments.
+
+    Raises:
+      ValueError: an unknown name or argument.
+    """
     if block.name == "none":
         return None
     if block.name not in ADVERSARIES:
@@ -100,6 +125,7 @@ def _adversary(block: Config) -> adversary.Adversary | None:
 
 
 def _codec(block: Config, where: str, family: Family) -> Codec | None:
+    """The codec of one direction, with its error feedback; messages name the keys of that direction's block."""
     if block.name == "none":
         return None
     more = {name: block[name] for name in ("statistics", "extra") if name in block}

@@ -47,7 +47,11 @@ class Ended(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What ``sweep`` returns."""
+    """What ``sweep`` returns.
+
+    ``table[0]["run.seed"]`` and ``table[0]["last"]`` are the seed and the score of the first point's largest model;
+    ``hetfl_jax.results(folder)`` has every round as arrays.
+    """
 
     table: list[Line]  #: one row a point and level: swept keys, then the columns of a run's table
     points: list[Ended]
@@ -158,7 +162,7 @@ class _Plan:
         self.programs = 0
 
     def end(self, ended: Ended) -> None:
-        """Take down how a point ended, on disk too."""
+        """Take down how a point ended, on disk too; threads may call it at once."""
         with self.lock:
             self.ended[ended.point.name] = ended
             self.write()
@@ -181,11 +185,13 @@ class _Plan:
 
 
 def _table(folder: Path) -> list[Line]:
+    """The rows of a run's ``table.json``."""
     rows: list[Line] = json.loads((folder / "table.json").read_text())["levels"]
     return rows
 
 
 def _described(plan: _Plan) -> Line:
+    """What ``sweep.json`` says: command, version, config, swept values, how each point ended, programs, seconds."""
     keys = dict.fromkeys(key for e in plan.ended.values() for key in e.point.values)
     over = {key: [e.point.values[key] for e in plan.ended.values() if key in e.point.values] for key in keys}
     return {
@@ -204,6 +210,11 @@ def _described(plan: _Plan) -> Line:
 
 
 def _hashable(value: Any) -> Any:
+    """Lists as tuples, also inside of others.
+
+    >>> _hashable([1, [2]])
+    (1, (2,))
+    """
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
@@ -343,7 +354,7 @@ def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None 
 
 
 def summary(found: Sweep) -> str:
-    """A sweep's end as text: a row a point and level, and the points that failed."""
+    """A sweep's end as text: a row a point and level, the points that failed, and the files."""
     keys = list(dict.fromkeys(key for e in found.points for key in e.point.values))
     text = tables.render_points(keys, found.table)
     failed = [f"{e.point.name} failed: {e.error}" for e in found.points if e.status == FAILED]
@@ -355,10 +366,19 @@ def over_seeds(config: Config, seeds: Sequence[int], **options: Any) -> tuple[li
     """A sweep over seeds: one run a seed under ``run.name/seed<k>``, and each level's mean and deviation over them.
 
     Args:
+      config: as of ``sweep``.
+      seeds: whole numbers >= 0, each once.
       options: as of ``sweep``.
+
+    Returns:
+      The runs' results in the order of the seeds, and the rows of ``results.tables.seed_table``.
 
     Raises:
       ValueError: no seeds, one twice, or one that is no whole number >= 0; a seed whose run failed; and as ``sweep``.
+
+    >>> over_seeds("heterofl_digits", [0, 0])
+    Traceback (most recent call last):
+    ValueError: seeds [0, 0]: need some whole numbers >= 0, each once (seeds)
     """
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds {seeds!r}: need some whole numbers >= 0, each once (seeds)")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetfl_jax.core import machine
+from hetfl_jax.core import machine, tree
 from hetfl_jax.core.types import Arguments, Config, Info, Line, PyTree, Score, State
 from hetfl_jax.data import partition
 from hetfl_jax.data.door import same_fingerprint
@@ -36,7 +36,11 @@ Callback = Callable[[int, Line, State], Any]
 
 
 class Result(NamedTuple):
-    """What ``train`` returns."""
+    """What ``train`` returns.
+
+    ``table[0]["best"]`` is the largest model's score in the best round, ``metrics["accuracy/a"]`` [rounds] that of
+    level a.
+    """
 
     params: PyTree  #: the global model's parameters after the last round, of several models with a leading axis
     metrics: dict[str, np.ndarray]  #: one array a metric, over rounds; NaN where a round was not evaluated
@@ -164,7 +168,10 @@ def _begin(
     lab: Lab, folder: Path, completed: Callable[[Arguments], Line], *, resume: bool, overwrite: bool, quiet: bool,
     light: bool,
 ) -> Run:  # fmt: skip
-    """Make the folder this run's own, and take up the last checkpoint of a run that goes on."""
+    """Make the folder this run's own, and take up the last checkpoint of a run that goes on.
+
+    Writes config, environment, partition and the data's fingerprint, and prints what is about to run.
+    """
     config, fed, first = lab.config, lab.federation, machine.is_first()
     claim(folder, config.to_dict(), completed, resume=resume, overwrite=overwrite)
     about = partition.summary(fed.labels, fed.partition)
@@ -189,7 +196,7 @@ def _begin(
         totals = ledger.saved(extra["totals"])
     if resume:
         tables.say(f"{folder}: goes on after round {int(state.round)} of {config.train.rounds}", quiet)
-    return Run(folder, checkpoints, Metrics(folder, int(state.round), write=first), state, totals)
+    return Run(folder, checkpoints, Metrics(folder, int(state.round), write=first, light=light), state, totals)
 
 
 def bind(lab: Lab, folder: Path, *, resume: bool) -> None:
@@ -252,7 +259,7 @@ def _rounds(
         if not (evaluates or saves):
             bar.advance(round + 1)
             continue
-        lines, totals = _lines(lab, jax.device_get(pending), round + 2 - len(pending), totals)
+        lines, totals = _lines(lab, tree.fetched(pending), round + 2 - len(pending), totals)
         pending = []
         if evaluates:
             lines[-1] |= _evaluated(lab, state, round + 1, callbacks)
@@ -273,6 +280,7 @@ def _rounds(
 
 
 def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
+    """Scores of every tier after ``round``, which the callbacks see too."""
     scores = evaluate_tiers(lab, state)
     for callback in callbacks:
         callback(round, scores, state)
@@ -287,12 +295,10 @@ def _stop_if_lost(lines: Sequence[Line], folder: Path, patience: int = 3) -> Non
     """
     last = [line for line in evaluated(lines) if line["round"]][-patience:]
     if len(last) == patience and not any(line["clients"] for line in last):
-        rounds = ", ".join(str(line["round"]) for line in last)
-        if any(line.get("late") for line in last) and not any(line["failed"] for line in last):
-            raise ValueError(f"no reply was in time in rounds {rounds} of {folder}: need more (devices.deadline)")
-        raise ValueError(
-            f"no reply was finite in rounds {rounds} of {folder}: lower train.learning_rate, or set train.clip_norm"
-        )
+        late = not any(line["failed"] for line in last) and any(line.get("late") for line in last)
+        help = "need more (devices.deadline)" if late else "lower train.learning_rate, or set train.clip_norm"
+        rounds, what = ", ".join(str(line["round"]) for line in last), "in time" if late else "finite"
+        raise ValueError(f"no reply was {what} in rounds {rounds} of {folder}: {help}")
 
 
 def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
@@ -314,7 +320,15 @@ def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
 
 
 def choosing(line: Line, tier: str, score: Score) -> float:
-    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it."""
+    """By what the best checkpoint is chosen, more is better; a round that was not evaluated is never it.
+
+    The validation score of ``tier``, else that of the ensemble, else the test score; negative where less is better.
+
+    >>> from hetfl_jax.core.types import ACCURACY
+    >>> line = {"accuracy": {"a": 0.9}, "validation_accuracy": {"a": 0.8}}
+    >>> choosing(line, "a", ACCURACY), choosing({}, "a", ACCURACY) == NEVER
+    (0.8, True)
+    """
     by = next((k for k in (f"validation_{score.name}", f"ensemble_{score.name}", score.name) if k in line), None)
     value = line[by][tier] if by else None
     if value is None or not np.isfinite(value):
@@ -379,7 +393,7 @@ def _finish(
 
 
 def _models(lab: Lab, state: State) -> PyTree:
-    """The global model; with a leading axis where there are several."""
+    """The global model's variables; with a leading axis where there are several."""
     algorithm = lab.federation.algorithm
     if algorithm.choice is None:
         return algorithm.model(state.server, 0)

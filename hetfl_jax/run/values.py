@@ -21,8 +21,11 @@ KINDS = {
 def fitted(value: Any, default: Any, place: str, of: type | None = None) -> Any:
     """``value`` as a config keeps it, of the kind of ``default``; a default of ``None`` allows anything.
 
-    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one, whose values are
-    of the kind ``of``.
+    Numbers may be NumPy's, whole ones may be written 2.0, and one value stands for a tuple of one.
+
+    Args:
+      place: the dotted key, for the message.
+      of: the kind of a tuple's values.
 
     Raises:
       ValueError: with the value, what is allowed and ``place``, the key.
@@ -54,6 +57,11 @@ def fitted(value: Any, default: Any, place: str, of: type | None = None) -> Any:
 
 
 def _several(value: Any, place: str, of: type | None) -> tuple[Any, ...]:
+    """A tuple of values, of the kind ``of`` where it is given; one number or text stands for a tuple of one.
+
+    >>> _several([1, 2.0], "train.milestones", int), _several(0.5, "data.mean", float)
+    ((1, 2), (0.5,))
+    """
     several = isinstance(value, tuple | list | range) or (isinstance(value, np.ndarray) and value.ndim == 1)
     values = tuple(value) if several else (value,)
     if not several and not isinstance(value, Real | str):
@@ -74,6 +82,12 @@ def _no_nan(value: Any, place: str) -> Any:
 
 
 def _fail(value: Any, kind: type, place: str, allowed: str = "") -> NoReturn:
+    """Refuse a value, with what is allowed and the key.
+
+    >>> _fail("three", int, "train.rounds")
+    Traceback (most recent call last):
+    ValueError: rounds 'three', allowed a whole number (train.rounds)
+    """
     text = " ".join(repr(value).split())
     shown = text if len(text) <= 60 else f"{text[:57]}..."
     raise ValueError(f"{place.rpartition('.')[2]} {shown}, allowed {allowed or KINDS[kind]} ({place})")

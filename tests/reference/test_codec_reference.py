@@ -182,9 +182,9 @@ def test_power_sgd_over_rounds(level, rank):
     memory = codec.init(changes(fam, 0, 0))
     memory = {name: windows.narrow(fam, part, level) for name, part in memory.items()}
     q, error = {}, {}
-    for path, leaf in numbers(memory["factor"]["params"]).items():
+    for path, leaf in numbers(changes(fam, 6, level)).items():
         if leaf.ndim == 2 and rank * sum(leaf.shape) < leaf.size:
-            q[path] = leaf[:rank].T
+            q[path] = np.asarray(windows.flat(memory["factor"]["rows"])[path], np.float64)[:, : leaf.shape[1]].T
     for turn in range(4):
         delta = changes(fam, 6 + turn, level)
         got, memory, _ = encode(codec, delta, level, memory)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from hetfl_jax.core.types import Shard
-from hetfl_jax.data import partition
+from hetfl_jax.data import levels, partition
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import drift, merge, objective, server
@@ -131,13 +131,13 @@ def test_schedules_and_depths(name, double):
         clients = int(key[len("n_blocks_N") :])
         # The official rule yields 5 for the last clients where 4 does not divide N, which its model takes as 4; ours
         # spreads the remainder. Where 4 divides N both are the same.
-        depth = 4 - partition.levels_by_id((1, 1, 1, 1), clients)
+        depth = 4 - levels.levels_by_id((1, 1, 1, 1), clients)
         if clients % 4 == 0:
             np.testing.assert_array_equal(depth, z[key])
         else:
             np.testing.assert_array_equal(depth, np.minimum(4, 4 * np.arange(clients) // clients + 1))
     for size, clients in enumerate(z["exclusive_num_clients_of_100"], 1):
-        assert clients == (100 - partition.levels_by_id((1, 1, 1, 1), 100).tolist().count(3) * (size - 1))
+        assert clients == (100 - levels.levels_by_id((1, 1, 1, 1), 100).tolist().count(3) * (size - 1))
 
 
 @pytest.mark.parametrize("name", of_kind("depth/depthfl_partition*"))
