@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax.core.devices import Devices as Devices
+
 Array = jax.Array
 PyTree = Any
 Config = Any  #: an ``ml_collections.ConfigDict`` of blocks, see ``run.keys``
@@ -28,18 +30,6 @@ class Views(NamedTuple):
 
     pixels: Array  #: [V, P] int32, view v shows at place p what the pool has at ``pixels[v, p]``
     labels: Array  #: [V, C] int32, view v calls class c ``labels[v, c]``
-
-
-class Devices(NamedTuple):
-    """What clients compute and send with."""
-
-    speed: Array  #: [N] float32 multiply-adds a second
-    down: Array  #: [N] float32 bits a second that they receive
-    up: Array  #: [N] float32 bits a second that they send
-    able: Array | tuple[()] = ()  #: [N] bool, who can afford a level; () for everybody
-    online: tuple[Array, ...] = ()  #: seconds [N, S] of coming, [N, S] of going, [N] of the period; () for always
-    seconds: Array | tuple[()] = ()  #: [N] float32 that a round is expected to take
-    here: Array | tuple[()] = ()  #: [N] bool, who may be chosen now; () for everybody
 
 
 class Population(NamedTuple):

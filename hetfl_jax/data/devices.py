@@ -157,7 +157,17 @@ def lognormal(
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
-    """The lower triangle whose product with its transpose is ``matrix``; also where that is singular."""
+    """The lower triangle whose product with its transpose is ``matrix``; also where that is singular.
+
+    Args:
+      matrix: [3, 3] correlations.
+
+    Raises:
+      ValueError: no three quantities have these correlations.
+
+    >>> _root(np.array([[1.0, 1.0], [1.0, 1.0]])).tolist()
+    [[1.0, 0.0], [1.0, 0.0]]
+    """
     out, wrong = np.zeros_like(matrix), "correlations that no three quantities can have"
     for i in range(len(matrix)):
         for j in range(i + 1):
@@ -175,7 +185,12 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 
 
 def _scores(size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[N] normal scores of ranks."""
+    """[N] normal scores of ranks: the normal quantiles of ``(rank + 1/2) / N``.
+
+    Args:
+      size: [N] numbers; equal ones are ranked at random.
+      rng: for that.
+    """
     from statistics import NormalDist
 
     rank = np.empty(size.size)
@@ -211,7 +226,12 @@ def read_table(path: Path, clients: int) -> Profile:
 
 
 def write_table(path: Path, profile: Profile) -> None:
-    """The file that ``read_table`` reads."""
+    """The file that ``read_table`` reads.
+
+    Args:
+      path: of the file, which is overwritten.
+      profile: of all clients.
+    """
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(COLUMNS)
@@ -269,7 +289,12 @@ def times(spans: list[list[tuple[float, float]]], period: np.ndarray, key: str =
 
 
 def write_times(path: Path, known: Times) -> None:
-    """The file that ``read_times`` reads."""
+    """The file that ``read_times`` reads.
+
+    Args:
+      path: of the file, which is overwritten.
+      known: of all clients.
+    """
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(TIMES)
@@ -280,6 +305,11 @@ def write_times(path: Path, known: Times) -> None:
 
 def daily(clients: int, seed: int, hours: float) -> Times:
     """Every client is online for so many hours in a row each day, from a time of its own.
+
+    Args:
+      clients: how many there are.
+      seed: of the times, uniform over the day.
+      hours: of a day, 0 < h <= 24.
 
     Raises:
       ValueError: hours outside 0..24.

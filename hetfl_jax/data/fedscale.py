@@ -55,6 +55,14 @@ def convert(
 def profile(devices: Mapping[Any, Any], clients: int, reference_macs: float, memory_mb: float) -> Profile:
     """The devices of a capacity file.
 
+    Args:
+      devices: ``computation`` and ``communication`` by device.
+      clients: how many there are.
+      reference_macs, memory_mb: as ``convert``.
+
+    Raises:
+      ValueError: a device without one of the two, or with a value <= 0.
+
     >>> profile({1: {"computation": 100.0, "communication": 2000.0}}, 1, 300e6, 512.0)[0].tolist()
     [3000000000.0]
     """
@@ -69,6 +77,10 @@ def profile(devices: Mapping[Any, Any], clients: int, reference_macs: float, mem
 
 def behaviours(traces: Mapping[Any, Any], clients: int) -> Times:
     """When the devices of a behaviour file are online; one that goes before it comes was online from the start.
+
+    Args:
+      traces: ``active``, ``inactive`` and ``finish_time`` by device.
+      clients: how many there are.
 
     >>> behaviours({7: {"finish_time": 100, "active": [10, 60], "inactive": [30, 80]}}, 1).online.tolist()
     [[10.0, 60.0]]

@@ -12,10 +12,11 @@ import numpy as np
 
 from hetfl_jax.core.types import Line
 from hetfl_jax.results.folder import leaves
+from hetfl_jax.results.of_time import BY_LEVEL
 from hetfl_jax.results.plots import COLORS
 from hetfl_jax.results.reading import SEED, TABLE, Point, Source, is_number, levels_of
 from hetfl_jax.results.scores import evaluated, is_share, score_of
-from hetfl_jax.results.tables import BY_LEVEL, describe
+from hetfl_jax.results.tables import describe
 
 LARGEST = 1_900_000  #: bytes of a page; with more, fewer of the evaluated rounds are drawn
 _DIGITS = 9  #: significant ones of a number on the page: those of a float32 and no more

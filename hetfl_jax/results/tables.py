@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetfl_jax.core.types import Arguments, Config, Line, Tier
-from hetfl_jax.results import fairness
+from hetfl_jax.results import fairness, of_time
 from hetfl_jax.results.scores import evaluated, is_share, score_of, written
 
 
@@ -113,8 +113,6 @@ _LOCAL = (
     "local: on each client's own test data, as the client sees it; a method that masks the classes a client does not "
     "hold\nis scored with the mask, and test examples of those classes count as wrong"
 )
-#: of a round's line, where time is simulated: what its items of each level took
-BY_LEVEL = ("level_seconds", "level_macs", "level_bytes")
 #: before the score's name: what the table shows in columns of its own, or not at all; others follow by name
 _APART = ("", "local_", "validation_", "client_")
 
@@ -142,7 +140,7 @@ def table(
     points, score = evaluated(lines), score_of(lines)
     first, last = points[0], points[-1]
     chosen = next((p for p in points if p["round"] == best), last)
-    apart = {f"{place}{score}" for place in _APART} | {"loss", "items", *BY_LEVEL}
+    apart = {f"{place}{score}" for place in _APART} | {"loss", "items", *of_time.BY_LEVEL}
     scored = [k for k, v in last.items() if isinstance(v, dict) and k not in apart]
     shares = [name.removesuffix("_accuracy") for name in scored if is_share(name)]
     rows = []
@@ -199,43 +197,8 @@ def totals(lines: Sequence[Line], best: int | None, sentence: str) -> Line:
         f"client_{score}": scored.get(f"client_{score}"),
         "failed": sum(line.get("failed", 0) for line in lines),
         "sentence": sentence,
-        **_simulated(lines),
+        **of_time.summed(lines),
     }
-
-
-def _simulated(lines: Sequence[Line]) -> Line:
-    """Hours of the run and of the devices, late replies, and what each level took, where time was simulated."""
-    told = [line for line in lines if BY_LEVEL[0] in line]
-    if not told:
-        return {}
-    sums = {part: {k: sum(line[part][k] for line in told) for k in told[0][part]} for part in BY_LEVEL}
-    return {
-        "simulated_seconds": told[-1]["simulated_seconds"],
-        "late": sum(line["late"] for line in told),
-        **sums,
-    }
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> duration(12.3456), duration(5400)
-    ('12.35 s', '1.50 h')
-    """
-    return f"{seconds:.4g} s" if seconds < 600 else f"{seconds / 3600:,.2f} h"
-
-
-def _of_time(summary: Line) -> str:
-    """What is said of simulated time, a line a level."""
-    if "simulated_seconds" not in summary:
-        return ""
-    seconds, macs, moved = (summary[part] for part in BY_LEVEL)
-    late = f", {summary['late']} late replies left out" if summary["late"] else ""
-    text = f"\nsimulated time {duration(summary['simulated_seconds'])}{late}; "
-    text += f"devices worked {duration(sum(seconds.values()))}:"
-    for name in seconds:
-        text += f"\n  {name}: {duration(seconds[name])}, {macs[name] / 1e9:,.3g} GMACs, {_megabytes(moved[name])}"
-    return text
 
 
 def _size(row: Line) -> str:
@@ -325,7 +288,7 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     spread += f"\n{summary['sentence']}" if summary["sentence"] else ""
     if is_share(score) and any(row["local"] is not None and row["local"] < row["last"] for row in rows):
         spread += f"\n{_LOCAL}"
-    spread += _of_time(summary)
+    spread += of_time.sentence(summary)
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
     return buffer.getvalue() + text + spread + failures + "\n"
 

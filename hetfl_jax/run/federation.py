@@ -25,7 +25,6 @@ from hetfl_jax.run.given import (
     brought,
     classes_of,
     held_of,
-    is_population,
     named_of,
     notes_of,
     partition_of,
@@ -33,7 +32,8 @@ from hetfl_jax.run.given import (
     views_of,
 )
 from hetfl_jax.run.known import Known, known_family, known_source
-from hetfl_jax.run.mix import Mix, assigned, parse_mix
+from hetfl_jax.run.levels import levels_of, tiers_of
+from hetfl_jax.run.mix import Mix, parse_mix
 from hetfl_jax.run.slots import check_unused, check_whole, slots_of
 from hetfl_jax.run.splits import tested_rows
 
@@ -89,7 +89,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
     classes = classes_of(source, config.family.outputs)
     fam, price = known_family(config, mix, source, classes, own.net, known)
     settings = _settings(config, fam, part.size)
-    level = _levels(config, own, mix, part.size)
+    level = levels_of(config, own, mix, part.size)
     check_pixels(config, source)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = held_of(source, part, classes, views, groups)
@@ -117,7 +117,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         local=settings,
         mix=mix,
         costs=price,
-        tiers=algorithm.tiers or _tiers(mix, price),
+        tiers=algorithm.tiers or tiers_of(mix, price),
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
@@ -135,19 +135,6 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
         outfit=outfit,
     )  # fmt: skip
-
-
-def _levels(config: Config, own: Own, mix: Mix, size: np.ndarray) -> np.ndarray:
-    """[N] the fixed level of every client: of the user's population, or as the config assigns them."""
-    level = assigned(mix, size.size, config.capacity.order, size)
-    if is_population(own.data) and np.asarray(own.data[0].level).any():
-        level = np.asarray(own.data[0].level)
-    return level
-
-
-def _tiers(mix: Mix, price: Costs) -> tuple[Tier, ...]:
-    rows = zip(price.parameters.tolist(), price.bytes.tolist(), price.macs.tolist())
-    return tuple(Tier(name, *row) for name, row in zip(mix.names, rows))
 
 
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
@@ -208,7 +195,9 @@ def _algorithm(
 
     Args:
       make: of the method; an ``Algorithm`` is returned as it is, if it fits.
+      price: of the levels.
       level: [N] of each client.
+      train: the population; with devices, the method gets the config's clock.
     """
     if isinstance(make, Algorithm):
         check_unused(config)

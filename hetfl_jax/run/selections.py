@@ -107,6 +107,7 @@ def _try(rule: select.Select, clients: int, parameters: int, devices: bool) -> N
     Args:
       clients: N.
       parameters: entries of the full model, the length of a gradient.
+      devices: whether clients have some.
     """
 
     def once(key: Array) -> PyTree:

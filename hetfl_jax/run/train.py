@@ -295,12 +295,10 @@ def _stop_if_lost(lines: Sequence[Line], folder: Path, patience: int = 3) -> Non
     """
     last = [line for line in evaluated(lines) if line["round"]][-patience:]
     if len(last) == patience and not any(line["clients"] for line in last):
-        rounds = ", ".join(str(line["round"]) for line in last)
-        if any(line.get("late") for line in last) and not any(line["failed"] for line in last):
-            raise ValueError(f"no reply was in time in rounds {rounds} of {folder}: need more (devices.deadline)")
-        raise ValueError(
-            f"no reply was finite in rounds {rounds} of {folder}: lower train.learning_rate, or set train.clip_norm"
-        )
+        late = not any(line["failed"] for line in last) and any(line.get("late") for line in last)
+        help = "need more (devices.deadline)" if late else "lower train.learning_rate, or set train.clip_norm"
+        rounds, what = ", ".join(str(line["round"]) for line in last), "in time" if late else "finite"
+        raise ValueError(f"no reply was {what} in rounds {rounds} of {folder}: {help}")
 
 
 def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:
