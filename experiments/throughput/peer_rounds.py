@@ -4,9 +4,7 @@
 """
 
 import json
-import os
 import time
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 CLIENTS, EACH, BATCH, EPOCHS, RATE, HIDDEN = 50, 28, 14, 5, 0.1, 200
 Params = dict[str, np.ndarray]
 #: (wall and processor seconds) of every round, the model at the end, packages
-Outcome = tuple[list[tuple[float, float | None]], Params, list[str]]
+Outcome = tuple[list[tuple[float, float]], Params, list[str]]
 
 
 def start_of(given: Params) -> Params:
@@ -106,69 +104,7 @@ def run_fedjax(given: Params, rounds: int) -> Outcome:
     return spent, jax.device_get(state.params), ["fedjax", "jax"]
 
 
-@lru_cache
-def trained_by_loop() -> Any:
-    """``(params, x [n, D], y [n]) -> params``: local training in one compiled loop, for peers that bring none."""
-    import jax
-
-    gradient = gradient_of()
-
-    def step(params: Any, batch: Any) -> Any:
-        return jax.tree.map(lambda p, g: p - RATE * g, params, gradient(params, *batch)), None
-
-    def run(params: Any, x: Any, y: Any) -> Any:
-        batches = x.reshape(-1, BATCH, x.shape[-1]), y.reshape(-1, BATCH)
-        epoch = lambda params, _: (jax.lax.scan(step, params, batches)[0], None)  # noqa: E731
-        return jax.lax.scan(epoch, params, None, EPOCHS)[0]
-
-    return jax.jit(run)
-
-
-def run_flwr(given: Params, rounds: int) -> Outcome:
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-    import jax
-    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.serverapp.strategy import FedAvg
-    from flwr.simulation import run_simulation
-
-    client, names = ClientApp(), ("w1", "b1", "w2", "b2")
-    marks: list[float] = []
-    found: list[Params] = []
-
-    @client.train()
-    def train(message: Message, context: Context) -> Message:
-        params = dict(zip(names, message.content["arrays"].to_numpy_ndarrays()))
-        number = int(context.node_config["partition-id"])
-        trained = jax.device_get(trained_by_loop()(params, given["x"][number], given["y"][number]))
-        record = ArrayRecord(numpy_ndarrays=[np.asarray(trained[name]) for name in names])
-        content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": EACH})})
-        return Message(content=content, reply_to=message)
-
-    server = ServerApp()
-
-    class Timed(FedAvg):
-        def aggregate_train(self, *args: Any) -> Any:
-            out = super().aggregate_train(*args)
-            marks.append(time.perf_counter())
-            return out
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        strategy = Timed(fraction_evaluate=0.0, min_available_nodes=CLIENTS, min_train_nodes=CLIENTS)
-        start = ArrayRecord(numpy_ndarrays=[given[name] for name in names])
-        marks.append(time.perf_counter())
-        result = strategy.start(grid=grid, initial_arrays=start, num_rounds=rounds)
-        found.append(dict(zip(names, result.arrays.to_numpy_ndarrays())))
-
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, client, num_supernodes=CLIENTS, backend_config=resources)
-    # its clients run in processes of their own, whose processor time nobody adds up
-    return [(wall, None) for wall in np.diff(marks).tolist()], found[0], ["flwr", "ray", "jax"]
-
-
-PEERS = {"hetfl_jax": run_hetfl_jax, "fedjax": run_fedjax, "flwr": run_flwr}
+PEERS = {"hetfl_jax": run_hetfl_jax, "fedjax": run_fedjax}
 
 
 def work(name: str, given: Path, out: Path, rounds: int) -> None:

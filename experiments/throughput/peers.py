@@ -1,6 +1,6 @@
 """The same FedAvg in this library and in others: seconds a round, and how far the models are apart at the end.
 
-taskset -c 0 python -m experiments.throughput.peers --peer fedjax=/path/to/its/python --peer flwr=/path/to/its/python
+taskset -c 0 python -m experiments.throughput.peers --peer fedjax=/path/to/its/python
 
 Task: 8 x 8 digits, 50 clients of 28 images each, all in every round, MLP 64-200-10, 5 epochs of 2 batches of 14 in a
 fixed order, SGD of rate 0.1, plain averaging. Starts and order are the same, so that the models must agree.
@@ -60,12 +60,11 @@ def accuracy(given: Params, params: Params) -> float:
 def row_of(name: str, told: list[dict[str, Any]], model: Params, ours: Params, given: Params) -> common.Row:
     """A peer's row: medians over all rounds but the first of each process."""
     later = [pair for each in told for pair in each["seconds"][1:]]
-    cpu = [pair[1] for pair in later if pair[1] is not None]
     return {
         "peer": name,
         "versions": ", ".join(f"{package} {number}" for package, number in told[0]["versions"].items()),
         "ms a round": 1e3 * float(np.median([pair[0] for pair in later])),
-        "processor ms": 1e3 * float(np.median(cpu)) if cpu else None,
+        "processor ms": 1e3 * float(np.median([pair[1] for pair in later])),
         "first round, s": float(np.median([each["seconds"][0][0] for each in told])),
         "apart from hetfl_jax": max(float(np.abs(model[leaf] - ours[leaf]).max()) for leaf in ours),
         "accuracy": accuracy(given, model),
