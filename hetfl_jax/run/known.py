@@ -13,7 +13,11 @@ from hetfl_jax.run.nets import check_call, net_of
 
 
 class Known:
-    """What federations of several configs have in common, by what it depends on."""
+    """What federations of several configs have in common, by what it depends on: text of the keys that count.
+
+    >>> len(Known().families), len(Known().sources)
+    (0, 0)
+    """
 
     def __init__(self) -> None:
         """Nothing yet."""
@@ -27,7 +31,14 @@ OF_THE_SPLIT = ("augment", "split", "classes_per_client", "concentration", "leas
 
 
 def known_source(config: Config, own: Own, known: Known) -> tuple[sources.Source, door.Admitted]:
-    """Data that is known, or new one, which takes the place of what was known."""
+    """Data that is known, or new one, which takes the place of what was known.
+
+    Before the split, data depends on the block ``data`` but for ``OF_THE_SPLIT``, on the objective (labels may be
+    numbers), on ``family.outputs``, and where it is generated on the seed.
+
+    Raises:
+      ValueError: as ``source_of``.
+    """
     data = {name: value for name, value in config.data.to_dict().items() if name not in OF_THE_SPLIT}
     seed = config.run.seed if config.data.seed < 0 else config.data.seed
     drawn = data["source"] in sources.GENERATED or data["domains"]

@@ -70,7 +70,11 @@ def chosen(known: list[Room], needs: Room) -> Room:
 
 
 def placed(fed: Federation, room: Room) -> Federation:
-    """The same federation with arrays of the room's lengths."""
+    """The same federation with arrays of the room's lengths.
+
+    Sums over examples, clients and test batches stay what they were: rows that are added belong to nobody, and batches
+    that are added have no examples. Clients and their test rows keep their places.
+    """
     if needed(fed) == room:
         return fed
     x, y = (_longer(array, room.pool) for array in (fed.train.x, fed.train.y))
@@ -84,7 +88,11 @@ def placed(fed: Federation, room: Room) -> Federation:
 
 
 def _longer(array: Array, length: int, at: int | None = None) -> Array:
-    """``array`` with zeros inserted before place ``at``, by default at its end; on the host, where nothing compiles."""
+    """``array`` with zeros inserted before place ``at``, by default at its end; on the host, where nothing compiles.
+
+    >>> _longer(jnp.array([1, 2, 3]), 5, at=1).tolist()
+    [1, 0, 0, 2, 3]
+    """
     known = np.asarray(array)
     at = known.shape[0] if at is None else at
     gap = np.zeros((length - known.shape[0], *known.shape[1:]), known.dtype)
