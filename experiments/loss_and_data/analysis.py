@@ -53,7 +53,7 @@ def measures(lines: Sequence[Line]) -> Line:
         "worst": 100 * scored[-1]["own_level"]["worst_tenth"],
         "log2": float(taken @ np.log2(capacity) / taken.sum()),
         "largest": [line["largest_share"] for line in lines if "largest_share" in line][-1],
-        "correlation": float(np.mean(told)),
+        "correlation": float(np.mean(told)) if told else None,
         "macs": scored[-1].get("client_macs"),
         "down": scored[-1].get("down_bytes"),
     }
@@ -76,7 +76,8 @@ def gathered(folder: Path) -> Cells:
         args = config["select"]["args"]
         score = score_of[tuple(args[name] for name in ("loss", "data", "relative"))]
         cell = found[rho_of[config["capacity"]["order"]]][score]
-        cell[config["run"]["seed"]] = measures(read_metrics(place))
+        found_one = measures(read_metrics(place))
+        cell[config["run"]["seed"]] = found_one if args["loss"] else found_one | {"correlation": None}
     return found
 
 
@@ -150,12 +151,16 @@ def interaction(cells: Cells) -> tuple[float, float, float]:
 
 
 def table(cells: Cells, measure: str) -> str:
-    """Mean and deviation of a measure, a row a rho and a column a score."""
+    """Mean and deviation of a measure, a row a rho and a column a score; "-" for what nobody was asked."""
     rows = []
     for rho, by_score in cells.items():
         seeds = whole(by_score)
         digits = 1 if measure in ("area", "last", "own", "worst") else 2
-        rows.append([rho, str(len(seeds)), *(cell(row(one, measure, seeds), digits) for one in by_score.values())])
+        asked = [all(one[seed][measure] is not None for seed in seeds) for one in by_score.values()]
+        cells_of = zip(asked, by_score.values())
+        rows.append(
+            [rho, str(len(seeds)), *(cell(row(c, measure, seeds), digits) if there else "-" for there, c in cells_of)]
+        )
     return markdown(["rho", "seeds", *SCORES], rows)
 
 
@@ -188,7 +193,7 @@ def draw(found: dict[str, Cells], path: Path) -> None:
                 axes.errorbar(where, [p.mean() for p in pairs], half, fmt="os^"[place], capsize=3, label=f"rho {rho}")
             axes.axhline(0, color="0.5", linewidth=0.8)
             axes.set_xticks(np.arange(len(shown)), [score.replace("_", " ") for score in shown], rotation=20)
-            axes.set_ylabel(f"{MEASURES[measure]}\nagainst `loss`, points")
+            axes.set_ylabel(f"{MEASURES[measure]}\nagainst the score loss, points")
             axes.grid(alpha=0.25)
         grid[0, column].set_title(name)
     grid[0, 0].legend(frameon=False)

@@ -122,10 +122,8 @@ def loss_and_data(
         return chosen, state
 
     def info(state: Watched) -> dict[str, Array]:
-        return {
-            "largest_share": state.times.max() / jnp.maximum(state.times.sum(), 1),
-            "correlation_of_loss_and_level": state.correlation,
-        }
+        told = {"largest_share": state.times.max() / jnp.maximum(state.times.sum(), 1)}
+        return told | {"correlation_of_loss_and_level": state.correlation} if asks else told
 
     def init(clients: int) -> Watched:
         return Watched(jnp.zeros(clients, jnp.int32), jnp.float32(0))
