@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hetfl_jax.core import platform
 from hetfl_jax.core.shards import examples
 from hetfl_jax.core.types import Shard
+from hetfl_jax.models import build
 from hetfl_jax.models.conv import conv, depthwise_conv, examples_at_once, lowered, max_pool
+from hetfl_jax.models.layers import conv_layer, dense_layer
 
 pytestmark = pytest.mark.slow
 
@@ -176,3 +179,25 @@ def test_each_platform_has_its_lowerings():
     assert {"conv_general_dilated", "reduce_window_max"} <= names["tpu"]
     assert "dot_general" in names["gpu"]
     assert "custom_vjp_call" in names["cpu"]
+
+
+def test_a_pool_before_bias_and_relu_is_one_after_them():
+    """The CNN: the same start values, outputs and gradients as its layers in their usual order."""
+    net, x = build("cnn", hidden=(4, 6, 8)), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+
+    class Usual(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i, features in enumerate((4, 6)):
+                x = max_pool(nn.relu(conv_layer(x, features, 5, name=f"conv_{i}")))
+            x = nn.relu(dense_layer(x.transpose(0, 3, 1, 2).reshape(2, -1), 8, name="dense_2"))
+            return dense_layer(x, 10, name="head")
+
+    found, wanted = (jax.jit(m.init)(jax.random.key(1), x) for m in (net, Usual()))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+    def loss(variables, module):
+        return (module.apply(variables, x) ** 2).sum()
+
+    both = jax.jit(lambda v: [jax.value_and_grad(loss)(v, module) for module in (net, Usual())])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *both(found))

@@ -177,7 +177,8 @@ def test_every_named_part_has_its_paper_or_needs_none():
     }  # fmt: skip
     missing = [f"{kind}:{name}" for kind, names in listed.items() for name in names if name != "none"]
     assert set(missing) <= known
-    apart = ("software", "arg", "groups", "source", "codec")  # codecs can be wrapped, data have names of their own
+    # codecs can be wrapped, data have names of their own
+    apart = ("software", "arg", "groups", "source", "codec", "clock")
     dead = [name for name in known if name.partition(":")[0] not in apart and name not in missing]
     assert not dead
     keys = [entries(paper.text) for paper in cite.papers()]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetfl_jax.core.types import Population, Tally
+from hetfl_jax.core.types import Devices, Population, Tally
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import population
 from hetfl_jax.run.config import changed, complete, load_config
@@ -21,11 +21,13 @@ WANTED = {
     "loss_and_data": dict(candidates=9, data=1.0),
     "oort": dict(cap=8),
     "intermittent": dict(of="power_of_choice", candidates=5, kind="rpow"),
+    "in_time": dict(of="weighted", limit=9.0),
 }
 
 
 def config(name="none", cohort=3, **args):
-    return complete(changed(select=dict(name=name, args=args), method=dict(args=dict(cohort=cohort))))
+    devices = dict(name="lognormal" if name == "in_time" else "none")
+    return complete(changed(select=dict(name=name, args=args), devices=devices, method=dict(args=dict(cohort=cohort))))
 
 
 class Asked:
@@ -43,6 +45,8 @@ def test_every_selection_takes_distinct_clients_that_have_data(name):
     rule = selection_of(config(name, **WANTED.get(name, {})), FAMILY, 12)
     size = jnp.where(jnp.arange(12) % 4 == 1, 0, 5) if name != "uniform" else jnp.full(12, 5)
     there = Population(None, None, None, None, size, jnp.zeros(12, jnp.int32), None)
+    if name == "in_time":
+        there = there._replace(devices=Devices(*[jnp.ones(12)] * 3, seconds=jnp.arange(12.0)))
     cohort, _ = jax.jit(lambda: rule.choose(KEY, jnp.int32(0), rule.init(12), there, Asked()))()
     ids = np.asarray(cohort.ids)[np.asarray(cohort.valid)]
     assert len(ids) == 3
@@ -51,13 +55,15 @@ def test_every_selection_takes_distinct_clients_that_have_data(name):
         assert len(set(ids.tolist())) == 3
     if name == "intermittent":
         assert (ids < 6).all()
+    if name == "in_time":
+        assert (ids < 10).all()
 
 
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
         ("best", {}, "selection 'best' is not one of none, uniform, weighted, random_with_replacement, "
-         "power_of_choice, loss_and_data, active, oort, divfl, intermittent (select.name)"),
+         "power_of_choice, loss_and_data, active, oort, divfl, intermittent, in_time (select.name)"),
         ("uniform", {"kind": 1}, "argument 'kind' is not one of cohort of uniform (select.args)"),
         ("power_of_choice", {}, "argument 'candidates' of power_of_choice is missing (select.args)"),
         ("power_of_choice", {"candidates": 2}, "2 candidates, allowed >= 3, the cohort (select.args.candidates)"),

@@ -35,16 +35,27 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def medians(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def clock(given: argparse.Namespace) -> Callable[[], float]:
+    """Seconds on the wall, or with ``--cpu-time`` those that this process had the one core it may use."""
+    if not given.cpu_time:
+        return time.perf_counter
+    if len(os.sched_getaffinity(0)) > 1:
+        raise SystemExit("--cpu-time adds up the threads of all cores: need one core (taskset -c 0)")
+    return time.process_time
+
+
+def medians(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each side, the sides taking turns so that a noisy machine is noisy for all; warmed up first."""
     for run in sides.values():
         jax.block_until_ready(run())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            began = time.perf_counter()
+            began = clock()
             jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 

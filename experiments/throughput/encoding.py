@@ -63,14 +63,14 @@ def message(family: windows.Family, rule: codec.Codec) -> Callable[[], Any]:
     return run
 
 
-def time(names: list[str], repeats: int) -> list[common.Row]:
+def time(names: list[str], given: argparse.Namespace) -> list[common.Row]:
     """One row a codec: seconds of a message over those of a client's local training."""
     family, clients = common.family("cnn"), 10
     pop = common.data(common.SHAPES["cnn"], 100, 60)
     bench = common.bench(fedavg.make(family, common.settings(), cohort=clients), pop, executor("bucketed"))
     rules = {name: codec.make(CODECS[name][0], family, **CODECS[name][1]) for name in names}
     sides = {"round": bench.round} | {name: message(family, rule) for name, rule in rules.items()}
-    seconds = common.medians(sides, repeats)
+    seconds = common.medians(sides, given.repeats, common.clock(given))
     each = seconds["round"] / clients
     return [
         {
@@ -86,7 +86,7 @@ def time(names: list[str], repeats: int) -> list[common.Row]:
     ]
 
 
-def memory(names: list[str], repeats: int) -> list[common.Row]:
+def memory(names: list[str], given: argparse.Namespace) -> list[common.Row]:
     """One row a codec: peak memory of the large cohort over the small one's."""
     rows = []
     for name in names:
@@ -126,6 +126,7 @@ def _child(name: str, cohort: int) -> int:
 def main() -> None:
     """Measure what is asked for."""
     parser = common.flags(__doc__)
+    parser.add_argument("--cpu-time", action="store_true", help="not the wall clock, if others run on the core too")
     parser.add_argument("--only", nargs="+", default=["time", "memory"], choices=["time", "memory"])
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=list(CODECS))
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -134,7 +135,7 @@ def main() -> None:
         print(peak(given.peak[0], int(given.peak[1])))
         return
     for what in given.only:
-        rows = {"time": time, "memory": memory}[what](given.codecs, given.repeats)
+        rows = {"time": time, "memory": memory}[what](given.codecs, given)
         column, label = ("share", "share of a client's training") if what == "time" else ("ratio", "peak memory, ratio")
         labels = [row["codec"] for row in rows]
 

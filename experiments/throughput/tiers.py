@@ -8,7 +8,7 @@ rate drawn anew; FedAvg's two clients are at full width. The sides take turns; a
 executed.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,11 +45,11 @@ def federation(fam: windows.Family, given: Any, buckets: Any) -> common.Bench:
     return common.bench(algorithm, pop, executor("bucketed", buckets=buckets))
 
 
-def per_operation(fam: windows.Family, bench: common.Bench) -> tuple[float, float]:
+def per_operation(fam: windows.Family, bench: common.Bench, clock: Callable[[], float]) -> tuple[float, float]:
     """(seconds, floating-point operations) of one more round."""
-    began = time.perf_counter()
+    began = clock()
     info = jax.block_until_ready(bench.round())
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     flops = np.asarray([common.training_flops(fam, level) for level in range(fam.levels)])
     return seconds, float(np.asarray(info.items.seen.work)[:, 1].sum(0) @ flops)
 
@@ -57,6 +57,7 @@ def per_operation(fam: windows.Family, bench: common.Bench) -> tuple[float, floa
 def main() -> None:
     """Time both, by turns."""
     parser = common.flags(__doc__)
+    parser.add_argument("--cpu-time", action="store_true", help="not the wall clock, if others run on the core too")
     parser.add_argument("--width", type=int, default=64, help="base width")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
@@ -67,7 +68,8 @@ def main() -> None:
     sides = {"fjord": family(given.width, mix), "fedavg": family(given.width, "w1x1")}
     buckets = {"fjord": parse_buckets(given.buckets, parse_mix(mix)), "fedavg": ()}
     benches = {name: federation(fam, given, buckets[name]) for name, fam in sides.items()}
-    turns = [{n: per_operation(sides[n], benches[n]) for n in sides} for _ in range(given.repeats)]
+    clock = common.clock(given)
+    turns = [{n: per_operation(sides[n], benches[n], clock) for n in sides} for _ in range(given.repeats)]
     rows = []
     for name, bench in benches.items():
         rate = float(np.median([turn[name][1] / turn[name][0] for turn in turns])) / 1e9

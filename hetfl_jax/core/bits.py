@@ -41,3 +41,15 @@ def total(parts: np.ndarray) -> np.ndarray:
     [3221225477, 65536]
     """
     return (np.asarray(parts).astype(np.int64) << _BASE * np.arange(3)).sum(-1)
+
+
+def approximate(parts: Array) -> Array:
+    """float32 numbers from [..., 3] digits, on the device, to seven decimals.
+
+    Args:
+      parts: int32, carried or not.
+
+    >>> float(approximate(jnp.array([5, 0, 3])))
+    3221225472.0
+    """
+    return (parts.astype(jnp.float32) * 2.0 ** (_BASE * jnp.arange(3))).sum(-1)

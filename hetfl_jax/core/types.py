@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax.core.devices import Devices as Devices
+
 Array = jax.Array
 PyTree = Any
 Config = Any  #: an ``ml_collections.ConfigDict`` of blocks, see ``run.keys``
@@ -48,6 +50,7 @@ class Population(NamedTuple):
     view: Array | PyTree = ()  #: [N] int32 how the client sees its examples, where there are views
     views: Views | PyTree = ()
     levels: tuple[tuple[()], ...] = ()  #: a () for each level that ``level`` counts, so that tracing knows how many
+    devices: Devices | tuple[()] = ()  #: of the clients, where time is simulated
 
 
 class Shard(NamedTuple):
@@ -185,6 +188,8 @@ class Account(NamedTuple):
     valid: Array
     ok: Array
     seen: Seen
+    seconds: Array | tuple[()] = ()  #: float32 that the item took, where time is simulated
+    late: Array | tuple[()] = ()  #: bool, whether its reply came too late to count
 
 
 class Info(NamedTuple):

@@ -176,6 +176,7 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
         level=jnp.asarray(np.zeros(sizes.size, np.int32)),  # made on the host: of every length JAX would compile
         view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
         classes=jnp.asarray(np.ones((sizes.size, pop.classes.shape[1]), bool)),
+        devices=(),
     )
 
 

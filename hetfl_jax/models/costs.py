@@ -11,6 +11,8 @@ from hetfl_jax.core.types import PyTree
 from hetfl_jax.models.adapter import Net
 from hetfl_jax.models.windows import Family
 
+BACKWARD = 2  #: multiply-adds of a backward pass over those of a forward pass: gradients of activations and of weights
+
 
 class Costs(NamedTuple):
     """What a level costs."""

@@ -10,10 +10,11 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from hetfl_jax.core import tree
 from hetfl_jax.core.types import Array
-from hetfl_jax.models.conv import lowered
+from hetfl_jax.models.conv import conv, lowered, max_pool
 
 NORMS = ("bn", "bn_batch", "bn_tracked", "bn_tiers", "bn_dual", "bn_dual_shared", "in", "ln", "gn", "none")
 RUNNING = ("bn_tracked", "bn_tiers", "bn_dual", "bn_dual_shared")  #: norms that keep running statistics
@@ -101,6 +102,28 @@ def conv_layer(
         conv_general_dilated=lowered(lowering),
         name=name,
     )(x)
+
+
+class PooledConv(nn.Module):
+    """``conv_layer`` and a max-pool 2 x 2, which comes before the bias: ``max(x) + b`` is ``max(x + b)``, rounded too.
+
+    >>> PooledConv(3, 5).init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 2)))[0].shape
+    (1, 4, 4, 3)
+    """
+
+    features: int
+    kernel: int
+    lowering: str = "auto"
+    rate: float = 1.0  #: see ``conv_layer``
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, I] -> [B, H / 2, W / 2, C]."""
+        k, pad = self.kernel, self.kernel // 2
+        w = self.param("kernel", _kernel_init(self.rate), (k, k, x.shape[-1], self.features))
+        b = self.param("bias", _bias_init(k * k * x.shape[-1] / self.rate), (self.features,))
+        x, w, b = promote_dtype(x, w, b)
+        return max_pool(conv(x, w, 1, ((pad, pad), (pad, pad)), self.lowering)) + b
 
 
 def dense_layer(x: Array, features: int, *, zero_bias: bool = False, rate: float = 1.0, name: str) -> Array:

@@ -17,6 +17,7 @@ from hetfl_jax.models.layers import (
     GROUPS,
     RUNNING,
     Norm,
+    PooledConv,
     active_channels,
     channels_at,
     check_norm,
@@ -194,9 +195,16 @@ class CNN(BaseNet):
         self, x: Array, *, train: bool = False, valid: Array | None = None, capacity: Capacity | None = None
     ) -> Array:
         """[B, H, W, I] -> [B, C]."""
+        plain = self.norm == "none" and not self.scaler and self.layer_rate == 1
         for i, full in enumerate(self.hidden[:-1]):
-            x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, rate=self._rate(i), name=f"conv_{i}")
-            x = max_pool(nn.relu(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity)))
+            # The pool comes before what it commutes with, which then has a quarter of the entries.
+            if plain:
+                x = PooledConv(self._channels(full), 5, self.lowering, self._rate(i), name=f"conv_{i}")(x)
+                x = self._norm(x, full, f"norm_{i}", train, valid, capacity)
+            else:
+                x = conv_layer(x, self._channels(full), 5, lowering=self.lowering, rate=self._rate(i), name=f"conv_{i}")
+                x = max_pool(self._scale_norm(x, full, f"norm_{i}", train, valid, capacity))
+            x = nn.relu(x)
         # Channel-major, so that a prefix of channels is a prefix of the flat axis.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         last = len(self.hidden) - 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from hetfl_jax.core.absent import HIGHEST, LOWEST
 from hetfl_jax.core.random import permute
-from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen, Tally
+from hetfl_jax.core.types import Array, Cohort, Devices, Plan, Population, PyTree, Seen, Tally
 from hetfl_jax.parts.select import Ask, Select, per_client, stateless
 
 CANDIDATES, FIRST, PICK, FILL, ABSENT = range(5)  #: what a key is for
@@ -328,6 +328,33 @@ def intermittent(select: Select, absent: float = 0.2) -> Select:
         there = population._replace(size=jnp.where(here, population.size, 0))
         cohort, state = select.choose(key, round, state, there, ask)
         return cohort._replace(valid=cohort.valid & here[cohort.ids]), state
+
+    return select._replace(choose=choose)
+
+
+def in_time(select: Select, limit: float) -> Select:
+    """A selection among the clients whose round is expected to take at most ``limit`` seconds on their devices.
+
+    As in ``intermittent``, the selection sees the others as clients without examples.
+
+    Raises:
+      ValueError: a limit <= 0, or (when the round is built) clients without devices.
+
+    Source: the first step of FedCS (Nishio and Yonetani, "Client Selection for Federated Learning with Heterogeneous
+    Resources in Mobile Edge", ICC 2019), without its packing of uploads.
+    """
+    need(limit > 0, f"limit {limit} seconds, allowed > 0, by default devices.deadline", "limit")
+
+    def choose(key: Array, round: Array, state: PyTree, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
+        devices = population.devices
+        if not isinstance(devices, Devices):
+            raise ValueError("in_time of clients without devices: need devices.name (select.name)")
+        fast = jnp.asarray(devices.seconds) <= limit
+        fast = fast if isinstance(devices.here, tuple) else fast & devices.here
+        size = jnp.where(fast, population.size, 0)
+        there = population._replace(size=size, devices=devices._replace(here=fast))
+        cohort, state = select.choose(key, round, state, there, ask)
+        return cohort._replace(valid=cohort.valid & fast[cohort.ids]), state
 
     return select._replace(choose=choose)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core import bits
 from hetfl_jax.core.types import Account, Algorithm, Array, Info, Plan, Population, PyTree, Seen
 from hetfl_jax.parts.server import Server
 
@@ -67,8 +68,18 @@ def durations(clock: Clock, items: Account, waits: Array) -> tuple[Array, Array]
     there = jnp.asarray(items.valid)
     examples = items.seen.work[:, 1].sum(-1).astype(jnp.float32)
     each = clock.shift + (waits / clock.scale if clock.scale else 0.0)
-    bits = (items.seen.up.astype(jnp.float32) * 2.0 ** (15 * jnp.arange(3))).sum(-1)
-    return jnp.where(there, examples * each, 0).max(), jnp.where(there, bits, 0).sum() / clock.bandwidth
+    sent = bits.approximate(items.seen.up)
+    return jnp.where(there, examples * each, 0).max(), jnp.where(there, sent, 0).sum() / clock.bandwidth
+
+
+def waits(key: Array, ids: Array) -> Array:
+    """[K] exponential draws of mean 1 that depend on the key, of a round's plan, and the client alone.
+
+    >>> bool((waits(jax.random.key(0), jnp.array([7, 2]))[1] == waits(jax.random.key(0), jnp.array([2]))[0]))
+    True
+    """
+    own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1 << 20), ids)
+    return jax.vmap(jax.random.exponential)(own)
 
 
 def remembering(server: Server) -> Server:
@@ -107,13 +118,12 @@ def timed(base: Algorithm, clock: Clock) -> Algorithm:
 
     def plan(key: Array, round: Array, state: PyTree, people: Population, survey: Callable[..., PyTree]) -> Plan:
         planned = base.plan(key, round, state, people, survey)
-        own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1 << 20), planned.ids)
-        return planned._replace(notes=(planned.notes, jax.vmap(jax.random.exponential)(own)))
+        return planned._replace(notes=(planned.notes, waits(key, planned.ids)))
 
     def serve(state: PyTree, plan: Plan, sent: PyTree, total: PyTree, seen: Seen, ok: Array) -> tuple[PyTree, Info]:
-        notes, waits = plan.notes
+        notes, drawn = plan.notes
         after, info = base.server(state, plan._replace(notes=notes), sent, total, seen, ok)
-        compute, upload = durations(clock, info.items, waits)
+        compute, upload = durations(clock, info.items, drawn)
         slot = after.slot._replace(time=after.slot.time + compute + upload)
         times = {"compute_time": compute, "upload_time": upload, "simulated_time": slot.time}
         return after._replace(slot=slot), info._replace(numbers={**info.numbers, **times})

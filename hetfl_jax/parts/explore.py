@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.absent import HIGHEST, LOWEST, quantile_among
-from hetfl_jax.core.types import Array, Cohort, Plan, Population, PyTree, Seen
+from hetfl_jax.core.types import Array, Cohort, Devices, Plan, Population, PyTree, Seen
 from hetfl_jax.parts.choose import FILL, LOSS, PICK, need, need_cohort, remembered, round_off
 from hetfl_jax.parts.select import Ask, Select, per_client
 
@@ -78,7 +78,7 @@ class Known(NamedTuple):
 def oort(
     cohort: int, cap: int, *, by_size: bool = True, explored: float = 0.9, decay: float = 0.95, least: float = 0.2,
     cut: float = 0.7, clip: float = 0.98, bonus: float = 0.1, durations: Sequence[float] | None = None,
-    preferred: float = 0.0, penalty: float = 2.0,
+    by_speed: bool = False, preferred: float = 0.0, threshold: float = 0.3, penalty: float = 2.0,
 ) -> Select:  # fmt: skip
     """Oort: clients of large loss, much data and little delay, and a shrinking share of clients that are new.
 
@@ -86,7 +86,7 @@ def oort(
 
     1. ``u_k = min(n_k, cap) * loss_k``, cut at its quantile ``clip`` and brought to 0..1 over the clients seen so far.
     2. ``v_k = u_k + sqrt(bonus * ln(t) / t_k)``, times ``(preferred / durations_k)^penalty`` if the client is slower
-       than ``preferred``.
+       than ``preferred``, the quantile ``threshold`` of all durations by default.
     3. ``max(least, explored * decay^(t - 1))`` of the cohort are new clients, those with most examples up to ``cap``,
        ties at random. The others are drawn without replacement, in proportion to v_k, among the clients whose v_k is at
        least ``cut`` times the value of the best client that would not be taken by value alone. Where one kind has too
@@ -98,8 +98,9 @@ def oort(
     Args:
       cap: examples that count at most, in Oort local epochs * batch size.
       by_size: whether u_k has the factor ``min(n_k, cap)``.
-      durations: [N] seconds that each client takes for a round; without them speed does not count.
-      preferred: seconds, > 0 with durations.
+      durations: [N] seconds that each client takes for a round.
+      by_speed: without ``durations``, take them from the population's devices. Without either, speed does not count.
+      preferred: seconds, > 0 with ``durations``; 0 leaves them to ``threshold``.
 
     Raises:
       ValueError: a value out of range, and (when the round is built) a cohort above the population or a number of
@@ -116,12 +117,18 @@ def oort(
     for name, share in shares.items():
         need(0 <= share <= 1, f"{name} {share}, allowed 0..1", name)
     need(bonus >= 0, f"bonus {bonus}, allowed >= 0", "bonus")
-    speed = _speed(durations, preferred, penalty)
+    need(0 <= threshold <= 1, f"threshold {threshold}, allowed 0..1", "threshold")
+    given = _durations(durations, by_speed, preferred, penalty)
 
     def init(clients: int) -> Known:
         return Known(jnp.zeros(clients, jnp.float32), jnp.zeros(clients, jnp.int32), jnp.int32(0))
 
-    def value_of(state: Known, size: Array, known: Array) -> Array:
+    def speed_of(population: Population) -> Array | None:
+        """[N] ``min(1, preferred / durations_k)^penalty``, or nothing where speed does not count."""
+        known = given is not None or by_speed
+        return _speed(population, given, preferred, threshold) ** penalty if known else None
+
+    def value_of(state: Known, size: Array, known: Array, speed: Array | None) -> Array:
         """[N] v_k; of the clients that are not known, anything."""
         raw = state.loss * jnp.minimum(size, cap) if by_size else state.loss
         raw = jnp.where(known, raw, 0)
@@ -134,12 +141,10 @@ def oort(
     def choose(key: Array, round: Array, state: Known, population: Population, ask: Ask) -> tuple[Cohort, PyTree]:
         size, clients = population.size, population.size.shape[0]
         need_cohort(cohort, clients)
-        if speed is not None:
-            need(speed.shape == (clients,), f"{speed.size} durations, allowed {clients}", "durations")
         state = state._replace(now=jnp.asarray(round, jnp.int32) + 1)
         known = (size > 0) & (state.last > 0) & jnp.isfinite(state.loss)
         new = (size > 0) & (state.last == 0)
-        value = jnp.where(known, value_of(state, size, known), LOWEST)
+        value = jnp.where(known, value_of(state, size, known, speed_of(population)), LOWEST)
         share = 1 - jnp.maximum(least, explored * jnp.power(jnp.float32(decay), round))
         by_value = jnp.floor(cohort * share + 1e-6).astype(jnp.int32)
         by_value = jnp.minimum(jnp.maximum(by_value, cohort - new.sum()), known.sum())
@@ -159,17 +164,31 @@ def oort(
             loss=remembered(state.loss, plan, seen, ok), last=jnp.where(took_part, state.now, state.last)
         )
 
-    note = "" if speed is not None else "no client has a speed here, so Oort's term for slow clients is off"
+    note = "" if by_speed or given is not None else "no client has a speed here, so Oort's term for slow clients is off"
     return Select(init, choose, update, hears=LOSS, needs=per_client(6, note))
 
 
-def _speed(durations: Sequence[float] | None, preferred: float, penalty: float) -> np.ndarray | None:
-    """[N] ``min(1, preferred / durations_k)^penalty``, or nothing where speed does not count."""
+def _speed(population: Population, given: np.ndarray | None, preferred: float, threshold: float) -> Array:
+    """[N] ``min(1, preferred / durations_k)``."""
+    if given is None and not isinstance(population.devices, Devices):
+        raise ValueError("by_speed of clients without devices: need devices.name (select.args.by_speed)")
+    seconds = jnp.asarray(population.devices.seconds if given is None else given)  # type: ignore[union-attr]
+    clients = population.size.shape[0]
+    need(seconds.shape == (clients,), f"{seconds.size} durations, allowed {clients}", "durations")
+    wanted = preferred or quantile_among(seconds, population.size > 0, threshold)
+    return jnp.minimum(1, wanted / seconds)
+
+
+def _durations(
+    durations: Sequence[float] | None, by_speed: bool, preferred: float, penalty: float
+) -> np.ndarray | None:  # fmt: skip
+    """[N] float32 seconds that were given."""
     need(penalty >= 0, f"penalty {penalty}, allowed >= 0", "penalty")
+    need(preferred >= 0, f"preferred {preferred} seconds, allowed >= 0", "preferred")
     if durations is None:
-        need(preferred == 0, f"preferred {preferred} seconds, allowed 0 without durations", "preferred")
+        need(by_speed or preferred == 0, f"preferred {preferred} seconds, allowed 0 without durations", "preferred")
         return None
     need(preferred > 0, f"preferred {preferred} seconds, allowed > 0", "preferred")
     seconds = np.asarray(durations, np.float32)
     need(bool((seconds > 0).all()), f"a duration of {seconds.min()} seconds, allowed > 0", "durations")
-    return np.minimum(1, preferred / seconds) ** penalty
+    return seconds

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.random import permute
-from hetfl_jax.core.types import Array, Cohort, Needs, Plan, Population, PyTree, Seen, Tally
+from hetfl_jax.core.types import Array, Cohort, Devices, Needs, Plan, Population, PyTree, Seen, Tally
 
 
 class Capacity(NamedTuple):
@@ -88,7 +88,7 @@ def per_client(numbers: int, note: str = "") -> Callable[[int], Needs]:
 def uniform(cohort: int) -> Select:
     """``cohort`` distinct clients uniformly at random: the first places of a keyed permutation of all clients.
 
-    Costs O(cohort), whatever the population.
+    Costs O(cohort), whatever the population; O(N) where only some clients can be chosen now (``Devices.here``).
 
     Args:
       cohort: K, >= 1 and at most the clients of the population.
@@ -109,6 +109,11 @@ def uniform(cohort: int) -> Select:
         clients = population.size.shape[0]
         if cohort > clients:
             raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
+        if isinstance(population.devices, Devices) and not isinstance(population.devices.here, tuple):
+            here = population.devices.here
+            noise = jnp.where(here, jax.random.uniform(key, (clients,)), -1.0)
+            ids = jax.lax.top_k(noise, cohort)[1]
+            return Cohort(ids, here[ids])
         return Cohort(permute(key, jnp.arange(cohort), clients), jnp.ones(cohort, bool))
 
     return stateless(choose)

@@ -141,10 +141,16 @@ def first_receipt(plan: Plan, seen: Seen) -> Seen:
 
     A client that was asked at the level at which it then trains has the model; it is not sent again.
     """
+    had = brought(plan, seen.work.shape[-1])
+    return seen if had is None else seen._replace(down=seen.down - had)
+
+
+def brought(plan: Plan, levels: int) -> Array | None:
+    """[K, 3] bits of the model that a survey has brought to each item's client at its level; ``None`` without one."""
     if not isinstance(plan.asked, Account):
-        return seen
-    asked, levels = plan.asked, seen.work.shape[-1]
+        return None
+    asked = plan.asked
     code = jnp.where(asked.valid, asked.ids * levels + asked.level, -1)
     order, own = jnp.argsort(code), plan.ids * levels + plan.level
     place = order[jnp.minimum(jnp.searchsorted(code[order], own), code.size - 1)]
-    return seen._replace(down=seen.down - jnp.where((code[place] == own)[:, None], asked.seen.down[place], 0))
+    return jnp.where((code[place] == own)[:, None], asked.seen.down[place], 0)

@@ -12,6 +12,7 @@ import numpy as np
 
 from hetfl_jax.core.types import Line
 from hetfl_jax.results.folder import leaves
+from hetfl_jax.results.of_time import BY_LEVEL
 from hetfl_jax.results.plots import COLORS
 from hetfl_jax.results.reading import SEED, TABLE, Point, Source, is_number, levels_of
 from hetfl_jax.results.scores import evaluated, is_share, score_of
@@ -22,7 +23,7 @@ _DIGITS = 9  #: significant ones of a number on the page: those of a float32 and
 _BYTES = 11  #: of a number in the page, with its comma
 _CLIENTS, _CLASSES = 100, 64  #: most rows and columns of a partition that are drawn
 _CURVES = 2  #: evaluated rounds whose distribution over clients is kept: an early one and the last
-_APART = ("items", "failed_ids", "round")  #: of a line: nothing to draw
+_APART = ("items", "failed_ids", "round", *BY_LEVEL)  #: of a line: nothing to draw
 
 
 class Page(NamedTuple):

@@ -49,7 +49,7 @@ def line_style(number: int) -> tuple[str, str]:
 def plot(
     folder: Path, lines: Sequence[Arguments], counts: np.ndarray, sizes: Sizes | None = None, title: str = ""
 ) -> list[Path]:
-    """Draw a run: score over rounds and over bytes by level, the training loss, and the partition.
+    """Draw a run: score over rounds, bytes and simulated hours by level, the training loss, and the partition.
 
     Args:
       folder: where the files go.
@@ -70,6 +70,9 @@ def plot(
         "bytes.png": _scores(points, sent, "MB sent, down and up", sizes or {}, title),
         "partition.png": _partition(counts),
     }
+    if "simulated_seconds" in points[-1]:
+        hours = [p.get("simulated_seconds", 0) / 3600 for p in points]
+        figures["hours.png"] = _scores(points, hours, "simulated hours", sizes or {}, title)
     if any(line.get("train_loss") is not None for line in lines):
         figures["training_loss.png"] = _training_loss(lines, title)
     for name, figure in figures.items():

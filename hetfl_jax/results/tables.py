@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetfl_jax.core.types import Arguments, Config, Line, Tier
-from hetfl_jax.results import fairness
+from hetfl_jax.results import fairness, of_time
 from hetfl_jax.results.scores import evaluated, is_share, score_of, written
 
 
@@ -140,7 +140,7 @@ def table(
     points, score = evaluated(lines), score_of(lines)
     first, last = points[0], points[-1]
     chosen = next((p for p in points if p["round"] == best), last)
-    apart = {f"{place}{score}" for place in _APART} | {"loss", "items"}
+    apart = {f"{place}{score}" for place in _APART} | {"loss", "items", *of_time.BY_LEVEL}
     scored = [k for k, v in last.items() if isinstance(v, dict) and k not in apart]
     shares = [name.removesuffix("_accuracy") for name in scored if is_share(name)]
     rows = []
@@ -197,6 +197,7 @@ def totals(lines: Sequence[Line], best: int | None, sentence: str) -> Line:
         f"client_{score}": scored.get(f"client_{score}"),
         "failed": sum(line.get("failed", 0) for line in lines),
         "sentence": sentence,
+        **of_time.summed(lines),
     }
 
 
@@ -287,6 +288,7 @@ def render(rows: Sequence[Line], summary: Line) -> str:
     spread += f"\n{summary['sentence']}" if summary["sentence"] else ""
     if is_share(score) and any(row["local"] is not None and row["local"] < row["last"] for row in rows):
         spread += f"\n{_LOCAL}"
+    spread += of_time.sentence(summary)
     failures = f"\n{summary['failed']} replies were not finite and left out" if summary["failed"] else ""
     return buffer.getvalue() + text + spread + failures + "\n"
 

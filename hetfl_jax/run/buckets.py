@@ -8,8 +8,9 @@ from hetfl_jax.engine import buckets
 from hetfl_jax.engine.chunks import MOST
 from hetfl_jax.engine.constants import CONSTANTS
 from hetfl_jax.engine.executors import check_chunk
+from hetfl_jax.models.costs import BACKWARD
 from hetfl_jax.run.federation import Federation
-from hetfl_jax.run.ledger import BACKWARD, mean_steps
+from hetfl_jax.run.ledger import mean_steps
 from hetfl_jax.run.mix import Mix, parse_buckets
 
 Chosen = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]

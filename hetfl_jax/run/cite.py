@@ -98,6 +98,8 @@ def parts(config: Mapping[str, Any]) -> Iterator[str]:
         if config.get(f"{way}.name", "none") != "none":
             yield f"codec:{config[f'{way}.name']}"
             yield from (f"codec:{how}" for how in ("error_feedback", "ef21") if config.get(f"{way}.{how}"))
+    if config.get("devices.concurrency"):
+        yield "clock:concurrency"
     yield from _arguments(config)
     yield f"source:{_source(config)}"
     if (groups := str(config.get("data.groups", "none")).partition(":")[0]) != "none":

@@ -22,7 +22,8 @@ from hetfl_jax.run.values import fitted
 TOLD = ("proportions", "clients", "clients_per_level", "base_width", "population")
 FREE = ("options", "args", "optimizer_args")  #: keys whose value is a dict
 #: dicts of anything
-ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "adversary.args", "train.optimizer_args")
+ANYTHING = ("data.options", "select.args", "uplink.args", "downlink.args", "adversary.args", "devices.args",
+            "train.optimizer_args")  # fmt: skip
 
 
 def changed(**blocks: Arguments) -> Config:

@@ -10,11 +10,11 @@ from hetfl_jax.core import tree
 from hetfl_jax.core.types import Config, Price, State
 from hetfl_jax.data import partition
 from hetfl_jax.engine import rounds
+from hetfl_jax.models.costs import BACKWARD
 from hetfl_jax.results import tables
 from hetfl_jax.run.buckets import expected_shares
 from hetfl_jax.run.federation import Own
 from hetfl_jax.run.lab import Lab, prepare
-from hetfl_jax.run.ledger import BACKWARD
 from hetfl_jax.run.selections import sentences
 
 #: Share of a matrix product's rate that local training was seen to reach; the estimate is no better than this.
@@ -53,6 +53,7 @@ def describe(config: Config, own: Own | None = None) -> str:
     rows = {
         **_memory(lab, state),
         **({"selection": "; ".join(known)} if (known := sentences(price.needs, least=1)) else {}),
+        **({"clients' devices": "; ".join(fed.outfit.notes)} if fed.outfit else {}),
         "programs": _programs(lab),
         "client work a round": f"{macs / 1e9:,.2f} GMACs expected" + (f", {price.note}" if price.note else ""),
         "bytes a round": f"{down:,.2f} MB down, {up:,.2f} MB up expected",

@@ -5,37 +5,35 @@ from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 
 from hetfl_jax import methods
-from hetfl_jax.core.types import Algorithm, Arguments, Config, Line, Population, PyTree, Tier, Views
-from hetfl_jax.data import door, preprocess, sources
+from hetfl_jax.core.types import Algorithm, Config, Line, Population, Tier, Views
+from hetfl_jax.data import door, sources
 from hetfl_jax.data.levels import check_levels
 from hetfl_jax.data.partition import Partition
 from hetfl_jax.data.population import batches, joined, population
-from hetfl_jax.models import families
-from hetfl_jax.models.costs import Costs, costs
-from hetfl_jax.models.windows import Family, Prepare
+from hetfl_jax.models.costs import Costs
+from hetfl_jax.models.windows import Family
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.local import Local, local
+from hetfl_jax.run.devices import BUDGET, Equipped, equipment_of, equipped, timed
 from hetfl_jax.run.domains import check_pixels
 from hetfl_jax.run.given import (
     Own,
     brought,
     classes_of,
     held_of,
-    is_population,
     named_of,
     notes_of,
     partition_of,
     pool_of,
-    source_of,
     views_of,
 )
-from hetfl_jax.run.mix import Mix, assigned, level_fields, parse_mix
-from hetfl_jax.run.nets import check_call, net_of
+from hetfl_jax.run.known import Known, known_family, known_source
+from hetfl_jax.run.levels import levels_of, tiers_of
+from hetfl_jax.run.mix import Mix, parse_mix
 from hetfl_jax.run.slots import check_unused, check_whole, slots_of
 from hetfl_jax.run.splits import tested_rows
 
@@ -64,15 +62,7 @@ class Federation(NamedTuple):
     reads_population: bool = False  #: whether the method looks at the data when it is built
     groups: np.ndarray | None = None  #: [N] which clients see their examples alike, where there are views
     test_groups: np.ndarray | None = None  #: [test and validation batches] the same
-
-
-class Known:
-    """What federations of several configs have in common, by what it depends on."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.families: dict[str, tuple[Family, Costs]] = {}
-        self.sources: dict[str, tuple[sources.Source, door.Admitted]] = {}  #: the latest one only, as they are large
+    outfit: Equipped | None = None  #: where clients have devices
 
 
 def build(config: Config, own: Own | None = None, known: Known | None = None) -> Federation:
@@ -89,7 +79,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
     own, known = own or Own(), known or Known()
     make = _method(config, own)
     mix = parse_mix(config.family.mix)
-    source, found = _known_source(config, own, known)
+    source, found = known_source(config, own, known)
     seed = config.run.seed if config.data.seed < 0 else config.data.seed
     part = partition_of(config.data, source, seed, own)
     clients = part.size.size
@@ -97,25 +87,28 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
     if not 1 <= cohort <= clients:
         raise ValueError(f"cohort of {cohort} clients, allowed 1..{clients} (method.args.cohort)")
     classes = classes_of(source, config.family.outputs)
-    fam, price = _known_family(config, mix, source, classes, own.net, known)
+    fam, price = known_family(config, mix, source, classes, own.net, known)
     settings = _settings(config, fam, part.size)
-    level = assigned(mix, clients, config.capacity.order, part.size)
-    if is_population(own.data) and np.asarray(own.data[0].level).any():
-        level = np.asarray(own.data[0].level)
+    level = levels_of(config, own, mix, part.size)
     check_pixels(config, source)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = held_of(source, part, classes, views, groups)
     train = population(
         *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
     )
-    algorithm = _algorithm(config, make, fam, settings, mix, level, train)
+    outfit = None
+    algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
+    if equipment := equipment_of(config, part.size, seed):
+        outfit = equipped(config, equipment, algorithm, fam, price, settings, mix.names, train)
+        train, level = outfit.train, outfit.level
+        algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
 
     def remake(blocks: Line) -> Algorithm:
         other = ml_collections.ConfigDict(blocks)
         local = local_training(other.train, fam)._replace(batch_size=settings.batch_size)
-        return _algorithm(other, make, fam, local, mix, level, train)
+        return _algorithm(other, make, fam, local, mix, price, level, train)
 
-    if not algorithm.drawn:
+    if not algorithm.drawn and config.capacity.name != BUDGET:
         check_levels(level, fam.levels, mix.names)
     test, batched = _test(train, source, part, held, config.run.eval_batch_size, tested_rows(config.data, part))
     return Federation(
@@ -124,10 +117,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         local=settings,
         mix=mix,
         costs=price,
-        tiers=algorithm.tiers or tuple(
-            Tier(name, *(int(row[i]) for row in (price.parameters, price.bytes, price.macs)))
-            for i, name in enumerate(mix.names)
-        ),
+        tiers=algorithm.tiers or tiers_of(mix, price),
         train=train,
         train_batches=batches(train, config.run.statistics_batch_size),
         test=test,
@@ -143,6 +133,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         reads_population=not isinstance(make, Algorithm) and "population" in methods.arguments(make),
         groups=None if views is None else groups,
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
+        outfit=outfit,
     )  # fmt: skip
 
 
@@ -194,22 +185,24 @@ def _method(config: Config, own: Own) -> methods.Make | Algorithm:
 
 
 def _algorithm(
-    config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, level: np.ndarray,
-    train: Population,
+    config: Config, make: methods.Make | Algorithm, fam: Family, settings: Local, mix: Mix, price: Costs,
+    level: np.ndarray, train: Population,
 ) -> Algorithm:  # fmt: skip
-    """The method with its arguments, what the federation tells it, and what is chosen apart from it.
+    """The method with its arguments, what the federation tells it, what is chosen apart from it, and its clock.
 
     The federation tells proportions of the mix, number of clients, base width, clients of each level and the
     population to those methods that have an argument of that name.
 
     Args:
       make: of the method; an ``Algorithm`` is returned as it is, if it fits.
+      price: of the levels.
       level: [N] of each client.
+      train: the population; with devices, the method gets the config's clock.
     """
     if isinstance(make, Algorithm):
         check_unused(config)
         check_whole(config, make, fam.levels, level.size)
-        return make
+        return timed(config, make, price, settings, train)
     args, known = config.method.args.to_dict(), methods.arguments(make)
     told = {
         "proportions": mix.proportions,
@@ -225,7 +218,8 @@ def _algorithm(
     args = {name: value for name, value in args.items() if name in known}
     args |= {name: value for name, value in told.items() if name in known}
     slots: Slots | None = slots_of(config, fam, mix, level.size)
-    return methods.build(config.method.name, make, fam, settings, args, slots)
+    made = methods.build(config.method.name, make, fam, settings, args, slots)
+    return timed(config, made, price, settings, train)
 
 
 def _seen(views: Views | None, groups: np.ndarray) -> Line:
@@ -247,106 +241,6 @@ def local_training(train: Config, fam: Family) -> Local:
     if wrong := [name for name in layers if name not in known]:
         raise ValueError(f"layer {wrong[0]!r} is not one of {', '.join(known)} (train.decay_layers)")
     return local(**{**given, "decay_layers": layers, "optimizer_args": train.optimizer_args.to_dict()})
-
-
-#: keys that data does not depend on before it is split
-OF_THE_SPLIT = ("augment", "split", "classes_per_client", "concentration", "least", "test_fraction", "own_test",
-                "own_validation", "tested_on", "groups", "first_clients", "seed")  # fmt: skip
-
-
-def _known_source(config: Config, own: Own, known: Known) -> tuple[sources.Source, door.Admitted]:
-    """Data that is known, or new one, which takes the place of what was known."""
-    data = {name: value for name, value in config.data.to_dict().items() if name not in OF_THE_SPLIT}
-    seed = config.run.seed if config.data.seed < 0 else config.data.seed
-    drawn = data["source"] in sources.GENERATED or data["domains"]
-    kind = str((data, seed if drawn else 0, config.objective, config.family.outputs))
-    if kind not in known.sources:
-        known.sources = {kind: source_of(config, own)}
-    return known.sources[kind]
-
-
-def _known_family(
-    config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree, known: Known
-) -> tuple[Family, Costs]:
-    """A family that is known, or a new one, which is then; and its costs.
-
-    A family depends on the block ``family``, the normalisation, and shapes and dtypes of the data; points of a sweep
-    that share these share it, and with it their programs.
-    """
-    kept, x, y = config.data, source.x_train, source.y_train
-    shapes = (x.shape[1:], x.dtype, y.shape[1:], y.dtype, classes)
-    kind = str((config.family, config.train.precision, kept.mean, kept.std, kept.augment, *shapes))
-    if kind not in known.families:
-        fam = _family(config, mix, source, classes, given)
-        known.families[kind] = fam, costs(fam)
-    return known.families[kind]
-
-
-def _family(config: Config, mix: Mix, source: sources.Source, classes: int, given: PyTree) -> Family:
-    """The net at every level, checked against the data.
-
-    Args:
-      classes: outputs of the net, 1 where labels are numbers.
-      given: the user's net, or ``None``.
-
-    Raises:
-      ValueError: a net that cannot read the examples, lacks a field that the mix sets, or has too few outputs.
-    """
-    prepare: Prepare = preprocess.features
-    if source.x_train.ndim == 4:
-        prepare = preprocess.images(config.data.mean, config.data.std, config.data.augment)
-    elif source.y_train.ndim > 1:
-        prepare = preprocess.tokens(config.data.augment, classes)
-    example = jax.ShapeDtypeStruct((1, *source.x_train.shape[1:]), source.x_train.dtype)
-    module = net_of(config, mix, classes, given)
-    if given is None and (source.y_train.ndim > 1) != getattr(type(module), "reads_tokens", False):
-        kind = "a label a token" if source.y_train.ndim > 1 else "a label an example"
-        raise ValueError(f"net {config.family.net!r} on a source with {kind}: see `hetfl list` (family.net)")
-    if config.data.augment.startswith("corrupt") and not getattr(type(module), "hides_tokens", True):
-        kind = type(module).__name__
-        raise ValueError(f"augmentation {config.data.augment!r}: net {kind} has no hidden token (data.augment)")
-    norm = getattr(module, "norm", "none")
-    levels: list[Arguments] = [level_fields(mix, i, norm) for i in range(len(mix.names))]
-    for field in dict.fromkeys(name for level in levels for name in level):
-        if field not in type(module).__dataclass_fields__:
-            if len(levels) > 1 or mix.depths:
-                kind = type(module).__name__
-                raise ValueError(f"mix {config.family.mix!r} sets {field}, which net {kind} has not (family.mix)")
-            levels = [{}]
-    own = given is not None or ":" in config.family.net
-    for fields in levels if own else ():
-        check_call(module.clone(**fields), jax.eval_shape(lambda v: prepare(v, None), example))
-    try:
-        fam = families.family(module, levels, example, prepare)
-    except TypeError as error:
-        kind, shape, why = type(module).__name__, source.x_train.shape[1:], " ".join(str(error).split())
-        raise ValueError(
-            f"net {kind} cannot read examples of shape {shape}: {why} (family.net, data.source)"
-        ) from error
-    if len(levels) > 1 and own:
-        fam = families.checked(fam)
-    _check_outputs(fam, source, classes)
-    return families.computing_in(config.train.precision, fam)
-
-
-def _check_outputs(fam: Family, source: sources.Source, classes: int) -> None:
-    """The net must have an output for every label, or one where labels are numbers.
-
-    Raises:
-      ValueError: with the shape that the net returns and the one that the labels need.
-    """
-    kind, ready = type(fam.nets[0].module).__name__, jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
-    shape = jax.eval_shape(fam.nets[0].each_exit, fam.shapes[0], ready)[-1].shape
-    wanted = (1, *source.y_train.shape[1:])
-    if shape[:-1] != wanted:
-        raise ValueError(
-            f"net {kind} returns {shape} for labels of shape {wanted}: need {(*wanted, classes)}; several exits are a "
-            "tuple of these (family.net)"
-        )
-    if source.y_train.dtype.kind == "f" and shape[-1] != 1:
-        raise ValueError(f"labels are numbers to predict, but net {kind} has {shape[-1]} outputs: need 1 (family.net)")
-    if shape[-1] < classes:
-        raise ValueError(f"labels 0..{classes - 1}, but the net has {shape[-1]} outputs (family.net, family.outputs)")
 
 
 def _test(

@@ -99,12 +99,28 @@ KEYS = {
         "args": Key({}, "of the adversary, e.g. weight=0.5 of noisy examples in training, knobs=(0.0,0.5,1.0)"),
     },
     "capacity": {
-        "name": Key("none", "level of a client: none (the method's own rule), fixed, or drawn anew every round"),
+        "name": Key("none", "level of a client: none (the method's own rule), fixed, drawn every round, or budget"),
         "order": Key(
             "usual",
             "of fixed levels: by id usual (widths: largest first), smallest_first, shuffled; by_data (who has "
             "most examples has the largest), against_data",
         ),
+        "max_seconds": Key(0.0, "of budget: a client's expected seconds a round; 0 for no limit"),
+        "max_mb": Key(0.0, "of budget: 10^6 bytes that a client receives and sends in a round; 0 for no limit"),
+        "max_memory_mb": Key(0.0, "of budget: memory of training, besides what the device has; 0 for no limit"),
+    },
+    "devices": {
+        "name": Key("none", "what clients compute with, for a clock: none, classes, lognormal, csv:<path>"),
+        "args": Key({}, "of classes or lognormal, e.g. mix=phone_2019:3,laptop:1, speed_with_data=0.5"),
+        "online": Key("always", "when clients can be chosen: always, daily:<hours>, csv:<path>"),
+        "deadline": Key(0.0, "seconds after which a round takes no reply; 0 for none"),
+        "first": Key(0, "replies that a round waits for, the others of the cohort come too late; 0 for all"),
+        "shift": Key(1.0, "factor of the time of computation, what is certain of it"),
+        "spread": Key(0.0, "mean of an exponential draw that is added to shift, anew each round; FedPAQ: 0.5 and 0.5"),
+        "concurrency": Key(0, "clients at work, if > 0: no rounds, a step whenever cohort replies are in (FedBuff)"),
+        "staleness_exponent": Key(0.5, "of concurrency: a reply s steps late counts (1 + s)^-exponent"),
+        "max_staleness": Key(20, "of concurrency: older replies are left out; so many models are kept"),
+        "refill": Key("at_once", "of concurrency: when who is done is replaced: at_once, or after_step"),
     },
     "train": {
         "rounds": Key(100, "of the run, >= 1"),

@@ -7,11 +7,8 @@ import numpy as np
 
 from hetfl_jax.core import bits
 from hetfl_jax.core.types import Account, Info, Line
-from hetfl_jax.models.costs import Costs
+from hetfl_jax.models.costs import BACKWARD, Costs
 from hetfl_jax.parts.local import Local
-
-BACKWARD = 2  #: multiply-adds of a backward pass over those of a forward pass: gradients of activations and of weights
-
 
 Plain = tuple[np.ndarray, np.ndarray] | tuple[()]
 
@@ -173,6 +170,26 @@ def executed(info: Info, costs: Costs, settings: Local, size: np.ndarray) -> flo
     return round(ran / needed.sum(), 4) if needed.sum() else 1.0
 
 
+def by_level(account: Account, costs: Costs, names: tuple[str, ...]) -> Line:
+    """What the round's items of each level took, late ones too: seconds, multiply-adds and bytes.
+
+    Args:
+      account: of items whose time was simulated; of others nothing.
+    """
+    if isinstance(account.seconds, tuple):
+        return {}
+    there = np.asarray(account.valid)
+    level, seen = np.asarray(account.level)[there], account.seen
+    moved = (bits.total(np.asarray(seen.down)) + bits.total(np.asarray(seen.up)))[there] / 8
+    parts = {
+        "level_seconds": np.asarray(account.seconds, float)[there],
+        "level_macs": macs_of(np.asarray(seen.work)[there], costs),
+        "level_bytes": moved,
+    }
+    sums = {part: np.bincount(level, values, minlength=len(names)) for part, values in parts.items()}
+    return {part: dict(zip(names, values.tolist())) for part, values in sums.items()}
+
+
 def of_levels(account: Account, names: tuple[str, ...]) -> dict[str, int]:
     """How many items of each level took part, by the level's name."""
     level = np.asarray(account.level)[np.asarray(account.valid)]
@@ -180,8 +197,11 @@ def of_levels(account: Account, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def failed_ids(account: Account) -> list[int]:
-    """Clients whose replies were not finite, one entry an item."""
-    return np.asarray(account.ids)[np.asarray(account.valid & ~np.asarray(account.ok))].tolist()
+    """Clients whose replies were not finite, one entry an item; late ones are another matter."""
+    failed = np.asarray(account.valid) & ~np.asarray(account.ok)
+    if not isinstance(account.late, tuple):
+        failed &= ~np.asarray(account.late)
+    return np.asarray(account.ids)[failed].tolist()
 
 
 def line_of(
@@ -212,4 +232,7 @@ def line_of(
     if devices > 1:
         line["imbalance"] = imbalance(info, costs, devices)
     line["items"] = of_levels(info.items, names)
+    if not isinstance(info.items.late, tuple):
+        line["late"] = int(np.asarray(info.items.late).sum())
+    line |= by_level(info.items, costs, names)
     return line | ({"failed_ids": list(dict.fromkeys(failed))} if failed else {})

@@ -18,7 +18,8 @@ from hetfl_jax.engine.runners import Buckets
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.run import room
 from hetfl_jax.run.evaluate import Metric, evaluator, tallies
-from hetfl_jax.run.federation import Federation, Known
+from hetfl_jax.run.federation import Federation
+from hetfl_jax.run.known import Known
 from hetfl_jax.run.order import ordered
 
 #: blocks whose floats programs take as arguments; of the others every value is part of the program

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hetfl_jax.core import machine
-from hetfl_jax.core.types import Algorithm, Array, Config, Line, Needs, Population, PyTree, Tally
+from hetfl_jax.core.types import Algorithm, Array, Config, Devices, Line, Needs, Population, PyTree, Tally
 from hetfl_jax.models.windows import Family
 from hetfl_jax.parts import choose, diverse, explore, select, value
 
@@ -22,9 +22,10 @@ SELECTIONS: Mapping[str, Callable[..., select.Select]] = {
     "oort": explore.oort,
     "divfl": diverse.divfl,
     "intermittent": choose.intermittent,
+    "in_time": choose.in_time,
 }
 #: selections around another one, which their argument ``of`` names; what they do not know is the inner one's
-WRAPPERS = ("intermittent",)
+WRAPPERS = ("intermittent", "in_time")
 MENTIONED = 1e6  #: bytes from which on a run says what its selection needs
 
 
@@ -46,9 +47,11 @@ def selection_of(config: Config, family: Family, clients: int) -> select.Select 
         "clients": clients,
         "rounds": config.train.rounds,
         "parameters": parameters,
+        "by_speed": config.devices.name != "none",
+        "limit": config.devices.deadline,
     }
     rule = _made(name, args, told)
-    _try(rule, clients, parameters)
+    _try(rule, clients, parameters, devices=config.devices.name != "none")
     return rule
 
 
@@ -68,7 +71,8 @@ def _made(name: str, args: Line, told: Line) -> select.Select:
         allowed = ", ".join(other for other in SELECTIONS if other not in WRAPPERS)
         if inner is None or inner in WRAPPERS:
             raise ValueError(f"{name} of {inner!r}, allowed {allowed} (select.args.of)")
-        own = {key: args.pop(key) for key in list(args) if key in known}
+        own = {key: value for key, value in told.items() if key in known}
+        own |= {key: args.pop(key) for key in list(args) if key in known}
         return make(_made(inner, args, told), **own)
     given = {**{key: value for key, value in told.items() if key in known}, **args}
     if wrong := set(given) - set(known):
@@ -97,17 +101,21 @@ class _Nobody:
         return rows if of is None else jax.vmap(of)(rows)
 
 
-def _try(rule: select.Select, clients: int, parameters: int) -> None:
+def _try(rule: select.Select, clients: int, parameters: int, devices: bool) -> None:
     """Choose once without computing: what a selection refuses of this population, it refuses here.
 
     Args:
       clients: N.
       parameters: entries of the full model, the length of a gradient.
+      devices: whether clients have some.
     """
 
     def once(key: Array) -> PyTree:
         size = jnp.ones(clients, jnp.int32)
         everybody = Population(None, None, None, None, size, jnp.zeros(clients, jnp.int32), None)  # type: ignore[arg-type]
+        if devices:
+            one = jnp.ones(clients)
+            everybody = everybody._replace(devices=Devices(one, one, one, seconds=one))
         return rule.choose(key, jnp.int32(0), rule.init(clients), everybody, _Nobody(parameters))
 
     jax.eval_shape(once, jax.random.key(0))

@@ -14,7 +14,7 @@ from hetfl_jax.run.mix import Mix
 from hetfl_jax.run.selections import selection_of
 
 ADVERSARIES: Mapping[str, Callable[..., adversary.Adversary]] = {"pgd": adversary.pgd}
-CAPACITIES = ("none", "fixed", "drawn")
+CAPACITIES = ("none", "fixed", "drawn", "budget")
 
 
 def slots_of(config: Config, family: Family, mix: Mix, clients: int) -> Slots:
@@ -103,7 +103,8 @@ def _capacity(name: str, mix: Mix) -> select.Capacity | None:
     """Which level a client has in a round: its own (``fixed``), or drawn by the mix's proportions (``drawn``)."""
     if name not in CAPACITIES:
         raise ValueError(f"capacity {name!r} is not one of {', '.join(CAPACITIES)} (capacity.name)")
-    return {"none": None, "fixed": select.own_level(), "drawn": select.drawn_level(mix.proportions)}[name]
+    own = select.own_level()
+    return {"none": None, "fixed": own, "budget": own, "drawn": select.drawn_level(mix.proportions)}[name]
 
 
 def _adversary(block: Config) -> adversary.Adversary | None:

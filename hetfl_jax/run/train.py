@@ -179,10 +179,13 @@ def _begin(
     if first:
         write_json(folder / "environment.json", tables.environment(lab.executor.devices))
         write_json(folder / "partition.json", about)
+        if fed.outfit and fed.outfit.about:
+            write_json(folder / "capacity.json", fed.outfit.about)
         np.savez(folder / "partition.npz", index=fed.partition.rows, size=fed.partition.size, labels=fed.labels)
     state, totals = lab.start(), ledger.Totals()
     known = sentences(check_memory(fed.algorithm))
-    for note in (*(f"data: {note}" for note in fed.notes), *(f"selection: {sentence}" for sentence in known)):
+    of_data, of_devices = (f"data: {note}" for note in fed.notes), fed.outfit.notes if fed.outfit else ()
+    for note in (*of_data, *of_devices, *(f"selection: {sentence}" for sentence in known)):
         tables.say(note, quiet)
     head = tables.headline(config, fed.named, fed.partition.size.size)
     tables.say(f"{head}\n{tables.describe(about)}{_per_level(lab)}", quiet)
@@ -292,10 +295,10 @@ def _stop_if_lost(lines: Sequence[Line], folder: Path, patience: int = 3) -> Non
     """
     last = [line for line in evaluated(lines) if line["round"]][-patience:]
     if len(last) == patience and not any(line["clients"] for line in last):
-        raise ValueError(
-            f"no reply was finite in rounds {', '.join(str(line['round']) for line in last)} of {folder}: lower "
-            "train.learning_rate, or set train.clip_norm"
-        )
+        late = not any(line["failed"] for line in last) and any(line.get("late") for line in last)
+        help = "need more (devices.deadline)" if late else "lower train.learning_rate, or set train.clip_norm"
+        rounds, what = ", ".join(str(line["round"]) for line in last), "in time" if late else "finite"
+        raise ValueError(f"no reply was {what} in rounds {rounds} of {folder}: {help}")
 
 
 def _traced_step(lab: Lab, folder: Path, quiet: bool) -> rounds.Step:

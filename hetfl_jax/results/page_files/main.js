@@ -1,7 +1,7 @@
 // What the page shows, put together; everything is drawn anew when a control changes.
 
-const COST_NAMES = { bytes: "MB sent, down and up", macs: "GMACs of all clients" };
-const COST_UNITS = { bytes: 1e6, macs: 1e9 };
+const COST_NAMES = { bytes: "MB sent, down and up", macs: "GMACs of all clients", simulated_seconds: "simulated hours" };
+const COST_UNITS = { bytes: 1e6, macs: 1e9, simulated_seconds: 3600 };
 
 /** Lines of the figures: one a cell, and one a level where all levels are shown. */
 function wantedLines(groups) {
