@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def forget_programs():
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_megabytes():
+    """What this process holds in memory; infinite where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("inf")
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) / 1024
 
 
 #: changes that make a ``quick`` config as small as a test wants it

@@ -1,5 +1,6 @@
 """The contract table: every method x executor x family. Adding a method is adding a row."""
 
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -122,12 +123,16 @@ EXECUTORS = {
 COHORT, ROUNDS = 5, 3
 
 
-def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
-    """Final state and the info of each round, with the number of compilations after each."""
-    store = device_store()
-    key = jax.random.key(7)
-    state, population, key = run.place((start(algorithm, store, population.size.shape[0], key), population, key))
-    step = make_round(algorithm, run, store)
+def begun(algorithm: Algorithm, population):
+    """The state before the first round, on the host."""
+    return jax.device_get(start(algorithm, device_store(), population.size.shape[0], jax.random.key(7)))
+
+
+def play(algorithm: Algorithm, run, population, rounds=ROUNDS, first=None, step=None):
+    """Final state and the info of each round after ``first``, with the number of compilations after each."""
+    first = begun(algorithm, population) if first is None else first
+    state, population, key = run.place((first, population, jax.random.key(7)))
+    step = step or make_round(algorithm, run, device_store())
     infos, compilations = [], []
     for _ in range(rounds):
         state, info = step(state, population, key)
@@ -139,18 +144,34 @@ def play(algorithm: Algorithm, run, population, rounds=ROUNDS):
     return state._replace(memory=jax.tree.map(lambda rows: rows[:clients], state.memory)), infos, compilations
 
 
-@pytest.fixture(scope="module")
-def references():
-    """What one item at a time at true shapes says, once a row."""
-    made = {}
+@cache
+def algorithm_of(name):
+    row = BY_NAME[name]
+    return row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
 
-    def of(row):
-        if row.name not in made:
-            algorithm = row.make(row.family(), row.settings(), cohort=COHORT, **row.kwargs)
-            made[row.name] = (algorithm, *play(algorithm, executor("bucketed"), toy_population(image=row.image))[:2])
-        return made[row.name]
 
-    return of
+@cache
+def first_of(name):
+    return begun(algorithm_of(name), toy_population(image=BY_NAME[name].image))
+
+
+@cache
+def step_of(name, how):
+    return make_round(algorithm_of(name), executor(*EXECUTORS[how]), device_store())
+
+
+def play_row(name, how, population=None, rounds=ROUNDS):
+    """``play`` of a row; its programs are compiled once, whoever plays it."""
+    population = toy_population(image=BY_NAME[name].image) if population is None else population
+    return play(
+        algorithm_of(name), executor(*EXECUTORS[how]), population, rounds, first_of(name), step_of(name, how)
+    )  # fmt: skip
+
+
+@cache
+def wanted_of(name):
+    """What one item at a time at true shapes says: (state, infos)."""
+    return play_row(name, "bucketed_each")[:2]
 
 
 # Compilation is what a cell costs, so a row runs where it differs from the others: masked inside a vmap if its client
@@ -182,17 +203,17 @@ UNDER = {
     "fedavg_adversary": ("vmapped",),
 }
 CELLS = [
-    pytest.param(row, how, id=f"{row.name}-{how}", marks=[pytest.mark.as_users] * (row.name == "heterofl_conv"))
+    pytest.param(row.name, how, id=f"{row.name}-{how}", marks=[pytest.mark.as_users] * (row.name == "heterofl_conv"))
     for row in ROWS
     for how in UNDER[row.name]
     if how != "bucketed_each"  # the reference
 ]
 
 
-@pytest.mark.parametrize(("row", "how"), CELLS)
-def test_same_answer_under_every_executor(row, how, references):
-    algorithm, wanted, wanted_infos = references(row)
-    state, infos, compilations = play(algorithm, executor(*EXECUTORS[how]), toy_population(image=row.image))
+@pytest.mark.parametrize(("name", "how"), CELLS)
+def test_same_answer_under_every_executor(name, how):
+    wanted, wanted_infos = wanted_of(name)
+    state, infos, compilations = play_row(name, how)
     assert worst(state, wanted) < 1e-5
     for info, reference in zip(infos, wanted_infos):
         assert worst(info, reference) < 1e-4
@@ -201,10 +222,9 @@ def test_same_answer_under_every_executor(row, how, references):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("row", [BY_NAME["heterofl_dynamic"], BY_NAME["private_memory"]], ids=lambda row: row.name)
-def test_same_answer_in_chunks_of_the_size_that_fits(row, references, monkeypatch):
+@pytest.mark.parametrize("name", ["heterofl_dynamic", "private_memory"])
+def test_same_answer_in_chunks_of_the_size_that_fits(name, monkeypatch):
     """The default of accelerators: a device with room for two clients of the larger level at a time."""
-    algorithm, wanted, _ = references(row)
     chosen = []
 
     def sizes(asked, slots, buckets, each, memory):
@@ -212,7 +232,8 @@ def test_same_answer_in_chunks_of_the_size_that_fits(row, references, monkeypatc
         return chosen[-1]
 
     monkeypatch.setattr(runners, "clients_at_once", sizes)
-    state, _, compilations = play(algorithm, Executor(runners.bucketed(0)), toy_population())
+    run = Executor(runners.bucketed(0))
+    state, _, compilations = play(algorithm_of(name), run, toy_population(), first=first_of(name))
     assert chosen[-2:] == [2, 2]
-    assert worst(state, wanted) < 1e-5
+    assert worst(state, wanted_of(name)[0]) < 1e-5
     assert compilations == [1] * ROUNDS

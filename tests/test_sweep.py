@@ -42,6 +42,16 @@ METHODS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """A sweep compiles for each device that it uses: two show as much as eight."""
+    devices = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_device_count", lambda: len(devices))
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as this process compiles
+
+
 def config(folder, *changes, target="heterofl_digits:mix=a1"):
     return load_config(target, *SMALL, f"run.folder={folder}", *changes, tell=lambda text: None)
 
@@ -350,13 +360,13 @@ def test_a_run_that_sigterm_ended_goes_on_bit_for_bit(tmp_path):
 def test_a_sweep_that_was_ended_goes_on(ending, tmp_path):
     """After kill -9 or SIGTERM at any moment, what is missing is run, with the same result."""
     name, over = "run.name=s", ["--over", "run.seed=0..3"]
-    command = [*start(tmp_path / "ended", "sweep", name, "train.rounds=40"), *over]
+    command = [*start(tmp_path / "ended", "sweep", name, "train.rounds=12"), *over]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for(tmp_path / "ended" / "s" / "run.seed=1" / "metrics.jsonl", 5, process)
     process.send_signal(ending)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == (-9 if ending == signal.SIGKILL else 143), said
     over = {"run.seed": [0, 1, 2, 3]}
-    resumed = hf.sweep(config(tmp_path / "ended", name, "train.rounds=40"), over, resume=True, quiet=True)
-    whole = hf.sweep(config(tmp_path / "whole", name, "train.rounds=40"), over, quiet=True)
+    resumed = hf.sweep(config(tmp_path / "ended", name, "train.rounds=12"), over, resume=True, quiet=True)
+    whole = hf.sweep(config(tmp_path / "whole", name, "train.rounds=12"), over, quiet=True)
     assert resumed.table == whole.table

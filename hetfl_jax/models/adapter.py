@@ -8,6 +8,7 @@ position has a label, [B, S, C]; those of several exits as a tuple.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ class Net(NamedTuple):
     counted: Callable[[PyTree, Array], Array]  #: evaluation in plain lax operations, for counting
     outline: Callable[[Array, Array], tuple[Array, PyTree]]  #: (key, x) -> (exits, variables), likewise, for shapes
     each_exit: Callable[[PyTree, Array], Sequence[Array]]  #: likewise, the exits apart where the module says them so
+    statistics: Callable[[PyTree, Array], PyTree]  #: (variables, x) -> batch statistics of x, {} where there are none
     module: nn.Module
 
     def knows_padding(self) -> bool:
@@ -55,11 +57,21 @@ def adapt(module: nn.Module) -> Net:
       key: of dropout.
       capacity: traced fields of a level that runs masked, e.g. ``{"width": 0.5}``.
 
+    Equal modules share one net, and with it what jax has traced of it.
+
     >>> import jax, jax.numpy as jnp
     >>> net = adapt(nn.Dense(3))
     >>> net.apply(net.init(jax.random.key(0), jnp.ones((2, 4))), jnp.ones((2, 4)))[0].shape
     (1, 2, 3)
     """
+    try:
+        hash(module)
+    except TypeError:  # a field is a list or an array
+        return _adapted(module)
+    return _shared(module)
+
+
+def _adapted(module: nn.Module) -> Net:
     accepted = _parameters(module)
 
     def call(
@@ -107,7 +119,13 @@ def adapt(module: nn.Module) -> Net:
         out = counted(variables, x)
         return out if isinstance(out, tuple | list) else [out]
 
-    return Net(init, apply, counted, outline, each_exit, module)
+    def statistics(variables: PyTree, x: Array) -> PyTree:
+        return apply(variables, x, collect=True)[1]
+
+    return Net(init, apply, counted, outline, each_exit, statistics, module)
+
+
+_shared = lru_cache(maxsize=64)(_adapted)
 
 
 def _spelled(options: Arguments) -> Arguments:

@@ -37,7 +37,7 @@ def costs(fam: Family) -> Costs:
     batch = jax.tree.leaves(fam.example)[0].shape[0]
 
     def macs(net: Net, shapes: PyTree) -> list[int]:
-        return [n // batch for n in products(jax.make_jaxpr(lambda v, x: net.counted(v, x))(shapes, ready).jaxpr)]
+        return [n // batch for n in products(jax.make_jaxpr(net.counted)(shapes, ready).jaxpr)]
 
     layers = [macs(net, s) for net, s in zip(fam.nets, fam.shapes)]
     return Costs(

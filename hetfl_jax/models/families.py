@@ -174,7 +174,7 @@ def computing_in(precision: str, fam: Family) -> Family:
 def collects_statistics(fam: Family) -> bool:
     """Whether batch statistics must be collected before evaluation (static batch norm): nothing is tracked."""
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
-    stats = jax.eval_shape(lambda v, x: fam.nets[0].apply(v, x, collect=True)[1], fam.shapes[0], ready)
+    stats = jax.eval_shape(fam.nets[0].statistics, fam.shapes[0], ready)
     return bool(jax.tree.leaves(stats)) and "batch_stats" not in fam.shapes[0]
 
 
@@ -218,7 +218,7 @@ def _reach(nets: Sequence[Net], shapes: Sequence[PyTree], x: PyTree, exits: np.n
     """[L, E] which exits each leaf takes part in, from the program of every level's net."""
     found = {path: np.zeros((len(nets), int(exits.max())), bool) for path in flat(shapes[0])}
     for level, (net, shape) in enumerate(zip(nets, shapes)):
-        used = jaxprs.used_inputs(lambda v, x, net=net: net.each_exit(v, x), shape, x)
+        used = jaxprs.used_inputs(net.each_exit, shape, x)
         for exit, of_exit in enumerate(used):
             for path, takes_part in flat(of_exit[0]).items():
                 found[path][level, exit] = takes_part
