@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from hetfl_jax.core import platform
-from hetfl_jax.core.shards import examples
-from hetfl_jax.core.types import Shard
 from hetfl_jax.models import build
 from hetfl_jax.models.conv import conv, depthwise_conv, examples_at_once, lowered, max_pool
 from hetfl_jax.models.layers import conv_layer, dense_layer
@@ -157,16 +155,6 @@ def test_both_max_pools_send_a_tie_to_the_first(window):
     for kind in ("gpu", "tpu"):
         for a, b in zip(found[kind], found["cpu"], strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def test_rows_of_a_pool_are_the_same_on_each_platform():
-    """A TPU reads floats as words."""
-    shard = Shard(jax.random.normal(jax.random.key(0), (5, 3)), jnp.arange(5), None, 0, 5, None)
-    for kind in platform.KINDS:
-        with platform.during(platform.Platform(kind)):
-            x, y = examples(shard, jnp.array([4, 0, 4]))
-        np.testing.assert_array_equal(x, shard.x[jnp.array([4, 0, 4])])
-        assert y.tolist() == [4, 0, 4]
 
 
 def test_each_platform_has_its_lowerings():

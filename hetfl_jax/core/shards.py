@@ -1,9 +1,7 @@
 """Reading a population: the rows of some clients, and the examples of one as it sees them."""
 
-import jax
 import jax.numpy as jnp
 
-from hetfl_jax.core import platform
 from hetfl_jax.core.types import Array, Population, Shard, Views
 
 
@@ -39,18 +37,10 @@ def examples(shard: Shard, rows: Array) -> tuple[Array, Array]:
     >>> [v.tolist() for v in examples(pool, jnp.array([2, 0]))]
     [[[4.0, 5.0], [0.0, 1.0]], [2, 0]]
     """
-    x, y = _rows(shard.x, rows), shard.y[rows]
+    x, y = shard.x[rows], shard.y[rows]
     if not isinstance(shard.views, Views):
         return x, y
     moved = shard.views.pixels[shard.view]
     flat = x.reshape(x.shape[0], moved.shape[0], -1)
     seen = flat[:, moved].reshape(x.shape)
     return seen, y if jnp.issubdtype(y.dtype, jnp.floating) else shard.views.labels[shard.view][y]
-
-
-def _rows(x: Array, rows: Array) -> Array:
-    """``x[rows]``; of floats on a TPU as words, since XLA would round the whole pool for the products of a few rows."""
-    if platform.current().name != "tpu" or x.dtype != jnp.float32:
-        return x[rows]
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type(words[rows], jnp.float32)
