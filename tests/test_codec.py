@@ -9,7 +9,7 @@ from hetfl_jax.core import bits
 from hetfl_jax.core.types import ClientContext, Within
 from hetfl_jax.models import build, families, windows
 from hetfl_jax.parts import codec as codecs
-from hetfl_jax.parts import message, sparse
+from hetfl_jax.parts import message, ranks, sparse
 
 pytestmark = pytest.mark.slow
 
@@ -255,6 +255,22 @@ def test_levels_may_differ_under_one_program():
         encode = lambda n, codec=codec: codec.encode(KEY, delta, context(Within(0, n)), start(codec, fam))  # noqa: E731
         rows = jax.jit(jax.vmap(encode))(jnp.arange(2))[2]
         assert name.endswith("elias") or count(rows[0]) > count(rows[1])
+
+
+@pytest.mark.parametrize("ends", [None, (0, 0), (2**31 - 1, 2**31 - 1), (2**30, 5), (1_050_000_000, 1_060_000_000)])
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+def test_the_largest_are_those_of_a_stable_sort_with_any_ends(ends, decimals):
+    """``decimals`` 0 has many equal scores; of these the first are chosen. Ends may be wrong or in the wrong order."""
+    rng = np.random.default_rng(decimals)
+    score = np.where(rng.random((30, 40)) < 0.1, -1, np.abs(rng.normal(size=(30, 40))).round(decimals) * 3)
+    score = score.astype(np.float32)
+    order = np.argsort(-score.ravel(), kind="stable")
+    given = None if ends is None else jnp.array(ends, jnp.int32)
+    choose = jax.jit(lambda count: ranks.largest(jnp.asarray(score), count, given))
+    for count in (1, 2, 57, 600, (score >= 0).sum()):
+        want = np.zeros(score.size, bool)
+        want[order[:count]] = True
+        np.testing.assert_array_equal(np.asarray(choose(count)).ravel(), want)
 
 
 BITS = {  # kernels of [3, 4] and [4, 10] with biases; at level 1 of [3, 2] and [2, 10]

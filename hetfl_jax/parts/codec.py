@@ -187,7 +187,7 @@ def top_k(family: Family, fraction: float) -> Codec:
     >>> message.bits(fam, top_k(fam, 0.1))
     [294, 178]
     """
-    return _sparsifier(family, fraction, lambda part: jnp.abs(part.value), False)
+    return _sparsifier(family, fraction, lambda part, k: sparse.keep(part, k, jnp.abs(part.value), False))
 
 
 def random_k(family: Family, fraction: float, unbiased: bool = True) -> Codec:
@@ -206,18 +206,14 @@ def random_k(family: Family, fraction: float, unbiased: bool = True) -> Codec:
     [1224, 688]
     """
 
-    def score(part: sparse.Part) -> Array:
-        # 30 random bits as a normal positive float, in the same order.
-        return jax.lax.bitcast_convert_type((part.words() >> 2) + (1 << 23), jnp.float32)
-
-    return _sparsifier(family, fraction, score, unbiased)
+    return _sparsifier(family, fraction, lambda part, k: sparse.keep_random(part, k, unbiased))
 
 
-def _sparsifier(family: Family, fraction: float, score: Callable[[sparse.Part], Array], scaled: bool) -> Codec:
+def _sparsifier(family: Family, fraction: float, keep: Callable[[sparse.Part, np.ndarray], Array]) -> Codec:
     _check(0 < fraction <= 1, f"fraction {fraction}", "0 < fraction <= 1", "fraction")
 
     def code(part: sparse.Part) -> Array:
-        return sparse.keep(part, sparse.chosen(part.entries, fraction), score(part), scaled)
+        return keep(part, sparse.chosen(part.entries, fraction))
 
     def length(d: int) -> int:
         return int(sparse.chosen(np.array(d), fraction)) * (32 + (d - 1).bit_length())

@@ -27,15 +27,19 @@ def _reach(rank: Array, least: Array) -> Array:
     return (rank >= least).sum(dtype=jnp.float32 if rank.size < 1 << 24 else jnp.int32).astype(jnp.int32)
 
 
-def _threshold(rank: Array, count: Array) -> _Between:
-    """Between which ranks the ``count`` largest begin.
-
-    Two guesses are from a sample, the next ones from how many reach the ends, every third halves what is left.
-    """
+def _guesses(rank: Array, count: Array) -> Array:
+    """[2] a rank that is most likely below the threshold, and one above it, by a sample."""
     some = jnp.sort(rank.ravel()[:: max(rank.size // _SAMPLE, 1)], descending=True)
     place = count.astype(jnp.float32) * (some.size / rank.size)
     spread = 3 * jnp.sqrt(place) + 2
-    ends = some[jnp.clip(jnp.stack([place + spread, place - spread]).astype(jnp.int32), 0, some.size - 1)]
+    return some[jnp.clip(jnp.stack([place + spread, place - spread]).astype(jnp.int32), 0, some.size - 1)]
+
+
+def _threshold(rank: Array, count: Array, ends: Array) -> _Between:
+    """Between which ranks the ``count`` largest begin.
+
+    First it is counted how many reach the ends; further guesses are from these counts, every third halves what is left.
+    """
 
     def narrow(b: _Between) -> _Between:
         width = b.high - b.low
@@ -52,7 +56,19 @@ def _threshold(rank: Array, count: Array) -> _Between:
     return jax.lax.while_loop(lambda b: (b.above_low > count) & (b.high - b.low > 1), narrow, start)
 
 
-def largest(score: Array, count: int | Array) -> Array:
+def uniform_guesses(count: Array, among: Array, least: int, width: int) -> Array:
+    """[2] ranks about the ``count``-th largest of ``among`` ranks that are uniform in [least, least + width).
+
+    >>> [int(rank) for rank in uniform_guesses(jnp.int32(400), jnp.int32(1_600), 0, 1_000)]
+    [701, 798]
+    """
+    share = count / jnp.maximum(among, 1).astype(jnp.float32)
+    spread = (4 * jnp.sqrt(count * (1 - share)) + 8) / jnp.maximum(among, 1)
+    below = jnp.clip(1 - share + jnp.stack([-spread, spread]), 0, 1)
+    return least + (below * width).astype(jnp.int32)
+
+
+def largest(score: Array, count: int | Array, ends: Array | None = None) -> Array:
     """Which ``count`` entries have the largest score; of equal ones the first.
 
     Nothing is sorted: about a dozen times it is counted how many scores reach a threshold.
@@ -60,6 +76,8 @@ def largest(score: Array, count: int | Array) -> Array:
     Args:
       score: float32, any shape, at least ``count`` entries >= 0 that may be chosen; the others are below 0.
       count: int32 scalar, may be traced.
+      ends: [2] int32 ranks between which the threshold probably is, the lower one first; None: by a sample. The rank of
+        a score is its bits as an int32. Wrong ones cost time alone.
 
     Returns:
       bool of ``score``'s shape.
@@ -69,11 +87,13 @@ def largest(score: Array, count: int | Array) -> Array:
     """
     rank = jax.lax.bitcast_convert_type(score, jnp.int32)  # of floats >= 0 in their order; of others below 0
     count = jnp.asarray(count, jnp.int32)
-    found = _threshold(rank, count)
+    found = _threshold(rank, count, _guesses(rank, count) if ends is None else ends)
 
-    def first_of_equal(_: None) -> Array:
-        equal = (rank == found.low).ravel()
-        first = jnp.cumsum(equal.astype(jnp.int32)) <= count - found.above_high
-        return (rank > found.low) | (equal & first).reshape(rank.shape)
+    def last_of_equal(_: None) -> Array:
+        equal = jnp.cumsum((rank == found.low).ravel().astype(jnp.int32))
+        return (equal < count - found.above_high).sum(dtype=jnp.int32)
 
-    return jax.lax.cond(found.above_low > count, first_of_equal, lambda _: rank >= found.low, None)
+    # What is chosen is an expression of each entry, not an array that a branch writes.
+    last = jax.lax.cond(found.above_low > count, last_of_equal, lambda _: jnp.int32(rank.size), None)
+    place = jnp.arange(rank.size, dtype=jnp.int32).reshape(rank.shape)
+    return (rank > found.low) | ((rank == found.low) & (place <= last))

@@ -126,7 +126,7 @@ def chosen(entries: np.ndarray, fraction: float) -> np.ndarray:
     return np.clip(np.ceil(float(fraction) * entries - 1e-9), np.minimum(entries, 1), entries).astype(np.int32)
 
 
-def keep(part: Part, k: np.ndarray, score: Array, scaled: bool) -> Array:
+def keep(part: Part, k: np.ndarray, score: Array, scaled: bool, ends: Array | None = None) -> Array:
     """The entries with the k [L] largest scores (>= 0), times ``d / k`` if ``scaled``; the others are 0.
 
     Args:
@@ -134,14 +134,28 @@ def keep(part: Part, k: np.ndarray, score: Array, scaled: bool) -> Array:
       k: [L] int32, how many entries each level sends.
       score: of ``part.value``'s shape, >= 0.
       scaled: whether the mean over random sets is to be the leaf.
+      ends: see ``ranks.largest``.
 
     >>> one = Part((4,), np.array([4]), jnp.array([1.0, -3.0, 0.0, 2.0]), None, 0, 0, jax.random.key(0))
     >>> keep(one, np.array([2], np.int32), jnp.abs(one.value), True).tolist()
     [0.0, -6.0, 0.0, 4.0]
     """
-    which = ranks.largest(part.only(score, -1), part.at(k))
+    which = ranks.largest(part.only(score, -1), part.at(k), ends)
     factor = part.at((part.entries / np.maximum(k, 1)).astype(np.float32)) if scaled else 1.0
     return jnp.where(which, part.value * factor, 0)
+
+
+def keep_random(part: Part, k: np.ndarray, scaled: bool) -> Array:
+    """``keep`` of random scores: each set of k entries is as likely as another.
+
+    >>> one = Part((4,), np.array([4]), jnp.array([1.0, -3.0, 0.5, 2.0]), None, 0, 0, jax.random.key(0))
+    >>> int((keep_random(one, np.array([2], np.int32), False) != 0).sum())
+    2
+    """
+    # 30 random bits as a normal positive float, in the same order.
+    score = jax.lax.bitcast_convert_type((part.words() >> 2) + (1 << 23), jnp.float32)
+    ends = ranks.uniform_guesses(part.at(k), part.at(part.entries.astype(np.int32)), 1 << 23, 1 << 30)
+    return keep(part, k, score, scaled, ends)
 
 
 def rotated_signs(part: Part, unbiased: bool) -> Array:
