@@ -86,10 +86,24 @@ def population(
         _check(view is None, "clients have a view each, but there are no views")
     seen = jnp.asarray(view, jnp.int32) if view is not None else ()
     offset = np.cumsum(size, dtype=np.int64) - size
-    rows, start, count_of, level_of = (jnp.asarray(np.asarray(v, np.int32)) for v in (index, offset, size, level))
-    labels = jnp.asarray(stored, jnp.float32 if numbers else jnp.int32)
-    whole = Population(jnp.asarray(x), labels, rows, start, count_of, level_of, jnp.asarray(held), seen, views)
+    rows, start, count_of, level_of = (stored_as(v, np.int32) for v in (index, offset, size, level))
+    labels = stored_as(stored, np.float32 if numbers else np.int32)
+    whole = Population(stored_as(x), labels, rows, start, count_of, level_of, stored_as(held), seen, views)
     return whole._replace(levels=((),) * int(levels))
+
+
+def stored_as(array: Any, dtype: Any = None) -> jax.Array:
+    """An array on the device, which ``jnp.asarray`` would do too, but by a program that it compiles for each new shape.
+
+    Args:
+      array: of the host, or of a device, where it stays if it has the dtype.
+      dtype: of the result; by default the array's own, 64 bits become 32.
+
+    >>> stored_as(np.zeros(3)).dtype, stored_as([1, 2], np.int32).tolist()
+    (dtype('float32'), [1, 2])
+    """
+    there = isinstance(array, jax.Array) and (dtype is None or array.dtype == dtype)
+    return array if there else jax.device_put(np.asarray(array, dtype))
 
 
 def held_classes(labels: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:
@@ -170,12 +184,12 @@ def batches(pop: Population, batch_size: int, order: np.ndarray | None = None) -
     kind = [k for k, count in zip(kinds, counts) for _ in range(0, count, batch_size)]
     sizes = np.asarray(parts, np.int32)
     return pop._replace(
-        rows=jnp.asarray(index[order]),
-        offset=jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
-        size=jnp.asarray(sizes),
-        level=jnp.asarray(np.zeros(sizes.size, np.int32)),  # made on the host: of every length JAX would compile
+        rows=stored_as(index[order]),
+        offset=stored_as(np.cumsum(sizes) - sizes, np.int32),
+        size=stored_as(sizes),
+        level=stored_as(np.zeros(sizes.size), np.int32),
         view=jnp.asarray(kind, pop.view.dtype) if isinstance(pop.views, Views) else (),
-        classes=jnp.asarray(np.ones((sizes.size, pop.classes.shape[1]), bool)),
+        classes=stored_as(np.ones((sizes.size, pop.classes.shape[1]), bool)),
         devices=(),
     )
 
@@ -192,5 +206,5 @@ def joined(first: Population, second: Population) -> Population:
         jax.tree.map(np.asarray, (pop.rows, np.asarray(pop.offset) + start, *pop[4:7], pop.view))
         for pop, start in ((first, np.int32(0)), (second, first_row))
     ]
-    *rows, view = jax.tree.map(lambda *pair: jnp.asarray(np.concatenate(pair)), *clients)
+    *rows, view = jax.tree.map(lambda *pair: stored_as(np.concatenate(pair)), *clients)
     return Population(first.x, first.y, *rows, view, first.views)  # type: ignore[call-arg]

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.types import Config, Population, Views
 from hetfl_jax.data import door, partition, sources
 from hetfl_jax.data.partition import Partition
-from hetfl_jax.data.population import held_classes
+from hetfl_jax.data.population import held_classes, stored_as
 from hetfl_jax.data.reading import client_ids
 from hetfl_jax.data.views import renamings, rotations
 from hetfl_jax.run.config import method_name
@@ -314,4 +313,4 @@ def pool_of(source: sources.Source) -> tuple[jax.Array, jax.Array]:
     x_validation, y_validation = empty if source.y_validation is None else (source.x_validation, source.y_validation)
     x = np.concatenate([source.x_train, source.x_test, x_validation])
     y = np.concatenate([source.y_train, source.y_test, y_validation])
-    return jnp.asarray(x), jnp.asarray(y)
+    return stored_as(x), stored_as(y)

@@ -6,10 +6,10 @@ program. Runs of a sweep fill their arrays up instead: pool rows that nobody hol
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core.types import Array, Population
+from hetfl_jax.data.population import stored_as
 from hetfl_jax.run.federation import Federation
 
 SLACK = 8  #: a new room is longer than its first run needs by one part in so many
@@ -90,13 +90,13 @@ def placed(fed: Federation, room: Room) -> Federation:
 def _longer(array: Array, length: int, at: int | None = None) -> Array:
     """``array`` with zeros inserted before place ``at``, by default at its end; on the host, where nothing compiles.
 
-    >>> _longer(jnp.array([1, 2, 3]), 5, at=1).tolist()
+    >>> _longer(np.array([1, 2, 3]), 5, at=1).tolist()
     [1, 0, 0, 2, 3]
     """
     known = np.asarray(array)
     at = known.shape[0] if at is None else at
     gap = np.zeros((length - known.shape[0], *known.shape[1:]), known.dtype)
-    return jnp.asarray(np.concatenate([known[:at], gap, known[at:]]))
+    return stored_as(np.concatenate([known[:at], gap, known[at:]]))
 
 
 def _more_clients(pop: Population, first: int, count: int) -> Population:
