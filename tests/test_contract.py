@@ -124,13 +124,14 @@ COHORT, ROUNDS = 5, 3
 
 
 def begun(algorithm: Algorithm, population):
-    """The state before the first round, on the host."""
-    return jax.device_get(start(algorithm, device_store(), population.size.shape[0], jax.random.key(7)))
+    """The state before the first round."""
+    return start(algorithm, device_store(), population.size.shape[0], jax.random.key(7))
 
 
 def play(algorithm: Algorithm, run, population, rounds=ROUNDS, first=None, step=None):
     """Final state and the info of each round after ``first``, with the number of compilations after each."""
     first = begun(algorithm, population) if first is None else first
+    first = jax.tree.map(jnp.copy, first)  # a round reuses the buffers of its state
     state, population, key = run.place((first, population, jax.random.key(7)))
     step = step or make_round(algorithm, run, device_store())
     infos, compilations = [], []
