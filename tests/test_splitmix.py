@@ -354,7 +354,7 @@ REFUSED = [
     (dict(data=dict(domains=("plain", "blurred"))), "domain 'blurred' is not one of npz:<path>, plain, inverted"),
     (dict(data=dict(domains=("plain", "noisy:3"))), "domain 'noisy:3', allowed a number above 0, at most 1"),
     (dict(data=dict(clients=5)), "5 clients in 2 domains: need equally many in each"),
-    (dict(capacity=dict(order="x")), r"order 'x' is not one of usual, smallest_first, shuffled \(capacity.order\)"),
+    (dict(capacity=dict(order="x")), r"order 'x' is not one of usual, smallest_first, shuffled, by_data, against_data"),
 ]
 
 

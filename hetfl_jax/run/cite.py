@@ -12,7 +12,7 @@ _NAMES = re.compile(r"^  names = \{(.*)\},\n", re.MULTILINE)
 #: parts that nobody needs to cite, or whose paper is cited with something else
 COMMON = frozenset({
     "net:linear", "net:logistic", "net:mlp", "split:iid", "split:natural", "split:per_group", "split:domains",
-    "select:uniform", "select:weighted", "optimizer:sgd",
+    "split:lognormal_dirichlet", "select:uniform", "select:weighted", "select:loss_and_data", "optimizer:sgd",
 })  # fmt: skip
 
 
