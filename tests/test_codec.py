@@ -373,7 +373,10 @@ def test_memory_is_float32_trees_of_the_parameters():
     fam = conv()
     for name, make in ALL.items():
         memory = make(fam).init(change(fam))
-        for part in memory.values():
+        for kind, part in memory.items():
+            if name == "low_rank" and kind == "factor":  # r numbers a column of each leaf, not the leaf's shape
+                assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(part))
+                continue
             assert list(part) == ["params"], name
             assert jax.tree.map(lambda v: (v.shape, v.dtype), part["params"]) == jax.tree.map(
                 lambda s: (s.shape, jnp.dtype(jnp.float32)), fam.shapes[0]["params"]

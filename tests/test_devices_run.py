@@ -24,6 +24,7 @@ def config(folder, how, *changes):
     return config_of([start, *SMALL, f"--config.run.folder={folder}", *changes])
 
 
+@pytest.mark.draws
 def test_a_run_says_who_can_afford_what_and_how_long_it_takes(tmp_path, capsys):
     changes = (
         "--config.devices.args.macs_per_s=5e6",
