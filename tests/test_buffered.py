@@ -88,9 +88,12 @@ def by_hand(seconds, concurrency, step, steps, at_once):
     return out
 
 
-@pytest.mark.parametrize("refill", ["at_once", "after_step"])
-def test_arrivals_are_those_of_an_event_queue(refill):
-    """A selection that takes idle clients by their ids, against events one after the other in plain Python."""
+@pytest.mark.parametrize(("refill", "begun"), [("at_once", 0.0), ("after_step", 0.0), ("at_once", 1e7)])
+def test_arrivals_are_those_of_an_event_queue(refill, begun):
+    """A selection that takes idle clients by their ids, against events one after the other in plain Python.
+
+    Also of clients that take milliseconds after four months, when float32 counts in steps of a second.
+    """
     from hetfl_jax.core.types import Cohort
     from hetfl_jax.parts.select import stateless
 
@@ -100,16 +103,26 @@ def test_arrivals_are_those_of_an_event_queue(refill):
         return Cohort(ids, here[ids])
 
     seconds = np.array([3.1, 7.3, 2.2, 11.93, 5.9, 1.45, 13.6, 4.7, 6.85])  # no two are done at once
+    seconds = seconds / 1000 if begun else seconds
     pop = equal_sizes(clients=9, levels=1)
     pop = with_devices(pop, np.stack([20 * 3 * 72 / seconds, *np.full((2, 9), np.inf)], 1))
     family = mlp_family(ONE)
     base = fedavg.make(family, sgd(), cohort=2, slots=Slots(select=stateless(lowest)))
     algorithm = buffered(base, rule_of(base, family, sgd()), pop, concurrency=5, refill=refill)
-    _, infos, _ = play(algorithm, executor("bucketed"), pop, rounds=7)
+    first = algorithm.init
+
+    def later(key):
+        state, memory = first(key)
+        return state._replace(seconds=state.seconds + begun), memory
+
+    state, infos, _ = play(algorithm._replace(init=later), executor("bucketed"), pop, rounds=7)
     wanted = by_hand(seconds, 5, 2, 7, refill == "at_once")
-    for info, (done, now) in zip(infos, wanted):
+    assert float(state.server.seconds) - begun + float(state.server.rest) == pytest.approx(wanted[-1][1], rel=1e-5)
+    passed = np.cumsum([info.numbers["round_seconds"] for info in infos])
+    for info, took, (done, now) in zip(infos, passed, wanted):
         assert info.items.ids.tolist() == [client for client, _ in done]
-        assert info.numbers["simulated_seconds"] == pytest.approx(now, rel=1e-5)
+        assert took == pytest.approx(now, rel=1e-5)
+        assert info.numbers["simulated_seconds"] == pytest.approx(begun + now, rel=1e-5)
         assert info.numbers["staleness"] == np.mean([late for _, late in done])
         np.testing.assert_allclose(info.items.seconds, seconds[info.items.ids], rtol=1e-5)
     assert max(late for done, _ in wanted for _, late in done) >= 2

@@ -82,6 +82,22 @@ def test_the_table_by_hand_in_a_round(level):
         assert sum(per_level["level_bytes"].values()) == (spent.down_bits + spent.up_bits) / 8
 
 
+def test_the_clock_goes_on_after_a_year():
+    """A millisecond is lost in a float32 of a year; the clock keeps what it cannot hold."""
+    family, year = mlp_family(({"width": 1.0},)), 3.2e7
+    algorithm = clocked(fedavg.make(family, sgd(), cohort=2), family)
+    first = algorithm.init
+
+    def after_a_year(key):
+        state, memory = first(key)
+        return state._replace(seconds=state.seconds + year), memory
+
+    pop = with_devices(equal_sizes(levels=1), np.tile([4_320_000.0, np.inf, np.inf], (5, 1)))
+    state, _, _ = play(algorithm._replace(init=after_a_year), executor("bucketed"), pop, rounds=5)
+    assert float(state.server.seconds) == year
+    assert float(state.server.rest) == pytest.approx(0.005, rel=1e-5)
+
+
 def test_budgets_by_hand():
     family, settings = mlp_family(THREE), sgd()
     price, known = fedavg.make(family, settings, cohort=5).price(), costs(mlp_family(THREE))

@@ -6,7 +6,7 @@ peak rate of its processor: cores times float32 multiply-adds of a cycle times c
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -232,10 +232,15 @@ def write_table(path: Path, profile: Profile) -> None:
       path: of the file, which is overwritten.
       profile: of all clients.
     """
+    _write(path, COLUMNS, ((client, *row) for client, row in enumerate(zip(*profile))))
+
+
+def _write(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
+    """A CSV file: a client and numbers in each row."""
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(COLUMNS)
-        out.writerows([client, *(f"{v:.10g}" for v in row)] for client, row in enumerate(zip(*profile)))
+        out.writerow(columns)
+        out.writerows([client, *(f"{v:.10g}" for v in values)] for client, *values in rows)
 
 
 def read_times(path: Path, clients: int) -> Times:
@@ -295,12 +300,9 @@ def write_times(path: Path, known: Times) -> None:
       path: of the file, which is overwritten.
       known: of all clients.
     """
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(TIMES)
-        for client, (starts, ends) in enumerate(zip(known.online, known.offline)):
-            spans = [(s, e) for s, e in zip(starts, ends) if np.isfinite(s)]
-            out.writerows([client, f"{s:.10g}", f"{e:.10g}", f"{known.period[client]:.10g}"] for s, e in spans)
+    clients = enumerate(zip(known.online, known.offline, known.period))
+    rows = ((k, s, e, period) for k, (starts, ends, period) in clients for s, e in zip(starts, ends) if np.isfinite(s))
+    _write(path, TIMES, rows)
 
 
 def daily(clients: int, seed: int, hours: float) -> Times:

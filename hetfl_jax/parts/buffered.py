@@ -27,7 +27,7 @@ from hetfl_jax.core.types import (
 )
 from hetfl_jax.parts.compose import ServerState
 from hetfl_jax.parts.merge import Total
-from hetfl_jax.parts.online import among, coming, devices_of, present
+from hetfl_jax.parts.online import among, coming, devices_of, later, present
 from hetfl_jax.parts.pace import Rule, pace_of
 from hetfl_jax.parts.simulate import Spent, around, check, dropped, told
 
@@ -45,7 +45,7 @@ class Work(NamedTuple):
     level: Array
     version: Array  #: int32, the step whose model they received
     seconds: Array  #: that they take
-    finish: Array  #: seconds since the start when they are done
+    left: Array  #: seconds until they are done, from the step's time on: small numbers, which float32 tells apart
     rest: PyTree  #: what the method's plan says of them: ticket, stream, share, known
 
 
@@ -56,7 +56,8 @@ class Buffered(NamedTuple):
     """
 
     server: PyTree
-    seconds: Array
+    seconds: Array  #: float32 since the start
+    rest: Array  #: float32, what ``seconds`` cannot hold, see ``online.later``
     versions: PyTree  #: leaves [V, ...] of what was sent at step ``v % V``
     work: Work
 
@@ -79,14 +80,14 @@ class Noted(NamedTuple):
 
     own: PyTree  #: of the method inside
     round: Array
-    seconds: Array
+    seconds: Array  #: that the step takes
     work: Work
 
 
 class Queue(NamedTuple):
     """Clients that the method's plan names to be next, those that may come first."""
 
-    work: Work  #: leaves [Q]; ``finish`` means nothing yet
+    work: Work  #: leaves [Q]; ``left`` is all that they take
     number: Array  #: how many there are
     notes: PyTree
 
@@ -146,17 +147,18 @@ def buffered(
         server, memory = base.init(key)
         sent = jax.eval_shape(base.send, server, jnp.int32(0))
         versions = jax.tree.map(lambda s: jnp.zeros((kept, *s.shape), s.dtype), sent)
-        return Buffered(server, jnp.float32(0), versions, _nobody(template, concurrency)), memory
+        none = jnp.float32(0)
+        return Buffered(server, none, none, versions, _nobody(template, concurrency)), memory
 
     def plan(key: Array, round: Array, state: Buffered, people: Population, survey: Callable[..., PyTree]) -> Plan:
         queue = begin(key, round, state, people)
-        work, used = _filled(state.work, queue, state.seconds)
-        work, arrived, now = _arrivals(work, queue, used, state.seconds, step, at_once)
-        now = jnp.where(arrived.there.any(), now, state.seconds + coming(devices_of(people), state.seconds))
+        work, used = _filled(state.work, queue)
+        work, arrived, lasts = _arrivals(work, queue, used, step, at_once)
+        lasts = jnp.where(arrived.there.any(), lasts, coming(devices_of(people), state.seconds))
         ticket, stream, share, known = arrived.rest
         staleness = round - arrived.version
         known = Stale(known, arrived.version, arrived.seconds, staleness, staleness > max_staleness)
-        notes = Noted(queue.notes, round, now, work)
+        notes = Noted(queue.notes, round, lasts, work)
         return Plan(arrived.ids, arrived.there, arrived.level, ticket, stream, notes=notes, share=share, known=known)
 
     def send(state: Buffered, round: Array) -> PyTree:
@@ -178,9 +180,10 @@ def buffered(
         inner = plan._replace(notes=notes.own, known=known.known)
         after, info = base.server(state.server, inner, latest, total, report.own, ok & ~late)
         mean = jnp.where(plan.valid, known.staleness, 0).sum() / jnp.maximum(plan.valid.sum(), 1)
-        numbers = {"round_seconds": notes.seconds - state.seconds, "simulated_seconds": notes.seconds}
+        now, rest = later(state.seconds, state.rest, notes.seconds)
+        numbers = {"round_seconds": notes.seconds, "simulated_seconds": now}
         info = told(info, plan, report.seconds, late, {**numbers, "staleness": mean})
-        return Buffered(after, notes.seconds, sent, notes.work), info
+        return Buffered(after, now, rest, sent, notes.work), info
 
     return around(base)._replace(init=init, plan=plan, send=send, client=client, server=server)
 
@@ -287,18 +290,16 @@ def _beginners(
     return begin
 
 
-def _filled(work: Work, queue: Queue, now: Array) -> tuple[Work, Array]:
+def _filled(work: Work, queue: Queue) -> tuple[Work, Array]:
     """All free places taken from the queue, as far as it goes; how many of it are used.
 
     Args:
       work: who is at work.
-      queue: who begins next.
-      now: seconds since the start, when they begin.
+      queue: who begins now.
     """
     rank = jnp.cumsum(~work.there) - 1
     takes = ~work.there & (rank < queue.number)
     new = jax.tree.map(lambda v: v[jnp.minimum(rank, queue.work.ids.shape[0] - 1)], queue.work)
-    new = new._replace(finish=now + new.seconds)
 
     def leaf(old: Array, new: Array) -> Array:
         return jnp.where(takes.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -307,37 +308,36 @@ def _filled(work: Work, queue: Queue, now: Array) -> tuple[Work, Array]:
 
 
 def _arrivals(
-    work: Work, queue: Queue, used: Array, now: Array, step: int, at_once: bool
+    work: Work, queue: Queue, used: Array, step: int, at_once: bool
 ) -> tuple[Work, Work, Array]:  # fmt: skip
-    """The next ``step`` that are done, in their order; who is at work then, and what time it is.
+    """The next ``step`` that are done, in their order; who is at work then, and how long it takes.
 
     Args:
       work: who is at work.
       queue: who begins next, of which ``used`` have begun.
-      now: seconds since the start.
       step: K.
       at_once: whether the next in the queue takes the place of who is done; the last place waits for the next model.
 
     Returns:
-      (who is at work then, the K that arrived, the time of the last of them). Where fewer than K are at work, the rest
-      is not ``there``.
+      (who is at work then, the K that arrived, seconds until the last of them). Where fewer than K are at work, the
+      rest is not ``there``.
     """
 
     def one(k: Array, carry: tuple[Work, Work, Array, Array]) -> tuple[Work, Work, Array, Array]:
         work, arrived, used, now = carry
-        place = jnp.argmin(jnp.where(work.there, work.finish, jnp.inf))
+        place = jnp.argmin(jnp.where(work.there, work.left, jnp.inf))
         row = jax.tree.map(lambda v: v[place], work)
         arrived = jax.tree.map(lambda rows, v: rows.at[k].set(v), arrived, row)
-        now = jnp.where(row.there, jnp.maximum(now, row.finish), now)
+        now = jnp.where(row.there, jnp.maximum(now, row.left), now)
         new = row._replace(there=jnp.zeros((), bool))
         if at_once:
             follows = row.there & (used < queue.number) & (k < step - 1)
             next_one = jax.tree.map(lambda v: v[jnp.minimum(used, queue.work.ids.shape[0] - 1)], queue.work)
-            next_one = next_one._replace(finish=now + next_one.seconds)
+            next_one = next_one._replace(left=now + next_one.seconds)
             new = jax.tree.map(lambda a, b: jnp.where(follows, a, b), next_one, new)
             used = used + follows
         return jax.tree.map(lambda rows, v: rows.at[place].set(v), work, new), arrived, used, now
 
     empty = jax.tree.map(lambda v: jnp.zeros((step, *v.shape[1:]), v.dtype), work)
-    work, arrived, _, now = jax.lax.fori_loop(0, step, one, (work, empty, used, now))
-    return work, arrived, now
+    work, arrived, _, now = jax.lax.fori_loop(0, step, one, (work, empty, used, jnp.float32(0)))
+    return work._replace(left=work.left - now), arrived, now

@@ -5,6 +5,26 @@ import jax.numpy as jnp
 from hetfl_jax.core.types import Array, Devices, Population
 
 
+def later(seconds: Array, rest: Array, passed: Array) -> tuple[Array, Array]:
+    """The time after ``passed`` more seconds, and what float32 cannot hold of it.
+
+    After a day a float32 counts in steps of 8 ms; without the rest, rounds that are shorter would stop the clock.
+
+    Args:
+      seconds, rest: float32, the time before.
+      passed: float32 >= 0.
+
+    >>> seconds, rest = jnp.float32(86_400.0), jnp.float32(0.0)
+    >>> for _ in range(1_000):
+    ...     seconds, rest = later(seconds, rest, jnp.float32(0.001))
+    >>> round(float(seconds), 2), float(jnp.float32(86_400.0) + jnp.float32(0.001))
+    (86401.0, 86400.0)
+    """
+    added = passed + rest
+    total = seconds + added
+    return total, added - (total - seconds)
+
+
 def devices_of(people: Population) -> Devices:
     """The devices of a population.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hetfl_jax.core.types import Algorithm, Array, ClientContext, Info, Plan, Population, PyTree, Reply
-from hetfl_jax.parts.online import among, coming, devices_of, present
+from hetfl_jax.parts.online import among, coming, devices_of, later, present
 from hetfl_jax.parts.pace import Pace, Rule, check_waits, limit_of, pace_of, seconds_of, seen_of, survey_seconds
 
 
@@ -20,6 +20,7 @@ class Simulated(NamedTuple):
 
     server: PyTree
     seconds: Array  #: float32 since the start
+    rest: Array  #: float32, what ``seconds`` cannot hold, see ``online.later``
 
 
 class Spent(NamedTuple):
@@ -73,7 +74,7 @@ def simulated(base: Algorithm, rule: Rule) -> Algorithm:
 
     def init(key: Array) -> tuple[Simulated, PyTree]:
         server, memory = base.init(key)
-        return Simulated(server, jnp.float32(0)), memory
+        return Simulated(server, jnp.float32(0), jnp.float32(0)), memory
 
     def plan(key: Array, round: Array, state: Simulated, people: Population, survey: Callable[..., PyTree]) -> Plan:
         devices, here = devices_of(people), present(people, state.seconds)
@@ -101,9 +102,9 @@ def simulated(base: Algorithm, rule: Rule) -> Algorithm:
         waited = pace.after + report.seconds
         waited = waited if isinstance(pace.limit, tuple) else jnp.minimum(waited, pace.limit)
         lasts = jnp.where(plan.valid, waited, 0).max(initial=0) + plan.notes.asked + plan.notes.idle
-        now = state.seconds + lasts
+        now, rest = later(state.seconds, state.rest, lasts)
         numbers = {"round_seconds": lasts, "simulated_seconds": now}
-        return Simulated(after, now), told(info, plan, report.seconds, late, numbers)
+        return Simulated(after, now, rest), told(info, plan, report.seconds, late, numbers)
 
     return around(base)._replace(init=init, plan=plan, client=client, server=server)
 
