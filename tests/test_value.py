@@ -111,6 +111,11 @@ def test_levels_go_with_or_against_the_amount_of_data():
         assigned(mix, 8, "by_data")
 
 
+def test_an_order_that_nothing_follows_is_said():
+    fed = build(load_config("heterofl_digits:quick", "capacity.order=by_data"))
+    assert fed.notes[-1] == "levels are drawn in every round; capacity.order=by_data is not used"
+
+
 def test_amounts_and_labels_are_independent():
     labels = np.random.default_rng(0).integers(0, 10, 40_000)
     part = amounts.lognormal_dirichlet(labels, 200, 0.3, seed=1)

@@ -32,7 +32,7 @@ from hetfl_jax.run.given import (
     views_of,
 )
 from hetfl_jax.run.known import Known, known_family, known_source
-from hetfl_jax.run.levels import levels_of, tiers_of
+from hetfl_jax.run.levels import levels_of, tiers_of, unused_order
 from hetfl_jax.run.mix import Mix, parse_mix
 from hetfl_jax.run.slots import check_unused, check_whole, slots_of
 from hetfl_jax.run.splits import tested_rows
@@ -127,7 +127,7 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         partition=part,
         fingerprint={**door.fingerprint(source, part), "run": brought(own)},
         labels_table=found.labels_table,
-        notes=(*found.notes, *notes_of(config.data, source, part, own)),
+        notes=(*found.notes, *notes_of(config.data, source, part, own), *_unused(config, algorithm)),
         named=named_of(config, own),
         remake=None if isinstance(make, Algorithm) else remake,
         reads_population=not isinstance(make, Algorithm) and "population" in methods.arguments(make),
@@ -135,6 +135,12 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
         test_groups=None if views is None else np.asarray(test.view)[: sum(batched)],
         outfit=outfit,
     )  # fmt: skip
+
+
+def _unused(config: Config, algorithm: Algorithm) -> list[str]:
+    """What a config says of levels that this method does not ask for."""
+    capacity = config.capacity
+    return unused_order(capacity.order, capacity.name, bool(algorithm.drawn), algorithm.levels)
 
 
 def _settings(config: Config, fam: Family, size: np.ndarray) -> Local:
