@@ -71,8 +71,9 @@ def plot(
         "partition.png": _partition(counts),
     }
     if "simulated_seconds" in points[-1]:
-        hours = [p.get("simulated_seconds", 0) / 3600 for p in points]
-        figures["hours.png"] = _scores(points, hours, "simulated hours", sizes or {}, title)
+        seconds = [p.get("simulated_seconds", 0) for p in points]
+        unit, size = ("hours", 3600) if max(seconds) >= 3600 else ("seconds", 1)
+        figures["hours.png"] = _scores(points, [s / size for s in seconds], f"simulated {unit}", sizes or {}, title)
     if any(line.get("train_loss") is not None for line in lines):
         figures["training_loss.png"] = _training_loss(lines, title)
     for name, figure in figures.items():
