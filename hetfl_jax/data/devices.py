@@ -1,7 +1,7 @@
 """What clients compute and send with: classes of devices, log-normal draws, or a table; and when they are online.
 
 Speeds are multiply-adds a second of local training. Of a class of devices they are a share, ``efficiency``, of the
-peak rate of its processor: cores times float32 multiply-adds of a cycle times clock, from the makers' data sheets.
+peak rate of its processor: cores times float32 multiply-adds of a cycle times clock, as the makers give them, from memory.
 """
 
 import csv
@@ -51,7 +51,7 @@ _MOBILE, _HOME, _WIRE = (9.0, 30.0), (30.0, 70.0), (1000.0, 1000.0)  #: Mbit/s u
 
 #: peak = sum over cores of GHz * 1e9 * multiply-adds a cycle: 4 of Cortex-A53/A55/A72/A510 (one 128-bit unit), 8 of
 #: A76/A710 (two), 16 of X2 (four) and of AVX2 (two of 256 bits). Mbit/s are rounded medians of mobile and fixed lines
-#: as Ookla's Speedtest Global Index reported them for 2022, the server's is gigabit Ethernet.
+#: worldwide for 2022, from memory of Ookla's Speedtest Global Index; the server's is gigabit Ethernet.
 CLASSES: Mapping[str, Class] = MappingProxyType({
     "phone_2016": Class(64.0e9, 3_000, *_MOBILE, "Snapdragon 625: 8 Cortex-A53 at 2.0 GHz"),
     "phone_2019": Class(78.4e9, 6_000, *_MOBILE, "Snapdragon 730: 2 Cortex-A76 at 2.2, 6 Cortex-A55 at 1.8 GHz"),
