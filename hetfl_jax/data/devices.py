@@ -1,7 +1,7 @@
 """What clients compute and send with: classes of devices, log-normal draws, or a table; and when they are online.
 
 Speeds are multiply-adds a second of local training. Of a class of devices they are a share, ``efficiency``, of the
-peak rate of its processor: cores times float32 multiply-adds of a cycle times clock, as the makers give them, from memory.
+peak rate of its processor: cores times float32 multiply-adds of a cycle times clock, from memory of the makers' sheets.
 """
 
 import csv
