@@ -1,5 +1,7 @@
 """Runs of a config without files, for the experiments: rounds, scores, costs, and who took part."""
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from hetfl_jax.core.types import Info, State
 from hetfl_jax.engine.execute import compiled
+from hetfl_jax.results.folder import plain
 from hetfl_jax.run import ledger
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.evaluate import tallies
@@ -73,3 +76,20 @@ def cell(values: Sequence[float], digits: int = 1) -> str:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def compact(values: dict[str, Any]) -> str:
+    """JSON with a line for each list.
+
+    >>> print(compact({"rand": {"round": [10, 20]}}), end="")
+    {
+     "rand": {
+      "round": [10, 20]
+     }
+    }
+    """
+
+    def on_one_line(found: re.Match[str]) -> str:
+        return f"[{' '.join(found[1].split())}]"
+
+    return re.sub(r"\[([^\[\]{}\"]*)\]", on_one_line, json.dumps(plain(values), indent=1)) + "\n"

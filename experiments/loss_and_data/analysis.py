@@ -15,10 +15,10 @@ import numpy as np
 from scipy import stats
 
 from configs.loss_and_data import ORDERS, SCORES
-from experiments.federated import cell, markdown
+from experiments.federated import cell, compact, markdown
 from hetfl_jax.core.types import Line
 from hetfl_jax.results.compare import sign_flip
-from hetfl_jax.results.folder import read_metrics, write_json
+from hetfl_jax.results.folder import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 CONTRASTS = {"C1": ("loss_n", "loss"), "C2": ("loss_n", "n"), "C3": ("relloss", "loss")}
@@ -164,7 +164,7 @@ def table(cells: Cells, measure: str) -> str:
     return markdown(["rho", "seeds", *SCORES], rows)
 
 
-def tests(cells: Cells) -> str:
+def of_plan(cells: Cells) -> str:
     """The planned tests, a row each."""
     rows = []
     for rho, by_score in cells.items():
@@ -202,7 +202,7 @@ def draw(found: dict[str, Cells], path: Path) -> None:
 
 def report(name: str, cells: Cells) -> str:
     """All tables of one study."""
-    parts = [f"## {name}", tests(cells)]
+    parts = [f"## {name}", of_plan(cells)]
     mean, p, seeds = interaction(cells)
     parts.append(
         f"Slope over the exponent of n, rho = +1 minus rho = -1: {mean:+.2f} points, p {p:.3g}, {seeds} seeds."
@@ -217,20 +217,27 @@ def kept() -> dict[str, Cells]:
     for path in sorted(RESULTS.glob("*.json")):
         by_rho = json.loads(path.read_text())
         found[path.stem.replace("_", " on ")] = {
-            rho: {score: {int(seed): line for seed, line in one.items()} for score, one in by_score.items()}
-            for rho, by_score in by_rho.items()
+            rho: {score: _lines(columns) for score, columns in by_score.items()} for rho, by_score in by_rho.items()
         }
     return found
 
 
-def rounded(cells: Cells) -> Cells:
-    """Five significant digits of every number."""
+def _lines(columns: Line) -> dict[int, Line]:
+    """The measures of each seed, from a list of each measure."""
+    names, seeds = [name for name in columns if name != "seed"], columns["seed"]
+    return {seed: {name: columns[name][place] for name in names} for place, seed in enumerate(seeds)}
+
+
+def written(cells: Cells) -> str:
+    """JSON of lists: of every cell the seeds, and each measure of them to five digits."""
     short: Callable[[float | None], float | None] = lambda v: None if v is None else float(f"{v:.5g}")  # noqa: E731
-    return {
-        rho: {score: {seed: {k: short(v) for k, v in line.items()} for seed, line in sorted(one.items())}
-              for score, one in by_score.items()}
-        for rho, by_score in cells.items()
-    }  # fmt: skip
+
+    def columns(one: dict[int, Line]) -> Line:
+        seeds = sorted(one)
+        names = one[seeds[0]]
+        return {"seed": seeds, **{name: [short(one[seed][name]) for seed in seeds] for name in names}}
+
+    return compact({rho: {score: columns(one) for score, one in by.items()} for rho, by in cells.items()})
 
 
 def main() -> None:
@@ -243,7 +250,7 @@ def main() -> None:
         for folder in sorted(given.folder.glob("*_study")):
             cells = gathered(folder)
             if all(len(whole(by_score)) > 1 for by_score in cells.values()):
-                write_json(RESULTS / f"{folder.name.removesuffix('_study')}.json", rounded(cells))
+                (RESULTS / f"{folder.name.removesuffix('_study')}.json").write_text(written(cells))
     found = kept()
     if not found:
         raise SystemExit("nothing in results/: give --from the folder of the sweeps")

@@ -1,8 +1,6 @@
 """What the experiments of this folder share: runs of several selections, the rounds they take, their costs, a plot."""
 
 import argparse
-import json
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -10,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.federated import Line, cell, markdown, play
+from experiments.federated import Line, cell, compact, markdown, play
 from experiments.kept import once
 from hetfl_jax.core import machine
-from hetfl_jax.results.folder import leaves, plain
+from hetfl_jax.results.folder import leaves
 
 RESULTS = Path(__file__).parent / "results"
 DISTRIBUTIONS = ("client_accuracy", "local_accuracy")  #: of a line that are not kept
@@ -100,23 +98,6 @@ def columns(lines: list[Line]) -> dict[str, list[Any]]:
     flat = [leaves({k: v for k, v in line.items() if k not in DISTRIBUTIONS}, "/") for line in lines]
     short = lambda v: float(f"{v:.7g}") if isinstance(v, float) else v  # noqa: E731
     return {name: [short(line.get(name)) for line in flat] for name in flat[0]}
-
-
-def compact(values: dict[str, Any]) -> str:
-    """JSON with a line for each list.
-
-    >>> print(compact({"rand": {"round": [10, 20]}}), end="")
-    {
-     "rand": {
-      "round": [10, 20]
-     }
-    }
-    """
-
-    def on_one_line(found: re.Match[str]) -> str:
-        return f"[{' '.join(found[1].split())}]"
-
-    return re.sub(r"\[([^\[\]{}\"]*)\]", on_one_line, json.dumps(plain(values), indent=1)) + "\n"
 
 
 def keep(name: str, title: str, found: Runs, baseline: str, began: float) -> None:
