@@ -374,7 +374,7 @@ def test_memory_is_float32_trees_of_the_parameters():
     for name, make in ALL.items():
         memory = make(fam).init(change(fam))
         for kind, part in memory.items():
-            if name == "low_rank" and kind == "factor":  # r numbers a column of each leaf, not the leaf's shape
+            if kind == "factor":  # of low_rank, with feedback or not: r numbers a column of each leaf
                 assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(part))
                 continue
             assert list(part) == ["params"], name
