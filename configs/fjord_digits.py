@@ -17,7 +17,7 @@ def get_config(arg=""):
         ),
         family=dict(
             hidden=(16, 32, 64),
-            mix=uniform_tiers(arg.tiers, arg.drop_scale),
+            mix=uniform_tiers(min(arg.tiers, 3) if arg.quick else arg.tiers, arg.drop_scale),
             norm="bn_tiers",
         ),
         method=dict(name="fjord", args=dict(cohort=10, distill=arg.distill)),

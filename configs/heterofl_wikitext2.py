@@ -71,5 +71,5 @@ def get_config(arg=""):
     config.family.hidden, config.data.options.rows = config.family.hidden[:2], 10
     config.data.options.test_tokens = 2_000
     config = shrink(config)
-    config.data.examples = 60
+    config.data.examples = 20
     return config

@@ -71,8 +71,8 @@ def get_config(arg=""):
     )
     if not arg.quick:
         return config
-    config = shrink(config, learning_rate=0.1, epochs=5)
-    config.data.update(dict(examples=0, first_clients=12))  # all images of a few writers
+    config = shrink(config, learning_rate=0.1, epochs=3)
+    config.data.update(dict(examples=0, first_clients=8))  # all images of a few writers
     if not before:
         config.method.args.update(dict(warm_start="", forced_rounds=1, freeze_shared=False))
     return config

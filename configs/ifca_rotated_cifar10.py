@@ -51,6 +51,7 @@ def get_config(arg=""):
     )
     if not arg.quick:
         return config
-    config = shrink(config, batch_size=20, learning_rate=0.05)
+    config = shrink(config, batch_size=20, learning_rate=0.05, decay_layers=())
+    config.family.update(dict(net="cnn", hidden=(16, 16, 16)))  # the paper's start values need its widths
     config.method.args.update(dict(restarts=1, min_share=0.0))
     return config

@@ -4,12 +4,15 @@
 cohort, on chunking, bucketing, padding or device count, and a resumed run needs no stored key.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import platform
-from hetfl_jax.core.types import Array
+from hetfl_jax.core.types import Array, PyTree
 
 INIT, PLAN, CLIENT, SURVEY, DATA = range(5)  #: purposes
 
@@ -26,6 +29,24 @@ def purpose_key(key: Array, purpose: int, *folds: Array | int) -> Array:
     for fold in (purpose, *folds):
         key = jax.random.fold_in(key, fold)
     return key
+
+
+def draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], *args: PyTree) -> Array:
+    """What ``sampler(key, shape)`` draws, the same numbers, compiled as a flat array.
+
+    Where a draw has four axes, a CPU's compiler takes about two seconds for it, and 0.3 where it is flat.
+
+    Args:
+      sampler: ``jax.random.normal``, ``uniform``, ``bits``.
+      key: one key.
+      shape: of the result.
+      args: what the sampler takes after the shape.
+
+    >>> key = jax.random.key(0)
+    >>> bool((draw(jax.random.normal, key, (2, 3, 1, 2)) == jax.random.normal(key, (2, 3, 1, 2))).all())
+    True
+    """
+    return sampler(key, (math.prod(shape),), *args).reshape(shape)
 
 
 def permute(key: Array, position: Array, size: Array | int) -> Array:

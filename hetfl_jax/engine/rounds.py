@@ -4,7 +4,6 @@ The method may be built anew inside a program from numbers that the program is t
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -65,6 +64,9 @@ First = Callable[[Array, int, Settings], State]
 def first_program(algorithm: Algorithm, store: Store, remake: Remake | None = None) -> First:
     """What draws the first state, compiled: op by op, a net's start values take seconds.
 
+    A CPU's compiler takes seconds to optimise the draws of kernels well, more than the one run of this program can
+    gain; the numbers are the same without.
+
     Args:
       remake: settings -> the algorithm with these numbers; without it ``algorithm`` is taken as it is.
 
@@ -72,14 +74,21 @@ def first_program(algorithm: Algorithm, store: Store, remake: Remake | None = No
       ``(key, clients, settings) -> State``; where the store is on the host, its memory is ONE client's.
     """
 
-    @partial(jax.jit, static_argnums=1)
     def init(key: Array, clients: int, settings: Settings) -> State:
         made = remake(settings) if remake else algorithm
-        server, one = made.init(purpose_key(key, INIT))
+        server, one = made.init(key)
         rows = clients * made.memory_rows
         return State(server, one if store.on_host else store.init(one, rows), jnp.int32(0))
 
-    return init
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    quick, inside = jax.jit(init, static_argnums=1, compiler_options=options), jax.jit(init, static_argnums=1)
+
+    def first(key: Array, clients: int, settings: Settings) -> State:
+        own = purpose_key(key, INIT)
+        # Within another program that one's options hold.
+        return (inside if isinstance(own, jax.core.Tracer) else quick)(own, clients, settings)
+
+    return first
 
 
 def _check_clients(algorithm: Algorithm, clients: int) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.settings import at_once
 from hetfl_jax.core.types import Array, PyTree
 from hetfl_jax.models.windows import Family, Path, flat
@@ -54,7 +55,7 @@ def class_axes(family: Family) -> dict[Path, int]:
     halves = _halves(classes)
     keys = iter(jax.random.split(jax.random.key(0), 1 + len(jax.tree.leaves(shapes))))
     x = _input(next(keys), ready)
-    variables = jax.tree.map(lambda s: 0.5 * jax.random.normal(next(keys), s.shape, s.dtype), shapes)
+    variables = jax.tree.map(lambda s: 0.5 * draw(jax.random.normal, next(keys), s.shape, s.dtype), shapes)
     variables = {k: v if k == "params" else jax.tree.map(jnp.ones_like, v) for k, v in variables.items()}
 
     def reached(half: Array) -> dict[str, Array]:
@@ -96,4 +97,4 @@ def _input(key: Array, ready: PyTree) -> Array:
     """Three random rows of the net's input; of tokens, zeros."""
     shape = (3, *ready.shape[1:])
     floats = jnp.issubdtype(ready.dtype, jnp.floating)
-    return jax.random.normal(key, shape, ready.dtype) if floats else jnp.zeros(shape, ready.dtype)
+    return draw(jax.random.normal, key, shape, ready.dtype) if floats else jnp.zeros(shape, ready.dtype)

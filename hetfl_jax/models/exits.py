@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.conv import lowered
 from hetfl_jax.models.layers import dense_layer
@@ -88,7 +89,7 @@ def _fan_out_normal(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.flo
     Args:
       shape: (kh, kw, I, O).
     """
-    return jax.random.normal(key, shape, dtype) * (2 / (shape[0] * shape[1] * shape[3])) ** 0.5
+    return draw(jax.random.normal, key, shape, dtype) * (2 / (shape[0] * shape[1] * shape[3])) ** 0.5
 
 
 def upsample(x: Array, size: Sequence[int]) -> Array:

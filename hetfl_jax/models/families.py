@@ -15,6 +15,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from hetfl_jax.core import jaxprs, tree
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.types import Arguments, Array, Level, PyTree, Within
 from hetfl_jax.models.adapter import Net, adapt
 from hetfl_jax.models.precision import in_precision
@@ -135,12 +136,9 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     ready = jax.eval_shape(lambda v: fam.prepare(v, None), fam.example)
     keys = iter(jax.random.split(jax.random.key(0), 1 + len(jax.tree.leaves(fam.shapes[0]))))
     floats = jnp.issubdtype(ready.dtype, jnp.floating)
-    x = (
-        jax.random.normal(next(keys), (3, *ready.shape[1:]))
-        if floats
-        else jnp.zeros((3, *ready.shape[1:]), ready.dtype)
-    )
-    variables = jax.tree.map(lambda s: jnp.abs(0.5 * jax.random.normal(next(keys), s.shape)), fam.shapes[0])
+    shape = (3, *ready.shape[1:])
+    x = draw(jax.random.normal, next(keys), shape) if floats else jnp.zeros(shape, ready.dtype)
+    variables = jax.tree.map(lambda s: jnp.abs(0.5 * draw(jax.random.normal, next(keys), s.shape)), fam.shapes[0])
 
     def logits(level: Level) -> Array:
         model = view(fam, variables, level)

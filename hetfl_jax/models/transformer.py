@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hetfl_jax.core import tree
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.types import Array
 from hetfl_jax.models.layers import EPSILON, active_channels, scale, traced_channels, uniform_fan_in
 from hetfl_jax.models.nets import BaseNet, Capacity
@@ -55,7 +56,7 @@ class Run(NamedTuple):
         """
         if not self.train or not self.dropout:
             return x
-        keep = jax.random.bernoulli(make_rng("dropout"), 1 - self.dropout, (*x.shape[:-1], full))
+        keep = draw(jax.random.uniform, make_rng("dropout"), (*x.shape[:-1], full)) < 1 - self.dropout
         return jnp.where(keep[..., : x.shape[-1]], x / (1 - self.dropout), 0)
 
 

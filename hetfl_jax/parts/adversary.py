@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.types import Array, Batch, ClientContext, Level, PyTree, Question, Shard
 from hetfl_jax.models.windows import Family, index_of
 from hetfl_jax.parts.objective import Aux, Forward, Objective, last_exit
@@ -126,7 +127,7 @@ def attacked(
         return inside(jnp.clip(moved, -attack.epsilon * unit, attack.epsilon * unit))
 
     if start is None and attack.random_start:
-        start = inside(attack.epsilon * unit * jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0))
+        start = inside(attack.epsilon * unit * draw(jax.random.uniform, key, x.shape, x.dtype, -1.0, 1.0))
     return x + jax.lax.fori_loop(0, attack.steps, climb, jnp.zeros_like(x) if start is None else start)
 
 

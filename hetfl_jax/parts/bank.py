@@ -97,10 +97,10 @@ def bank(
     judge_one = base.judge
 
     def init(key: Array) -> tuple[BankState, PyTree]:
-        starts = [base.init(jax.random.fold_in(key, m) if m else key) for m in range(size)]
-        members = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(server for server, _ in starts))
+        keys = jnp.stack([jax.random.fold_in(key, m) if m else key for m in range(size)])
+        members, memories = jax.lax.map(base.init, keys)  # a loop: one draw is compiled, not a draw a member
         common = tree.take(members, jnp.zeros(size, int))
-        return BankState(_by_name(shared, common, members), route.init()), starts[0][1]
+        return BankState(_by_name(shared, common, members), route.init()), tree.take(memories, 0)
 
     def plan(key: Array, round: Array, state: BankState, population: Population, survey: Callable[..., PyTree]) -> Plan:
         first = base.plan(key, round, tree.take(state.members, 0), population, survey)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetfl_jax.core import tree
+from hetfl_jax.core.random import draw
 from hetfl_jax.core.settings import at_once
 from hetfl_jax.core.types import Array, Population, PyTree
 from hetfl_jax.models.windows import Family
@@ -25,11 +26,11 @@ def is_linear(family: Family, tolerance: float = 1e-4) -> bool:
     if set(family.shapes[0]) != {"params"}:
         return False
     keys = iter(jax.random.split(jax.random.key(0), 3 + 2 * len(jax.tree.leaves(family.shapes[0]))))
-    a, b = ({"params": _like(family, lambda shape: jax.random.normal(next(keys), shape))} for _ in range(2))
+    a, b = ({"params": _like(family, lambda shape: draw(jax.random.normal, next(keys), shape))} for _ in range(2))
     ready = jax.eval_shape(lambda x: family.prepare(x, None), family.example)
     if not jnp.issubdtype(ready.dtype, jnp.floating):
         return False
-    x = jax.random.normal(next(keys), (5, *ready.shape[1:]))
+    x = draw(jax.random.normal, next(keys), (5, *ready.shape[1:]))
     run = lambda variables: family.nets[0].apply(variables, x)[0]  # noqa: E731
     together, zero = run(jax.tree.map(jnp.add, a, b)), run(jax.tree.map(jnp.zeros_like, a))
     apart = run(a) + run(b)

@@ -100,7 +100,7 @@ def shrink(config: ml_collections.ConfigDict, **train: Config) -> Config:
     (10, 10, 'run_quick')
     """
     config.data.clients = min(config.data.clients, 10)
-    config.data.examples = 2_000
+    config.data.examples = 1_000
     config.family.hidden = tuple(min(16, width) for width in config.family.hidden)
     if "cohort" in config.method.args:  # of some methods all clients take part
         config.method.args.cohort = min(config.method.args.cohort, 5)
