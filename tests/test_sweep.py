@@ -17,7 +17,7 @@ import hetfl_jax as hf
 from hetfl_jax.core.settings import agree
 from hetfl_jax.parts import merge, select
 from hetfl_jax.parts.merge import Weights
-from hetfl_jax.run import lab, points, programs, sweep, train
+from hetfl_jax.run import lab, points, programs, standing, sweep, train
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.programs import Shared, numbers, structure
@@ -290,7 +290,7 @@ def test_a_full_disk_ends_a_sweep(tmp_path, monkeypatch):
     def full(plan, ended):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep._Plan, "end", full)
+    monkeypatch.setattr(standing.Standing, "end", full)
     with pytest.raises(OSError, match="No space left on device"):
         hf.sweep(config(tmp_path, "train.rounds=1"), {"run.seed": [0, 1]}, quiet=True)
 

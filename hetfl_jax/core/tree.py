@@ -154,7 +154,8 @@ def fetched(trees: Sequence[PyTree]) -> list[PyTree]:
     >>> fetched([{"a": jnp.arange(2)}, {"a": jnp.arange(2) + 5}])[1]["a"].tolist()
     [5, 6]
     """
-    if jax.process_count() > 1 or len(trees) == 1:
+    on_device = all(isinstance(leaf, jax.Array) for tree in trees for leaf in jax.tree.leaves(tree))
+    if jax.process_count() > 1 or len(trees) == 1 or not on_device:
         return jax.device_get(list(trees))
     leaves = jax.device_get(_stacked([jax.tree.leaves(tree) for tree in trees]))
     structure = jax.tree.structure(trees[0])

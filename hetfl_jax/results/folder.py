@@ -17,7 +17,15 @@ from hetfl_jax.core.types import Arguments, Line, PyTree, State
 from hetfl_jax.results.scores import evaluated, score_of
 
 #: settings that a resumed run may set anew; other devices and chunks move results by rounding
-MAY_CHANGE = ("train.rounds", "train.devices", "train.clients_per_chunk", "run.keep", "run.folder", "run.name")
+MAY_CHANGE = (
+    "train.rounds",
+    "train.devices",
+    "train.clients_per_chunk",
+    "train.points_at_once",
+    "run.keep",
+    "run.folder",
+    "run.name",
+)
 
 
 def write_json(path: Path, values: PyTree) -> None:

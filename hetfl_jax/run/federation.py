@@ -28,10 +28,9 @@ from hetfl_jax.run.given import (
     named_of,
     notes_of,
     partition_of,
-    pool_of,
     views_of,
 )
-from hetfl_jax.run.known import Known, known_family, known_source
+from hetfl_jax.run.known import Known, known_family, known_pool, known_source
 from hetfl_jax.run.levels import levels_of, tiers_of, unused_order
 from hetfl_jax.run.mix import Mix, parse_mix
 from hetfl_jax.run.slots import check_unused, check_whole, slots_of
@@ -93,9 +92,8 @@ def build(config: Config, own: Own | None = None, known: Known | None = None) ->
     check_pixels(config, source)
     views, groups = views_of(config.data.groups, source, clients, classes)
     held = held_of(source, part, classes, views, groups)
-    train = population(
-        *pool_of(source), part.rows, part.size, level=level, levels=fam.levels, classes=held, **_seen(views, groups)
-    )
+    (x, y), seen = known_pool(source, known), _seen(views, groups)
+    train = population(x, y, part.rows, part.size, level=level, levels=fam.levels, classes=held, **seen)
     outfit = None
     algorithm = _algorithm(config, make, fam, settings, mix, price, level, train)
     if equipment := equipment_of(config, part.size, seed):

@@ -150,6 +150,7 @@ KEYS = {
         "buckets": Key("auto", "levels that share a program: auto (what takes least time), each, one, or a-b-cde"),
         "clients_per_chunk": Key(0, "clients under one vmap; 0: 1 on a CPU, else as many as fit"),
         "devices": Key(0, "over which clients are spread, 0 for all"),
+        "points_at_once": Key(0, "points of a sweep under one vmap on a device; 0: 1 on a CPU, else as many as fit"),
         "store": Key("device", "where client memory lives: device, host or file"),
     },
     "run": {

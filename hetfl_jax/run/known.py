@@ -2,12 +2,12 @@
 
 import jax
 
-from hetfl_jax.core.types import Arguments, Config, PyTree
+from hetfl_jax.core.types import Arguments, Array, Config, PyTree
 from hetfl_jax.data import door, preprocess, sources
 from hetfl_jax.models import families
 from hetfl_jax.models.costs import Costs, costs
 from hetfl_jax.models.windows import Family, Prepare
-from hetfl_jax.run.given import Own, source_of
+from hetfl_jax.run.given import Own, pool_of, source_of
 from hetfl_jax.run.mix import Mix, level_fields
 from hetfl_jax.run.nets import check_call, net_of
 
@@ -23,6 +23,7 @@ class Known:
         """Nothing yet."""
         self.families: dict[str, tuple[Family, Costs]] = {}
         self.sources: dict[str, tuple[sources.Source, door.Admitted]] = {}  #: the latest one only, as they are large
+        self.pool: tuple[sources.Source, tuple[Array, Array]] | None = None  #: the latest one
 
 
 #: keys that data does not depend on before it is split
@@ -46,6 +47,13 @@ def known_source(config: Config, own: Own, known: Known) -> tuple[sources.Source
     if kind not in known.sources:
         known.sources = {kind: source_of(config, own)}
     return known.sources[kind]
+
+
+def known_pool(source: sources.Source, known: Known) -> tuple[Array, Array]:
+    """All examples and labels of a source: points of a sweep with the same source have the same arrays."""
+    if known.pool is None or known.pool[0] is not source:
+        known.pool = source, pool_of(source)
+    return known.pool[1]
 
 
 def known_family(

@@ -12,6 +12,7 @@ from hetfl_jax import methods
 from hetfl_jax.core import machine, platform
 from hetfl_jax.core.fairness import fairness, quantiles
 from hetfl_jax.core.types import ACCURACY, Config, Line, Population, PyTree, State, Tally
+from hetfl_jax.data.population import stored_as
 from hetfl_jax.engine import executors, rounds
 from hetfl_jax.engine.stores import Store
 from hetfl_jax.results.scores import is_share
@@ -20,6 +21,7 @@ from hetfl_jax.run.client_memory import store_for
 from hetfl_jax.run.config import complete
 from hetfl_jax.run.evaluate import Metric, over_clients
 from hetfl_jax.run.federation import Federation, Own, build
+from hetfl_jax.run.lockstep import Seat, alone, whole
 from hetfl_jax.run.programs import Inputs, Shared, numbers, programs_of
 from hetfl_jax.run.selections import check_memory
 
@@ -52,7 +54,7 @@ class Lab(NamedTuple):
 
 def prepare(
     config: Config, own: Own | None = None, metrics: Mapping[str, Metric] | None = None, shared: Shared | None = None,
-    device: jax.Device | None = None,
+    device: jax.Device | None = None, seat: Seat | None = None,
 ) -> Lab:  # fmt: skip
     """Build a config's federation and its compiled functions; nothing compiles yet.
 
@@ -62,6 +64,7 @@ def prepare(
       metrics: further scores, as of ``train``.
       shared: programs of other runs, which this one shares if it can; then they are traced here.
       device: on which the run is, if it is on one of several.
+      seat: through which the run calls its programs, if it may run together with others.
 
     Raises:
       ValueError: a value that is out of range.
@@ -85,15 +88,25 @@ def prepare(
     check_memory(fed.algorithm)
 
     def place(values: PyTree) -> PyTree:
+        values = whole(values)
         return executor.place(values) if device is None else jax.device_put(values, device)
 
     key = place(jax.random.key(config.run.seed))
-    population, batches, test = place((fed.train, fed.train_batches, fed.test))
+    populations = fed.train, fed.train_batches, fed.test
+    if shared is None:
+        population, batches, test = place(populations)
+    else:
+        x, y = shared.pool(fed.train, device, place)
+        none = stored_as(np.zeros(0, np.float32))
+        rest = place(tuple(pop._replace(x=none, y=none) for pop in populations))
+        population, batches, test = (pop._replace(x=x, y=y) for pop in rest)
     clients, asks = fed.partition.size.size, tuple(bool(question.memory) for question in fed.algorithm.questions)
     inputs = Inputs(key, clients, population, batches, test, numbers(config, fed), asks)
     packaged = (own.method or config.method.name) in methods.names() if isinstance(own.method, str | None) else False
     fed, programs = programs_of(config, fed, executor, store, metrics, inputs, shared, buckets, packaged)
     told = numbers(config, fed)
+    if seat is not None and alone(fed.algorithm, executor, store) is None:
+        programs = seat.seated(programs, fed.algorithm)
     return Lab(
         config,
         fed,

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from hetfl_jax.core.settings import Guard, agree, numbers_of, replaced, settings
-from hetfl_jax.core.types import Algorithm, Config, Population, PyTree, State
+from hetfl_jax.core.types import Algorithm, Array, Config, Population, PyTree, State
 from hetfl_jax.engine import rounds
 from hetfl_jax.engine.execute import compiled
 from hetfl_jax.engine.executors import Executor
@@ -55,10 +55,21 @@ class Shared:
         self.known = Known()
         self.programs: dict[str, list[Programs]] = {}
         self.rooms: dict[str, list[room.Room]] = {}
+        self.together: dict[tuple[int, int], dict[Hashable, Callable[..., PyTree]]] = {}
+        self._placed: dict[jax.Device | None, tuple[Array, tuple[Array, Array]]] = {}
 
     def count(self) -> int:
         """How many programs of a round there are."""
         return sum(map(len, self.programs.values()))
+
+    def pool(
+        self, population: Population, device: jax.Device | None, place: Callable[[PyTree], PyTree]
+    ) -> tuple[Array, Array]:
+        """Examples and labels on a device, the same arrays for all runs that have the same ones in a row."""
+        known = self._placed.get(device)
+        if known is None or known[0] is not population.x:
+            known = self._placed[device] = population.x, place((population.x, population.y))
+        return known[1]
 
     def in_room(self, config: Config, fed: Federation) -> Federation:
         """The federation with arrays as long as those of other runs, where that changes nothing else."""

@@ -1,15 +1,7 @@
 """Many runs as one: points of a sweep share programs, run one a device, and are written like single runs."""
 
-import json
-import queue
-import shlex
 import shutil
-import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +10,9 @@ import jax
 from hetfl_jax.core import machine
 from hetfl_jax.core.types import Config, Line
 from hetfl_jax.results import tables
-from hetfl_jax.results.folder import plain, same_config, write_json
+from hetfl_jax.results.folder import plain, same_config
 from hetfl_jax.results.progress import Whole
 from hetfl_jax.results.reading import read_sweep
-from hetfl_jax.results.sweeps import write_tables
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.dryrun import describe as cost
 from hetfl_jax.run.evaluate import Metric
@@ -29,21 +20,10 @@ from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.lab import check_run, prepare
 from hetfl_jax.run.points import Point, points, product, zipped
 from hetfl_jax.run.programs import Shared, fixed
-from hetfl_jax.run.report import report
+from hetfl_jax.run.standing import DONE, FAILED, WAITING, Ended, Standing
 from hetfl_jax.run.stop import Stopped, on_sigterm
-from hetfl_jax.run.train import Result, check_data, completed_for, play, train
-
-DONE, FAILED, WAITING = "done", "failed", "waiting"
-
-
-class Ended(NamedTuple):
-    """One point of a sweep, as it ended."""
-
-    point: Point
-    status: str  #: done, failed or waiting
-    result: Result | None = None  #: of a point that ran now
-    error: str | None = None
-    seconds: float | None = None
+from hetfl_jax.run.train import Result, check_data, completed_for, train
+from hetfl_jax.run.workers import Worker, at_once, run_all
 
 
 class Sweep(NamedTuple):
@@ -69,7 +49,9 @@ def sweep(
 
     Points that differ in numbers only (rates, decay, q, seeds) share one compiled program. Unless ``train.devices``
     says otherwise, each point has one device, and as many points run at once as there are devices; a point's result is
-    that of ``train`` with ``train.devices=1``, bit for bit.
+    that of ``train`` with ``train.devices=1``, bit for bit. With ``train.points_at_once`` (on an accelerator by default
+    as many as fit) a device runs several points under one ``vmap``, with the same results but for rounding; the seconds
+    of a round are then those of all of them.
 
     Args:
       over: lists of values by dotted key, whose product is run; or the points themselves, dicts of values.
@@ -106,15 +88,16 @@ def sweep(
     todo = [_on_one_device(point, names) for point in points(base, listed, folder, method)]
     own, shared = Own(net, data, split, method), Shared()
     _check(todo, own)
-    before = _claim(folder, base, todo, resume=resume, overwrite=overwrite, full=full)
+    before = _claim(folder, base, todo, resume=resume, overwrite=overwrite, full=full, method=method)
     _check_done(before, folder, own)
-    plan = _Plan(folder, base, before, full)
+    plan = Standing(folder, base, before, full)
     plan.write()
     tables.say(f"{len(todo)} points, {sum(e.status == DONE for e in before.values())} done: {folder}", quiet)
     left = [e.point for e in before.values() if e.status == WAITING]
     whole = Whole(len(left), sum(point.config.train.rounds for point in left), quiet)
     with whole, on_sigterm() as stop:
-        _run_all(plan, partial(_run, plan, own, metrics, shared, whole, stop), stop)
+        waiting = [e.point for e in plan.ended.values() if e.status == WAITING]
+        run_all(waiting, Worker(plan, own, metrics, shared, whole, stop).next, stop)
     plan.write()
     plan.write_tables()
     if stop.is_set():
@@ -152,75 +135,10 @@ def _check(todo: Sequence[Point], own: Own) -> None:
             raise ValueError(f"point {point.name}: {error}") from error
 
 
-class _Plan:
-    """Where a sweep stands; what is written of it."""
-
-    def __init__(self, folder: Path, base: Config, ended: dict[str, Ended], full: bool):
-        """Nothing has run yet."""
-        self.folder, self.base, self.ended, self.full = folder, base, ended, full
-        self.lock, self.began = threading.Lock(), time.perf_counter()
-        self.programs = 0
-
-    def end(self, ended: Ended) -> None:
-        """Take down how a point ended, on disk too; threads may call it at once."""
-        with self.lock:
-            self.ended[ended.point.name] = ended
-            self.write()
-
-    def write(self) -> None:
-        """``sweep.json``."""
-        write_json(self.folder / "sweep.json", _described(self))
-
-    def write_tables(self) -> None:
-        """``sweep.csv`` and ``summary.csv`` of what is done, and the page of all."""
-        done = {name: e for name, e in self.ended.items() if e.status == DONE}
-        write_tables(self.folder, {name: e.point.values for name, e in done.items()})
-        if done:
-            report(self.folder, self.folder / "report.html")
-
-    def table(self) -> list[Line]:
-        """One row a point and level."""
-        done = [e for e in self.ended.values() if e.status == DONE]
-        return [{**e.point.values, **row} for e in done for row in _table(self.folder / e.point.name)]
-
-
-def _table(folder: Path) -> list[Line]:
-    """The rows of a run's ``table.json``."""
-    rows: list[Line] = json.loads((folder / "table.json").read_text())["levels"]
-    return rows
-
-
-def _described(plan: _Plan) -> Line:
-    """What ``sweep.json`` says: command, version, config, swept values, how each point ended, programs, seconds."""
-    keys = dict.fromkeys(key for e in plan.ended.values() for key in e.point.values)
-    over = {key: [e.point.values[key] for e in plan.ended.values() if key in e.point.values] for key in keys}
-    return {
-        "command": shlex.join(["hetfl", *sys.argv[1:]]),
-        "version": version("hetfl_jax"),
-        "config": plan.base.to_dict(),
-        "over": {key: list(dict.fromkeys(map(_hashable, values))) for key, values in over.items()},
-        "points": [
-            {"name": name, "values": e.point.values, "status": e.status, "error": e.error, "seconds": e.seconds}
-            for name, e in plan.ended.items()
-        ],
-        "programs": plan.programs,
-        "seconds": round(time.perf_counter() - plan.began, 3),
-        "environment": tables.environment(jax.local_device_count()),
-    }
-
-
-def _hashable(value: Any) -> Any:
-    """Lists as tuples, also inside of others.
-
-    >>> _hashable([1, [2]])
-    (1, (2,))
-    """
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
-
-
 def _claim(
-    folder: Path, base: Config, todo: Sequence[Point], *, resume: bool, overwrite: bool, full: bool
-) -> dict[str, Ended]:
+    folder: Path, base: Config, todo: Sequence[Point], *, resume: bool, overwrite: bool, full: bool,
+    method: Any = None,
+) -> dict[str, Ended]:  # fmt: skip
     """Make the folder this sweep's own; what of it is done already.
 
     Runs that lie where points will be, without a sweep, are of ``--seeds`` of an older version: with ``full`` they go
@@ -249,7 +167,9 @@ def _claim(
     names = [point["name"] for point in before["points"]]
     if names != list(waiting):
         raise ValueError(f"{folder} holds another sweep, of {len(names)} points: {', '.join(names[:3])}, ... (over)")
-    same_config(before["config"], plain(base.to_dict()), folder, ("run.folder", "run.name"))
+    saved_config = plain(completed_for(method, before["config"]))
+    may_change = ("run.folder", "run.name", "train.points_at_once")
+    same_config(saved_config, plain(base.to_dict()), folder, may_change)
     for point in before["points"]:
         if point["status"] == DONE and (folder / point["name"] / "table.json").exists():
             waiting[point["name"]] = waiting[point["name"]]._replace(status=DONE, seconds=point["seconds"])
@@ -267,74 +187,6 @@ def _check_done(before: Mapping[str, Ended], folder: Path, own: Own) -> None:
         check_data(folder / point.name, build(point.config, own).fingerprint)
 
 
-def _run_all(plan: _Plan, run: Callable[[Point, jax.Device | None], None], stop: threading.Event) -> None:
-    """Every waiting point, one a device where each has one device, else one after the other."""
-    waiting = [e.point for e in plan.ended.values() if e.status == WAITING]
-    alone = any(point.config.train.devices > 1 or point.config.train.executor == "debugging" for point in waiting)
-    devices = [None] if alone else jax.local_devices()
-    if len(devices) == 1:
-        for point in waiting:
-            if not stop.is_set():
-                run(point, devices[0])
-        return
-    line: queue.SimpleQueue[Point] = queue.SimpleQueue()
-    for point in waiting:
-        line.put(point)
-
-    lost: list[BaseException] = []  # what no point is to blame for, such as a full disk
-
-    def work(device: jax.Device | None) -> None:
-        try:
-            while not stop.is_set():
-                run(line.get_nowait(), device)
-        except queue.Empty:
-            return
-        except BaseException as error:
-            lost.append(error)
-            stop.set()
-
-    workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices[: len(waiting)]]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    except KeyboardInterrupt:
-        stop.set()
-        for worker in workers:
-            worker.join()
-        raise
-    if lost:
-        raise lost[0]
-
-
-def _run(
-    plan: _Plan, own: Own, metrics: Mapping[str, Metric] | None, shared: Shared, whole: Whole, stop: threading.Event,
-    point: Point, device: jax.Device | None,
-) -> None:  # fmt: skip
-    """One point, whatever becomes of it."""
-    folder, began = plan.folder / point.name, time.perf_counter()
-    going_on = plan.full and (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
-    try:
-        with plan.lock:  # one at a time builds and traces, so that the next one finds its programs
-            lab = prepare(point.config, own, metrics, shared, device)
-            plan.programs = shared.count()
-        result = play(
-            lab, folder, partial(completed_for, own.method), resume=going_on, overwrite=not going_on, quiet=True,
-            stop=stop, bar=whole.of_point(), light=not plan.full,
-        )  # fmt: skip
-    except Stopped:
-        return
-    except Exception as error:  # the other points go on
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        plan.end(Ended(point, FAILED, None, text, round(time.perf_counter() - began, 3)))
-        whole.ended(f"{point.name} failed: {text}")
-        return
-    plan.end(Ended(point, DONE, result, None, round(time.perf_counter() - began, 3)))
-    first = result.table[0]
-    whole.ended(f"{point.name}: {first['level']} {first['last']:.4g}" if first["last"] is not None else point.name)
-
-
 def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None = None) -> str:
     """Points, programs and cost of a sweep as text; every point is built and traced, nothing is trained.
 
@@ -343,9 +195,8 @@ def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None 
     """
     own, shared = own or Own(), Shared()
     todo = [_on_one_device(p, None) for p in points(config, over, Path(config.run.folder) / config.run.name)]
-    for point in todo:
-        prepare(point.config, own, None, shared)
-    programs, workers = shared.count(), min(jax.local_device_count(), len(todo))
+    labs = [prepare(point.config, own, None, shared) for point in todo]
+    programs, workers = shared.count(), min(jax.local_device_count() * at_once(labs[0]), len(todo))
     rounds = sum(point.config.train.rounds for point in todo)
     head = f"{len(todo)} points, {rounds} rounds, {programs} programs of a round, {workers} points at once"
     return "\n".join(

@@ -25,7 +25,7 @@ from hetfl_jax.run import ledger
 from hetfl_jax.run.config import complete, load_config
 from hetfl_jax.run.evaluate import Metric
 from hetfl_jax.run.federation import Own
-from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, prepare
+from hetfl_jax.run.lab import Lab, draw_figures, evaluate_tiers, prepare, whole
 from hetfl_jax.run.mix import sizes
 from hetfl_jax.run.selections import check_memory, sentences
 from hetfl_jax.run.stop import Stopped, on_sigterm
@@ -271,12 +271,12 @@ def _rounds(
         if saves:
             chosen_by = choosing(lines[-1], lab.federation.tiers[0].name, lab.federation.algorithm.score)
             lab.store.commit(round + 1, run.checkpoints.rounds())
-            run.checkpoints.save(round + 1, state, {"totals": totals._asdict()}, chosen_by)
+            run.checkpoints.save(round + 1, whole(state), {"totals": totals._asdict()}, chosen_by)
         bar.advance(round + 1, lines[-1])
         _stop_if_lost(run.metrics.lines, run.folder)
         if early and not last:
             raise Stopped(f"{run.folder}: stopped after round {round + 1} of {total}")
-    return state
+    return whole(state)
 
 
 def _evaluated(lab: Lab, state: State, round: int, callbacks: Sequence[Callback]) -> Line:
