@@ -17,7 +17,7 @@ import hetfl_jax as hf
 from hetfl_jax.core.settings import agree
 from hetfl_jax.parts import merge, select
 from hetfl_jax.parts.merge import Weights
-from hetfl_jax.run import lab, points, programs, standing, sweep, train
+from hetfl_jax.run import lab, points, programs, standing, train
 from hetfl_jax.run.cli import main
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.programs import Shared, numbers, structure
