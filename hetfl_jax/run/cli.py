@@ -147,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--resume", action="store_true", help="run what is missing")
     many.add_argument("--overwrite", action="store_true", help="delete what the sweep's folder holds")
     many.add_argument("--dry-run", action="store_true", help="print points, programs and cost without training")
+    many.add_argument("--processes", type=int, default=1, help="hosts that share the points and the folder: how many")
+    many.add_argument("--process", type=int, default=0, help="the number of this host, from 0")
     many.add_argument("--full", action="store_true", help="checkpoints and plots of every point")
     shown = command("config", _config, "Print a config, complete, with the meaning of every key.")
     shown.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="name or file, with :args")
@@ -238,7 +240,8 @@ def _sweep(given: argparse.Namespace, rest: list[str]) -> None:
     if given.dry_run:
         print(describe(config, over))
         return
-    print(summary(sweep(config, over, resume=given.resume, overwrite=given.overwrite, full=given.full)))
+    options = {name: getattr(given, name) for name in ("resume", "overwrite", "full", "process", "processes")}
+    print(summary(sweep(config, over, **options)))
 
 
 def _dry_run(config: Config, target: str | None) -> str:

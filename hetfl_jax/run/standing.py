@@ -5,6 +5,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Container
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ import jax
 from hetfl_jax.core.types import Config, Line
 from hetfl_jax.results import tables
 from hetfl_jax.results.folder import write_json
+from hetfl_jax.results.reading import SWEEP
 from hetfl_jax.results.sweeps import write_tables
 from hetfl_jax.run.points import Point
 from hetfl_jax.run.report import report
 from hetfl_jax.run.train import Result
 
 DONE, FAILED, WAITING = "done", "failed", "waiting"
+POLL = 1.0  #: seconds between looks at what other hosts have done
 
 
 class Ended(NamedTuple):
@@ -32,12 +35,40 @@ class Ended(NamedTuple):
     seconds: float | None = None
 
 
+class Host(NamedTuple):
+    """One of several hosts that share a sweep and its folder: it runs every ``hosts``-th point."""
+
+    number: int = 0
+    hosts: int = 1
+
+    def file(self) -> str:
+        """What the host writes of the sweep.
+
+        >>> Host(0, 2).file(), Host(1, 2).file()
+        ('sweep.json', 'sweep_1.json')
+        """
+        return f"sweep_{self.number}.json" if self.number else SWEEP
+
+
+ALONE = Host()
+
+
+def told_of(folder: Path, names: Container[str]) -> dict[str, Line]:
+    """Points of these names as any host of a sweep tells of them: done, where one says so."""
+    found: dict[str, Line] = {}
+    for path in sorted(folder.glob("sweep*.json")):
+        for point in json.loads(path.read_text())["points"]:
+            if point["name"] in names and found.get(point["name"], point)["status"] != DONE:
+                found[point["name"]] = point
+    return found
+
+
 class Standing:
     """Where a sweep stands; what is written of it."""
 
-    def __init__(self, folder: Path, base: Config, ended: dict[str, Ended], full: bool):
+    def __init__(self, folder: Path, base: Config, ended: dict[str, Ended], full: bool, host: Host = ALONE):
         """Nothing has run yet."""
-        self.folder, self.base, self.ended, self.full = folder, base, ended, full
+        self.folder, self.base, self.ended, self.full, self.host = folder, base, ended, full, host
         self.lock, self.began = threading.Lock(), time.perf_counter()
         self.programs = 0
 
@@ -47,9 +78,30 @@ class Standing:
             self.ended[ended.point.name] = ended
             self.write()
 
+    def waiting(self) -> list[Point]:
+        """Points that this host has to run yet."""
+        mine = list(self.ended.values())[self.host.number :: self.host.hosts]
+        return [e.point for e in mine if e.status == WAITING]
+
     def write(self) -> None:
-        """``sweep.json``."""
-        write_json(self.folder / "sweep.json", _described(self))
+        """``sweep.json``, or the like of another host."""
+        write_json(self.folder / self.host.file(), _described(self))
+
+    def gather(self, stop: threading.Event, quiet: bool) -> None:
+        """Take over what the other hosts have run; the first one waits until nothing is left, or ``stop`` is set."""
+        told = False
+        while True:
+            for name, point in told_of(self.folder, self.ended).items():
+                if self.ended[name].status == WAITING and point["status"] != WAITING:
+                    known = self.ended[name]._replace(status=point["status"], error=point["error"])
+                    self.ended[name] = known._replace(seconds=point["seconds"])
+            left = [name for name, e in self.ended.items() if e.status == WAITING]
+            if not left or self.host.number or self.host.hosts == 1 or stop.is_set():
+                return
+            if not told:
+                tables.say(f"waiting for other hosts, {len(left)} points are left: {self.folder}", quiet)
+            told = True
+            stop.wait(POLL)
 
     def write_tables(self) -> None:
         """``sweep.csv`` and ``summary.csv`` of what is done, and the page of all."""

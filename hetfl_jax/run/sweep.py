@@ -20,7 +20,7 @@ from hetfl_jax.run.federation import Federation, Own, build
 from hetfl_jax.run.lab import check_run, prepare
 from hetfl_jax.run.points import Point, points, product, zipped
 from hetfl_jax.run.programs import Shared, fixed
-from hetfl_jax.run.standing import DONE, FAILED, WAITING, Ended, Standing
+from hetfl_jax.run.standing import DONE, FAILED, POLL, WAITING, Ended, Host, Standing, told_of
 from hetfl_jax.run.stop import Stopped, on_sigterm
 from hetfl_jax.run.train import Result, check_data, completed_for, train
 from hetfl_jax.run.workers import Worker, at_once, run_all
@@ -43,7 +43,7 @@ def sweep(
     config: Config = "heterofl_digits", over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] = (), *,
     parallel: bool = False, net: Any = None, data: Config = None, split: Any = None, method: Any = None,
     metrics: Mapping[str, Metric] | None = None, resume: bool = False, overwrite: bool = False, quiet: bool = False,
-    full: bool = False, names: Callable[[Mapping[str, Any]], str] | None = None,
+    full: bool = False, names: Callable[[Mapping[str, Any]], str] | None = None, process: int = 0, processes: int = 1,
 ) -> Sweep:  # fmt: skip
     """Run a config at many points.
 
@@ -61,6 +61,8 @@ def sweep(
       full: write checkpoints and plots of every point too, as ``train`` does; a point that was interrupted then goes on
         from its checkpoint, else it starts again.
       names: a point's name from its values, in place of ``key=value,...``.
+      process, processes: of several hosts that share the folder, the number of this one, and how many there are. Each
+        runs every so manieth point; the first one waits for the others, and writes the tables and the page.
 
     Returns:
       A ``Sweep``. The folder ``run.folder/run.name`` holds ``report.html`` (a page of all points), ``sweep.json``,
@@ -79,7 +81,10 @@ def sweep(
     """
     machine.use_cache_once()
     if jax.process_count() > 1:
-        raise ValueError(f"a sweep in {jax.process_count()} processes: need one, a sweep for each host (--coordinator)")
+        raise ValueError(
+            f"a sweep of {jax.process_count()} connected processes: leave --coordinator away, give each --process"
+        )
+    host = _host(process, processes, overwrite)
     base = complete(load_config(str(config)) if isinstance(config, str | Path) else config, method=method)
     folder = Path(base.run.folder) / base.run.name
     if not isinstance(over, Mapping | Sequence):
@@ -88,22 +93,47 @@ def sweep(
     todo = [_on_one_device(point, names) for point in points(base, listed, folder, method)]
     own, shared = Own(net, data, split, method), Shared()
     _check(todo, own)
+    with on_sigterm() as stop:
+        while host.number and not (folder / "sweep.json").exists() and not stop.wait(POLL):
+            pass  # the first host makes the folder the sweep's own
+    resume = resume or host.number > 0
     before = _claim(folder, base, todo, resume=resume, overwrite=overwrite, full=full, method=method)
     _check_done(before, folder, own)
-    plan = Standing(folder, base, before, full)
+    plan = Standing(folder, base, before, full, host)
     plan.write()
     tables.say(f"{len(todo)} points, {sum(e.status == DONE for e in before.values())} done: {folder}", quiet)
-    left = [e.point for e in before.values() if e.status == WAITING]
+    left = plan.waiting()
     whole = Whole(len(left), sum(point.config.train.rounds for point in left), quiet)
     with whole, on_sigterm() as stop:
-        waiting = [e.point for e in plan.ended.values() if e.status == WAITING]
-        run_all(waiting, Worker(plan, own, metrics, shared, whole, stop).next, stop)
-    plan.write()
-    plan.write_tables()
+        run_all(left, Worker(plan, own, metrics, shared, whole, stop).next, stop)
+        plan.write()
+        plan.gather(stop, quiet)
+    if not host.number:
+        plan.write()
+        plan.write_tables()
     if stop.is_set():
         done = sum(e.status == DONE for e in plan.ended.values())
         raise Stopped(f"{folder}: stopped, {done} of {len(todo)} points are done")
     return Sweep(plan.table(), list(plan.ended.values()), folder, shared.count())
+
+
+def _host(process: int, processes: int, overwrite: bool) -> Host:
+    """This host among those that share a sweep.
+
+    Raises:
+      ValueError: a number that there is not; several hosts that would delete a folder under each other.
+
+    >>> _host(2, 2, False)
+    Traceback (most recent call last):
+    ValueError: process 2 of 2, allowed 0..1 (--process, --processes)
+    """
+    if processes < 1 or not 0 <= process < processes:
+        raise ValueError(
+            f"process {process} of {processes}, allowed 0..{max(processes, 1) - 1} (--process, --processes)"
+        )
+    if processes > 1 and overwrite:
+        raise ValueError(f"--overwrite of a sweep of {processes} hosts: delete its folder first, or see --resume")
+    return Host(process, processes)
 
 
 def _on_one_device(point: Point, names: Callable[[Mapping[str, Any]], str] | None) -> Point:
@@ -170,7 +200,7 @@ def _claim(
     saved_config = plain(completed_for(method, before["config"]))
     may_change = ("run.folder", "run.name", "train.points_at_once")
     same_config(saved_config, plain(base.to_dict()), folder, may_change)
-    for point in before["points"]:
+    for point in told_of(folder, waiting).values():
         if point["status"] == DONE and (folder / point["name"] / "table.json").exists():
             waiting[point["name"]] = waiting[point["name"]]._replace(status=DONE, seconds=point["seconds"])
     return waiting
