@@ -40,3 +40,9 @@ def get_config(arg=""):
         ),
     )
     return shrink(config) if arg.quick else config
+
+
+def sweep_mixes():
+    """From all clients strong to more than half of them weakest."""
+    for mix in ("a1", "a1-e1", "a1-b1-c1-d1-e1", "a6-b10-c11-d18-e55"):
+        yield {"family.mix": mix}
