@@ -13,8 +13,8 @@ from hetfl_jax.engine import rounds
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, depthfl, fedavg, ifca
 from hetfl_jax.parts.bank import alike
+from tests.contract import EXECUTORS, play
 from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
-from tests.test_contract import EXECUTORS, play
 
 pytestmark = pytest.mark.slow
 

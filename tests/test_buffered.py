@@ -16,8 +16,8 @@ from hetfl_jax.parts.buffered import buffered
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.parts.pace import Rule
 from hetfl_jax.parts.simulate import simulated
+from tests.contract import EXECUTORS, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import EXECUTORS, play
 from tests.test_devices import clocked, equal_sizes, with_devices
 
 ONE = ({"width": 1.0},)

@@ -10,9 +10,9 @@ from hetfl_jax.clusters.report import matched
 from hetfl_jax.engine import execute
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import cfl, fedavg
+from tests.contract import EXECUTORS, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
 from tests.test_bank import CFL, member, two_worlds
-from tests.test_contract import EXECUTORS, play
 
 pytestmark = pytest.mark.slow
 

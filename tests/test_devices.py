@@ -18,8 +18,8 @@ from hetfl_jax.models.windows import memory_extents
 from hetfl_jax.parts import afford, choose, explore, pace, select, simulate
 from hetfl_jax.parts import online as presence
 from hetfl_jax.run import ledger
+from tests.contract import BY_NAME, EXECUTORS, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import BY_NAME, EXECUTORS, play
 
 THREE = ({"width": 1.0}, {"width": 0.5}, {"width": 0.25})
 #: MAC/s, bits down and up a second

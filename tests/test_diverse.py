@@ -15,8 +15,8 @@ from hetfl_jax.models.costs import costs
 from hetfl_jax.parts import diverse, divfl, merge, objective
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.run import ledger, selections
+from tests.contract import EXECUTORS, play
 from tests.helpers import mlp_family, sgd, toy_population
-from tests.test_contract import EXECUTORS, play
 
 pytestmark = pytest.mark.slow
 SIZES = np.array([5, 1, 20, 3, 9, 40, 2, 8, 12, 7])

@@ -33,8 +33,8 @@ def test_the_python_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
 def test_a_method_of_the_how_to_pages_trains(page):
     """The ``make`` of a page goes through a round."""
     from hetfl_jax.engine.executors import executor
+    from tests.contract import play
     from tests.helpers import mlp_family, sgd, toy_population
-    from tests.test_contract import play
 
     names = {}
     for block in blocks(ROOT / "docs" / "howto" / f"{page}.md"):

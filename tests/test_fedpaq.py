@@ -13,8 +13,8 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fedavg, fedpaq
 from hetfl_jax.parts import clock, codec, merge, select
 from hetfl_jax.parts.compose import Slots, compose
+from tests.contract import play
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import play
 
 pytestmark = pytest.mark.slow
 ONE = ({"width": 1.0},)

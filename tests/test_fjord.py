@@ -18,8 +18,8 @@ from hetfl_jax.run import federation
 from hetfl_jax.run.config import changed, complete
 from hetfl_jax.run.lab import prepare
 from hetfl_jax.run.mix import level_fields, parse_mix, uniform_tiers
+from tests.contract import play
 from tests.helpers import conv_family, exits_family, mlp_family, sgd, toy_population, trained, worst
-from tests.test_contract import play
 from tests.vectors.test_depth_vectors import everything
 
 pytestmark = pytest.mark.slow

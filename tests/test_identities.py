@@ -15,8 +15,8 @@ from hetfl_jax.parts import merge, select, server
 from hetfl_jax.parts.local import local
 from hetfl_jax.run import federation
 from hetfl_jax.run.config import changed
+from tests.contract import play
 from tests.helpers import LEVELS, context, exits_family, mlp_family, sgd, toy_population, worst
-from tests.test_contract import play
 
 
 def equal_clients(classes=3):

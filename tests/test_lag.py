@@ -19,8 +19,8 @@ from hetfl_jax.parts.local import local
 from hetfl_jax.run import ledger
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.train import train
+from tests.contract import EXECUTORS, play
 from tests.helpers import conv_family, exits_family, mlp_family, sgd, worst
-from tests.test_contract import EXECUTORS, play
 
 pytestmark = pytest.mark.slow
 CLIENTS, EACH, FEATURES, RATE, ROUNDS = 12, 4, 6, 0.02, 12

@@ -16,8 +16,8 @@ from hetfl_jax.models.precision import in_precision
 from hetfl_jax.run.config import load_config
 from hetfl_jax.run.federation import Own
 from hetfl_jax.run.federation import build as federation
+from tests.contract import play
 from tests.helpers import LEVELS, conv_family, mlp_family, sgd, toy_population, worst
-from tests.test_contract import play
 
 NAMED = ("float32", "tf32", "bfloat16")
 #: by how much parameters may differ after three rounds that are equal but for the order of sums; a number near 1 that

@@ -16,8 +16,8 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.engine.rounds import make_round, start
 from hetfl_jax.engine.stores import device_store
 from hetfl_jax.methods import fedavg
+from tests.contract import COHORT, EXECUTORS, algorithm_of, first_of, play, play_row, visits
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import COHORT, EXECUTORS, algorithm_of, first_of, play, play_row, visits
 
 pytestmark = pytest.mark.slow
 

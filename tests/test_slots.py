@@ -18,8 +18,8 @@ from hetfl_jax.parts import choose, codec, drift, fair, merge, objective, select
 from hetfl_jax.parts.compose import Slots, compose
 from hetfl_jax.parts.select import Select
 from hetfl_jax.run import ledger
+from tests.contract import EXECUTORS, play, visits
 from tests.helpers import context, exits_family, mlp_family, sgd, toy_population, worst
-from tests.test_contract import EXECUTORS, play, visits
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,8 @@ from hetfl_jax.run.export import export_level, load_exported
 from hetfl_jax.run.given import Own
 from hetfl_jax.run.lab import prepare
 from hetfl_jax.run.train import train
+from tests.contract import ONE, play
 from tests.helpers import context, image_family, mlp_family, sgd, toy_population, worst
-from tests.test_contract import ONE, play
 
 pytestmark = pytest.mark.slow
 

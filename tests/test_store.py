@@ -17,9 +17,9 @@ from hetfl_jax.results.folder import Checkpoints
 from hetfl_jax.run import train as run
 from hetfl_jax.run.cli import config_of
 from hetfl_jax.run.lab import prepare
+from tests.contract import play
 from tests.helpers import exits_family, mlp_family, sgd, toy_population, worst
 from tests.test_configs import ROOT
-from tests.test_contract import play
 
 pytestmark = pytest.mark.slow
 

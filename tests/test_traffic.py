@@ -16,8 +16,8 @@ from hetfl_jax.parts import codec
 from hetfl_jax.parts.compose import Slots
 from hetfl_jax.results import tables
 from hetfl_jax.run import ledger
+from tests.contract import EXECUTORS, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import EXECUTORS, play
 
 pytestmark = pytest.mark.slow
 

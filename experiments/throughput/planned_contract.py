@@ -3,7 +3,7 @@
     python -m experiments.throughput.planned_contract --target v5e:2x2
     python -m experiments.throughput.planned_contract --target v5e:8x8 v5e:8x16 --only fedavg    pods of 64 and 128
 
-The rows are those of ``tests/test_contract.py``: small nets, 12 clients, 5 of them a round.
+The rows are those of ``tests/contract.py``: small nets, 12 clients, 5 of them a round.
 """
 
 from collections import Counter
@@ -14,8 +14,8 @@ from experiments.throughput import common, planned
 from hetfl_jax.core import platform
 from hetfl_jax.engine import executors, schedule
 from hetfl_jax.engine.topology import Target, target
+from tests.contract import BY_NAME, COHORT, Row
 from tests.helpers import toy_population
-from tests.test_contract import BY_NAME, COHORT, Row
 
 
 def compiled(where: Target, row: Row) -> common.Row:

@@ -11,9 +11,9 @@ from hetfl_jax.clusters import bipartition, report
 from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import ifca
 from hetfl_jax.models import build, families
+from tests.contract import play
 from tests.helpers import sgd, toy_population
 from tests.reference.test_local_reference import cross_entropy
-from tests.test_contract import play
 
 ROUNDS = 2
 

@@ -10,8 +10,8 @@ from hetfl_jax.engine.executors import executor
 from hetfl_jax.methods import fjord
 from hetfl_jax.models import LSTM, families, windows
 from hetfl_jax.parts import ordered
+from tests.contract import COHORT, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
-from tests.test_contract import COHORT, play
 from tests.test_promises import cohort_of
 
 HIDDEN, RATES = 8, (1.0, 0.6, 0.25)  #: 8, 5 and 2 units

@@ -14,8 +14,8 @@ from hetfl_jax.models.dual import DualNorm
 from hetfl_jax.parts.adversary import Attack, Pixels, attacked
 from hetfl_jax.parts.budgets import schedule
 from hetfl_jax.parts.rotation import Rotation, rotation, turns
+from tests.contract import play
 from tests.helpers import sgd, toy_population
-from tests.test_contract import play
 
 
 def softmax(z):
