@@ -110,7 +110,7 @@ function heatTable(groups, axes) {
   const means = found.flat().filter(Boolean).map((s) => s.mean), low = Math.min(...means), high = Math.max(...means);
   const cell = (s) => {
     const part = s ? (s.mean - low) / (high - low || 1) : 0;
-    const style = s ? `background:${shade(0.1 + 0.9 * part)};color:${part > 0.89 ? "var(--c0-ink)" : "var(--ink)"}` : null;
+    const style = s ? `background:${shade(0.1 + 0.65 * part)}` : null;  // beyond, ink has less than 5 : 1 against it
     return make("td", { style, "data-value": s && s.mean }, spreadText(s, (v) => written(v, share)));
   };
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Heat map" }, make("table", { class: "heat" },
