@@ -40,7 +40,13 @@ def warn_of_idle_cores() -> None:
 
 
 def use_cache() -> Path:
-    """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder."""
+    """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, {CACHE: "compiled"}), mock.patch.object(jax.config, "update") as update:
+    ...     use_cache().name, update.call_args_list[0].args
+    ('compiled', ('jax_compilation_cache_dir', 'compiled'))
+    """
     folder = Path(os.environ.get(CACHE, Path.home() / ".cache" / "hetfl_jax"))
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
