@@ -284,10 +284,10 @@ def place_by_tree(base: Algorithm, state: BankState, ask: Callable[..., PyTree],
       base: the method inside the bank, ``algorithm.between.base``.
       state: the server's state, with ``keep_updates``.
       ask: ``ask(fn, sent, ids)`` asks clients, as a survey does.
-      ids: the clients that are placed.
+      ids: [n] int32, the clients that are placed.
 
     Returns:
-      [len(ids)] cluster of each client.
+      [n] int, the cluster of each client.
 
     >>> side, updates = jnp.array([[-1, -1], [0, 1]], jnp.int8), jnp.zeros((2, 2, 2)).at[1].set([[1, 0], [-1, 0]])
     >>> parent, born, sent = jnp.array([0, 0]), jnp.array([0, 3]), AtSplit(*[jnp.zeros(2)] * 3)

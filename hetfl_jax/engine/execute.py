@@ -170,6 +170,12 @@ def query(
     Surveys, the statistics pass and evaluation are all this; the sums come back with a leading axis of one.
 
     Args:
+      executor: how they are run.
+      fn: what each of them computes; leaves of any shape, the same for all.
+      sent: what each of them gets.
+      population: the clients.
+      ids: [K] int32, who is asked.
+      key: of the purpose and the round; each client's own is folded out of it.
       levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
         summed; without it the level is 0.
       valid: [K] who is asked at all; the others answer 0.

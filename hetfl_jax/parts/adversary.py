@@ -113,10 +113,16 @@ def attacked(
     Args:
       logits: [B, H, W, C] prepared -> [B, classes], in evaluation mode and without gradients of parameters.
       x: [B, H, W, C] prepared; rows that are not ``valid`` [B] count for nothing.
+      labels: [B] int32.
+      key: draws the start, where the attack has a random one.
+      attack: lengths in pixels of [0, 1], and steps.
+      pixels: where pixels 0 and 1 lie in ``x``.
       start: the first perturbation, in units of ``x``; by default uniform within epsilon, or 0.
 
     Returns:
-      Perturbed images, prepared.
+      [B, H, W, C] perturbed images, prepared.
+
+    Source: Madry et al., ICLR 2018, section 2.1.
 
     >>> logits = lambda x: jnp.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], -1)  # the label 0 likes a bright pixel
     >>> x, attack = jnp.full((1, 1, 1, 1), 0.5), Attack(epsilon=0.25, step=0.125, steps=3, random_start=False)

@@ -76,6 +76,9 @@ def draw(sent: np.ndarray, first: int = 1) -> "Figure":
       sent: [rounds, clients] bool.
       first: number of the first round.
 
+    Returns:
+      A figure of two panels, which is not saved yet.
+
     >>> who, total = draw(np.array([[True, False], [True, True]])).axes
     >>> total.lines[0].get_ydata().tolist()  # messages so far
     [1, 3]

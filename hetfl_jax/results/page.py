@@ -121,6 +121,7 @@ def data(page: Page, beside: Path, drawn: int) -> Line:
     """What the page's program reads.
 
     Args:
+      page: what it shows.
       beside: the folder of the page.
       drawn: most evaluated rounds of a point.
 
