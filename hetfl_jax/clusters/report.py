@@ -139,6 +139,11 @@ def plot_losses(folder: Path, losses: np.ndarray, groups: np.ndarray | None) -> 
       folder: of the run.
       losses: [N, models] mean training losses.
       groups: [N] true group of each client, or ``None``.
+
+    >>> import tempfile
+    >>> [file] = plot_losses(Path(tempfile.mkdtemp()), np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 0]))
+    >>> file.name, file.exists()
+    ('losses.png', True)
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -164,6 +169,12 @@ def plot_tree(folder: Path, parent: np.ndarray, born: np.ndarray, table: np.ndar
       born: [models] the round of the split.
       table: [N] cluster of each client.
       rounds: so far.
+
+    >>> import tempfile
+    >>> folder, table = Path(tempfile.mkdtemp()), np.array([0, 1, 0])
+    >>> [file] = plot_tree(folder, parent=np.array([0, 0]), born=np.array([0, 3]), table=table, rounds=5)
+    >>> file.name, file.exists()
+    ('tree.png', True)
     """
     from matplotlib.figure import Figure
 

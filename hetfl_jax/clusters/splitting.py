@@ -70,6 +70,12 @@ def by_table(start: Callable[[], Clusters], size: int) -> Route:
 
     Returns:
       A ``Route`` whose clients judge nothing: 0 passes before training.
+
+    >>> from types import SimpleNamespace
+    >>> state = SimpleNamespace(table=jnp.array([0, 2, 2]))
+    >>> plan = Plan(jnp.array([1, 0]), jnp.ones(2, bool), jnp.zeros(2, int))
+    >>> by_table(tuple, 3).plan(jax.random.key(0), state, plan, None)[0].ticket.tolist()  # clients 1 and 0
+    [2, 0]
     """
     unjudged = Tally(*(jnp.zeros(size) for _ in Tally._fields))
 
@@ -120,6 +126,12 @@ def splitting(inner: Algorithm, base: Algorithm, rule: Rule, keep_updates: bool)
       ``inner`` with ``between``, the work on the host.
 
     Source: Sattler, Mueller, Samek 2020 (arXiv 1910.01991), algorithms 1 and 2.
+
+    >>> from hetfl_jax.core.types import Info
+    >>> inner, rule = Algorithm(*[None] * 10), Rule(0.4, 1.6, 0.74, "complete", 3, 20)
+    >>> between = splitting(inner, inner, rule, keep_updates=False).between
+    >>> [between.needed(Info((), (), {}, {"fires": np.array(fires)})) for fires in ([False, False], [False, True])]
+    [False, True]
     """
 
     def client(context: ClientContext) -> Reply:
@@ -272,10 +284,17 @@ def place_by_tree(base: Algorithm, state: BankState, ask: Callable[..., PyTree],
       base: the method inside the bank, ``algorithm.between.base``.
       state: the server's state, with ``keep_updates``.
       ask: ``ask(fn, sent, ids)`` asks clients, as a survey does.
-      ids: the clients that are placed.
+      ids: [n] int32, the clients that are placed.
 
     Returns:
-      [len(ids)] cluster of each client.
+      [n] int, the cluster of each client.
+
+    >>> side, updates = jnp.array([[-1, -1], [0, 1]], jnp.int8), jnp.zeros((2, 2, 2)).at[1].set([[1, 0], [-1, 0]])
+    >>> parent, born, sent = jnp.array([0, 0]), jnp.array([0, 3]), AtSplit(*[jnp.zeros(2)] * 3)
+    >>> route = Clusters(jnp.array([0, 1]), jnp.int32(2), jnp.int32(5), parent, born, sent, side, updates)
+    >>> ask = lambda fn, sent, ids: np.array([[-1.0, 0.0], [0.6, 0.8]])[ids]  # their unit updates
+    >>> place_by_tree(Algorithm(*[None] * 10), BankState((), route), ask, np.array([0, 1])).tolist()
+    [1, 0]
     """
     route = jax.device_get(state.route.replace(sent=()))
     here = np.zeros(len(ids), int)

@@ -24,13 +24,29 @@ def cores() -> int:
 
 
 def use_all_cores() -> None:
-    """One CPU device a core, over which clients are spread; on an accelerator this changes nothing."""
+    """One CPU device a core, over which clients are spread; on an accelerator this changes nothing.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, {"XLA_FLAGS": ""}), mock.patch.object(jax.config, "update") as update:
+    ...     use_all_cores()
+    >>> update.call_args.args == ("jax_num_cpu_devices", cores())
+    True
+    """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cores())
 
 
 def warn_of_idle_cores() -> None:
-    """Tell users of the library what the command line does by itself."""
+    """Tell users of the library what the command line does by itself.
+
+    >>> from unittest import mock
+    >>> alone = mock.patch.multiple(jax, default_backend=lambda: "cpu", device_count=lambda: 1)
+    >>> eight = mock.patch(f"{cores.__module__}.cores", lambda: 8)
+    >>> with alone, eight, warnings.catch_warnings(record=True, action="always") as said:
+    ...     warn_of_idle_cores()
+    >>> str(said[0].message).partition(":")[0]
+    'one CPU device for 8 cores'
+    """
     if jax.default_backend() == "cpu" and jax.device_count() == 1 < cores():
         warnings.warn(
             f"one CPU device for {cores()} cores: call jax.config.update('jax_num_cpu_devices', {cores()}) before jax "
@@ -40,7 +56,13 @@ def warn_of_idle_cores() -> None:
 
 
 def use_cache() -> Path:
-    """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder."""
+    """Keep compiled programs in a folder of the user's, so that the next run loads them; returns the folder.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, {CACHE: "compiled"}), mock.patch.object(jax.config, "update") as update:
+    ...     use_cache().name, update.call_args_list[0].args
+    ('compiled', ('jax_compilation_cache_dir', 'compiled'))
+    """
     folder = Path(os.environ.get(CACHE, Path.home() / ".cache" / "hetfl_jax"))
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -39,7 +39,18 @@ def current() -> Platform:
 
 @contextmanager
 def during(platform: Platform) -> Iterator[None]:
-    """Everything inside is traced for ``platform``; threads do not see each other's."""
+    """Everything inside is traced for ``platform``; threads do not see each other's.
+
+    Args:
+      platform: of ``current()`` inside.
+
+    >>> before = current()
+    >>> with during(Platform("gpu", memory=80)):
+    ...     current()
+    Platform(name='gpu', memory=80)
+    >>> current() == before
+    True
+    """
     before = _tracing.set(platform)
     try:
         yield

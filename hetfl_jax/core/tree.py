@@ -135,7 +135,11 @@ def as_words(values: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 
 
 def zeros(shapes: PyTree) -> PyTree:
-    """Zero arrays for a tree of ``ShapeDtypeStruct`` (or arrays)."""
+    """Zero arrays for a tree of ``ShapeDtypeStruct`` (or arrays).
+
+    >>> zeros({"w": jax.ShapeDtypeStruct((2,), jnp.int32)})["w"].tolist()
+    [0, 0]
+    """
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 

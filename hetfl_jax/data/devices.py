@@ -199,7 +199,7 @@ def _scores(size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def read_table(path: Path, clients: int) -> Profile:
-    """A CSV file with the header ``client,macs_per_s,memory_mb,up_mbps,down_mbps`` and a row for every client.
+    r"""A CSV file with the header ``client,macs_per_s,memory_mb,up_mbps,down_mbps`` and a row for every client.
 
     Args:
       path: the file.
@@ -207,6 +207,15 @@ def read_table(path: Path, clients: int) -> Profile:
 
     Raises:
       ValueError: another header, a client that is missing, twice or none of the population's, a value <= 0.
+
+    Returns:
+      The profile, its rows in the order of the clients.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "devices.csv"
+    >>> _ = path.write_text("client,macs_per_s,memory_mb,up_mbps,down_mbps\n1,1e9,512,1,8\n0,2e9,1024,2,16\n")
+    >>> read_table(path, 2).memory_mb.tolist()
+    [1024.0, 512.0]
     """
     rows = _rows(path, COLUMNS, "devices.name")
     found: dict[int, list[float]] = {}
@@ -231,6 +240,12 @@ def write_table(path: Path, profile: Profile) -> None:
     Args:
       path: of the file, which is overwritten.
       profile: of all clients.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "devices.csv"
+    >>> write_table(path, Profile(*np.array([[1e9], [512.0], [1.0], [8.0]])))
+    >>> path.read_text().splitlines()
+    ['client,macs_per_s,memory_mb,up_mbps,down_mbps', '0,1000000000,512,1,8']
     """
     _write(path, COLUMNS, ((client, *row) for client, row in enumerate(zip(*profile))))
 
@@ -244,7 +259,7 @@ def _write(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]
 
 
 def read_times(path: Path, clients: int) -> Times:
-    """A CSV file with the header ``client,online_s,offline_s,period_s``: a row for every interval of a client.
+    r"""A CSV file with the header ``client,online_s,offline_s,period_s``: a row for every interval of a client.
 
     Args:
       path: the file.
@@ -252,6 +267,15 @@ def read_times(path: Path, clients: int) -> Times:
 
     Raises:
       ValueError: another header, intervals that overlap or leave their period, a client without any.
+
+    Returns:
+      The intervals of each client, in ascending order.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "online.csv"
+    >>> _ = path.write_text("client,online_s,offline_s,period_s\n1,1,2,10\n0,5,6,10\n0,0,2,10\n")
+    >>> read_times(path, 2).online.tolist()
+    [[0.0, 5.0], [1.0, inf]]
     """
     key = "devices.online"
     found: dict[int, list[tuple[float, float]]] = {client: [] for client in range(clients)}
@@ -299,6 +323,12 @@ def write_times(path: Path, known: Times) -> None:
     Args:
       path: of the file, which is overwritten.
       known: of all clients.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "online.csv"
+    >>> write_times(path, times([[(0, 2), (5, 6)]], np.array([10.0])))
+    >>> path.read_text().splitlines()
+    ['client,online_s,offline_s,period_s', '0,0,2,10', '0,5,6,10']
     """
     clients = enumerate(zip(known.online, known.offline, known.period))
     rows = ((k, s, e, period) for k, (starts, ends, period) in clients for s, e in zip(starts, ends) if np.isfinite(s))

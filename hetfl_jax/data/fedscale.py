@@ -40,6 +40,15 @@ def convert(
 
     Raises:
       ValueError: a file that is not of this form, a value out of range.
+
+    Source: FedScale (Lai et al., ICML 2022), its device traces.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "capacity").write_bytes(pickle.dumps({1: {"computation": 100.0, "communication": 2000.0}}))
+    >>> [path] = convert(folder / "capacity", None, folder, clients=2, memory_mb=512.0)
+    >>> path.read_text().splitlines()
+    ['client,macs_per_s,memory_mb,up_mbps,down_mbps', '0,3000000000,512,2,2', '1,3000000000,512,2,2']
     """
     if clients < 1:
         raise ValueError(f"{clients} clients, allowed >= 1 (clients)")

@@ -184,6 +184,12 @@ def images_of(path: str) -> np.ndarray:
 
     Raises:
       ValueError: there are none.
+
+    >>> import tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "faces.npz")
+    >>> np.savez(path, x_train=np.zeros((5, 8, 8), np.uint8), y_train=np.zeros(5, int))
+    >>> images_of(path).shape
+    (5, 8, 8, 1)
     """
     x = _read(path, ("x_train",), place="data.domains")[0].get("x_train", np.zeros(0))
     if x.dtype != np.uint8 or x.ndim not in (3, 4):

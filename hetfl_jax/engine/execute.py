@@ -69,6 +69,17 @@ def execute(
     Returns:
       The outcome with an empty ``memory``; the memory with the rows of valid items replaced; [K] int32, the device that
       ran each item.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.executors import executor
+    >>> toy, ids = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1])), jnp.array([1])
+    >>> items = Items(ids, client_keys(jax.random.key(0), ids), ids > 0, 0 * ids, 0 * ids, (), shards(toy, ids), ())
+    >>> counts = lambda context: Reply(context.shard.size, 0, context.memory + 7, ())
+    >>> method = Algorithm(1, 1, *[None] * 8)._replace(client=counts, widen=lambda total, level: total)
+    >>> args = pool_of(toy), items, device_store(), device_store().init(jnp.int32(0), 2)
+    >>> outcome, memory, _ = jax.jit(lambda: execute(executor("bucketed"), method, (), *args))()
+    >>> outcome.total.tolist(), memory.tolist()  # the sum of one model; a row for each of two clients
+    ([1], [0, 7])
     """
     slots = items.valid.shape[0]
     mesh = executor.mesh
@@ -159,10 +170,24 @@ def query(
     Surveys, the statistics pass and evaluation are all this; the sums come back with a leading axis of one.
 
     Args:
+      executor: how they are run.
+      fn: what each of them computes; leaves of any shape, the same for all.
+      sent: what each of them gets.
+      population: the clients.
+      ids: [K] int32, who is asked.
+      key: of the purpose and the round; each client's own is folded out of it.
       levels: [K] the level of each, of ``count``: the executor's buckets run them at their shapes, and nothing can be
         summed; without it the level is 0.
       valid: [K] who is asked at all; the others answer 0.
       own: leaves [K, ...], what each of them is told apart from the others, as a last argument of ``fn``.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.executors import executor
+    >>> toy = population(jnp.zeros((4, 2)), jnp.array([0, 1, 1, 0]), jnp.arange(4), jnp.array([3, 1]))
+    >>> ask = lambda key, sent, level, shard: (shard.size, sent * shard.size)
+    >>> found = query(executor("debugging"), ask, jnp.int32(10), toy, jnp.array([1, 0]), jax.random.key(0))
+    >>> found.total.tolist(), found.report.tolist()
+    ([4], [10, 30])
     """
 
     def client(context: ClientContext) -> Reply:
@@ -196,5 +221,12 @@ def client_keys(key: Array, ids: Array) -> Array:
 
 
 def pool_of(population: Population) -> Pool:
-    """What all clients read their examples from: x, y, rows and views; it goes to devices apart from the items."""
+    """What all clients read their examples from: x, y, rows and views; it goes to devices apart from the items.
+
+    >>> from hetfl_jax.data.population import population
+    >>> toy = population(jnp.zeros((4, 2)), jnp.array([0, 1, 1, 0]), jnp.array([3, 1, 2]), jnp.array([2, 1]))
+    >>> x, y, rows, views = pool_of(toy)
+    >>> x.shape, y.tolist(), rows.tolist(), views
+    ((4, 2), [0, 1, 1, 0], [3, 1, 2], ())
+    """
     return population.x, population.y, population.rows, population.views

@@ -155,6 +155,15 @@ def sharded(mesh: Mesh, inner: Runner) -> Executor:
     Args:
       mesh: one axis, ``clients``; the number of items must be a multiple of its devices, as ``deal`` pads it.
       inner: what each device runs.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.execute import survey
+    >>> toy = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1]))
+    >>> spread = sharded(jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,)), vmapped())
+    >>> ask = lambda key, sent, level, shard: sent * shard.size
+    >>> asked = jax.jit(lambda ids: survey(spread, ask, jnp.int32(10), toy, ids, jax.random.key(0)))
+    >>> asked(jnp.array([1, 0, 1])).tolist()
+    [10, 30, 10]
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:

@@ -29,6 +29,13 @@ def profiled(run: Callable[[], PyTree], folder: Path) -> PyTree:
     Args:
       run: should be compiled before, or the trace is one of compiling.
       folder: gets the trace, which TensorBoard opens, and a ``perfetto_trace.json.gz`` for ui.perfetto.dev.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> folder, double, x = Path(tempfile.mkdtemp()), jax.jit(lambda x: 2 * x), np.ones(3)
+    >>> _ = double(x)
+    >>> profiled(lambda: double(x), folder).tolist(), len(list(folder.rglob("perfetto_trace.json.gz")))
+    ([2.0, 2.0, 2.0], 1)
     """
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         return jax.block_until_ready(run())
@@ -57,6 +64,13 @@ def events(folder: Path) -> list[Event]:
 
     Raises:
       ValueError: there is no trace below ``folder``.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> folder, square, x = Path(tempfile.mkdtemp()), jax.jit(lambda x: x @ x), np.ones((64, 64))
+    >>> _ = square(x), profiled(lambda: square(x), folder)
+    >>> {event.module for event in events(folder)}
+    {'jit__lambda'}
     """
     data = ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
     planes = list(data.planes)
@@ -81,6 +95,17 @@ def breakdown(folder: Path, program: str) -> dict[str, float]:
     Args:
       folder: of ``profiled``.
       program: the round's compiled text; operations of other programs count as ``evaluation``.
+
+    Returns:
+      Seconds by scope, in the order of ``SCOPES``; those in which nothing ran are left out.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> square, x = jax.jit(jax.named_scope("server")(lambda x: x @ x)), np.ones((64, 64))
+    >>> folder, _ = Path(tempfile.mkdtemp()), square(x)
+    >>> _ = profiled(lambda: square(x), folder)
+    >>> list(breakdown(folder, square.lower(x).compile().as_text()))
+    ['server']
     """
     of_round = re.search(r"HloModule ([\w.\-]+)", program)
     scopes = scopes_of(program)

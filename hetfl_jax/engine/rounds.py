@@ -48,6 +48,11 @@ def start(
 
     Raises:
       ValueError: another number of clients than the algorithm or the store was made for.
+
+    >>> method = Algorithm(*[None] * 10)._replace(init=lambda key: (jnp.float32(7), {"visits": jnp.int32(0)}))
+    >>> state = start(method, device_store(), 3, jax.random.key(0))
+    >>> float(state.server), state.memory["visits"].tolist(), int(state.round)
+    (7.0, [0, 0, 0], 0)
     """
     _check_clients(algorithm, clients)
     if store.rows not in (0, clients * algorithm.memory_rows):
@@ -375,6 +380,9 @@ def moved_bytes(
       ``totals``: bytes of the sums (one all-reduce). ``memory to clients`` (reduce-scatter) and ``memory back``
       (all-gather), where clients keep memory: a row for each item, items padded to equal shares. Reports, a few numbers
       an item, are not counted.
+
+    >>> moved_bytes(Executor(lambda *_: None), None, None, None, None)  # one device
+    {}
     """
     if executor.mesh is None:
         return {}

@@ -107,7 +107,16 @@ def _widen(algorithm: Algorithm, total: PyTree, level: int) -> PyTree:
 
 
 def vmapped() -> Runner:
-    """One vmap over all items, at full shape with traced levels: memory grows with the cohort."""
+    """One vmap over all items, at full shape with traced levels: memory grows with the cohort.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.execute import survey
+    >>> from hetfl_jax.engine.executors import Executor
+    >>> toy = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1]))
+    >>> ask, run = lambda key, sent, level, shard: shard.size, Executor(vmapped())
+    >>> survey(run, ask, (), toy, jnp.array([1, 0]), jax.random.key(0)).tolist()
+    [1, 3]
+    """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
         run_item = _client_at(algorithm, range(algorithm.levels))
@@ -127,6 +136,14 @@ def chunked(clients_per_chunk: int) -> Runner:
 
     Args:
       clients_per_chunk: items under one vmap; 0 takes what fits, see ``chunks.clients_at_once``.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.execute import survey
+    >>> from hetfl_jax.engine.executors import Executor
+    >>> toy = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1]))
+    >>> ask, run = lambda key, sent, level, shard: shard.size, Executor(chunked(1))
+    >>> survey(run, ask, (), toy, jnp.array([1, 0]), jax.random.key(0)).tolist()
+    [1, 3]
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
@@ -142,6 +159,17 @@ def bucketed(clients_per_chunk: int, buckets: Buckets = (), wanted: Sequence[int
       clients_per_chunk: items under one vmap in every bucket; 0 takes ``wanted``, or what fits.
       buckets: levels that share a bucket, e.g. ``((0,), (1, 2))``, each level once; by default one a level.
       wanted: for each bucket, how many of its clients should run at once where ``clients_per_chunk`` is 0.
+
+    Raises:
+      ValueError: by the runner, a level that is in no bucket, or in two.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.execute import survey
+    >>> from hetfl_jax.engine.executors import Executor
+    >>> toy = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1]), level=[1, 0], levels=2)
+    >>> ask, ids = lambda key, sent, level, shard: jnp.int32(10 * level + shard.size), jnp.array([1, 0])
+    >>> survey(Executor(bucketed(1)), ask, (), toy, ids, jax.random.key(0), toy.level[ids], 2).tolist()
+    [1, 13]
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:
@@ -277,6 +305,15 @@ def debugging() -> Runner:
 
     Raises:
       FloatingPointError: naming the client, its level and the leaf.
+
+    >>> from hetfl_jax.data.population import population
+    >>> from hetfl_jax.engine.execute import survey
+    >>> from hetfl_jax.engine.executors import Executor
+    >>> toy, ids = population(jnp.zeros((4, 2)), jnp.zeros(4, int), jnp.arange(4), jnp.array([3, 1])), jnp.arange(2)
+    >>> ask = lambda key, sent, level, shard: 1 / (shard.size - 1)
+    >>> survey(Executor(debugging(), jit=False), ask, (), toy, ids, jax.random.key(0))
+    Traceback (most recent call last):
+    FloatingPointError: client 1 at level 0 replied with values that are not finite
     """
 
     def run(algorithm: Algorithm, sent: PyTree, pool: Pool, items: Items) -> Outcome:

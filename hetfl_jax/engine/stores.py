@@ -194,6 +194,17 @@ def host_store(folder: Path, packing: Packing) -> Store:
     """Rows in host memory; what changed since the last checkpoint is written to ``folder`` with the next one.
 
     Only clients that took part take memory. Functions and errors are those of ``file_store``.
+
+    Args:
+      folder: of the files, inside the run's.
+      packing: every client's level and the sizes of levels.
+
+    >>> import tempfile
+    >>> store = host_store(Path(tempfile.mkdtemp()), Packing(np.zeros(1000, int), ([(2,)],)))
+    >>> _ = store.init({"sum": jnp.zeros(2)}, 1000)
+    >>> _ = store.scatter((), np.array([7]), np.array([True]), {"sum": np.ones((1, 2), np.float32)})
+    >>> store.on_host, store.gather((), np.array([7, 8]))["sum"].tolist()
+    (True, [[1.0, 1.0], [0.0, 0.0]])
     """
     return _outside(folder, packing, in_memory=True)
 

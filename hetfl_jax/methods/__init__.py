@@ -47,7 +47,18 @@ def find(name: str) -> Make:
 
 
 def load(module: str, name: str) -> Any:
-    """``name`` of a module that Python finds, or that lies in the working folder; ``None`` where there is none."""
+    """``name`` of a module that Python finds, or that lies in the working folder; ``None`` where there is none.
+
+    Args:
+      module: its dotted name.
+      name: of what is wanted, e.g. ``make``.
+
+    Raises:
+      ValueError: a module that is there and cannot be imported.
+
+    >>> load("math", "pi"), load("math", "make"), load("no_such_module", "make")
+    (3.141592653589793, None, None)
+    """
     if "" not in sys.path:
         sys.path.append("")
     try:
@@ -76,8 +87,20 @@ def arguments(make: Make) -> dict[str, inspect.Parameter]:
 def build(name: str, make: Make, family: Family, local: Local, args: Arguments, slots: Any = None) -> Algorithm:
     """``make(family, local, **args)``, with ``slots`` where it takes them.
 
+    Args:
+      name: of the method, for messages.
+      make: of the method, see ``find``.
+      family: the net at its levels.
+      local: local training.
+      args: its other arguments, by name.
+      slots: what is chosen apart from the method, ``parts.compose.Slots`` or ``None``.
+
     Raises:
       ValueError: arguments that do not fit, or slots for a method without.
+
+    >>> build("fedavg", find("fedavg"), None, None, {"cohorts": 2})
+    Traceback (most recent call last):
+    ValueError: argument 'cohorts' is not one of cohort, server_optimizer of fedavg (method.args)
     """
     known = arguments(make)
     if wrong := set(args) - set(known):

@@ -219,6 +219,19 @@ def least_loss(
 
     In the first ``forced_rounds`` a client's member is fixed, a share of all ``clients`` for each; the ticket says
     which, counted from 1.
+
+    Args:
+      clusters: k, models of a group.
+      restarts, restart_rounds, min_share, forced_rounds, clients: see ``make``.
+
+    Returns:
+      A ``Route`` whose clients judge all models of their group.
+
+    Source: Ghosh, Chung, Yin, Ramchandran 2020, algorithm 1: the estimate of a client's cluster.
+
+    >>> judge = lambda first, count: Tally(jnp.array([3.0, 1.0]), (), ())
+    >>> int(least_loss(2).choose((), judge)[0])
+    1
     """
 
     def init() -> Restarts:

@@ -69,7 +69,20 @@ def make(
 
 
 def by_widths(family: Family, multiplicity: bool = False) -> merge.Merge:
-    """The mean weighted by examples, or by examples times the widths that the client trained."""
+    """The mean weighted by examples, or by examples times the widths that the client trained.
+
+    Args:
+      family: the net at its L levels.
+      multiplicity: a client at level l counts ``L - l`` times.
+
+    >>> from types import SimpleNamespace
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> shard = SimpleNamespace(size=jnp.int32(5), classes=jnp.ones(10, bool))
+    >>> context = SimpleNamespace(level=0, shard=shard, share=())
+    >>> [by_widths(fam, times).lift({}, context).weight.tolist() for times in (False, True)]
+    [[5.0, 0.0], [10.0, 0.0]]
+    """
 
     def weights(context: ClientContext, delta: PyTree) -> tuple[Array, Array]:
         times = family.levels - index_of(context.level) if multiplicity else 1
@@ -80,7 +93,22 @@ def by_widths(family: Family, multiplicity: bool = False) -> merge.Merge:
 
 
 def all_widths(levels: int) -> Objective:
-    """The sum of the cross-entropies of a client's own level and of all smaller ones inside it."""
+    """The sum of the cross-entropies of a client's own level and of all smaller ones inside it.
+
+    Args:
+      levels: L, how many there are.
+
+    Returns:
+      An objective whose hits are those of the client's own level.
+
+    >>> import jax
+    >>> forward = lambda x, level: (jnp.zeros((1, 2, 4)), jnp.array([True]), {})
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> context = ClientContext((), 0, 1, (), (), (), ())
+    >>> value, aux = jax.jit(lambda: all_widths(3).loss(forward, batch, context))()
+    >>> round(float(value / jnp.log(4)), 4), aux.work[0].tolist()  # two losses of log 4, at the levels 1 and 2
+    (2.0, [0, 2, 2])
+    """
 
     def loss(forward: Forward, batch: Batch, context: ClientContext) -> tuple[Array, Aux]:
         own, total, hits = index_of(context.level), jnp.float32(0), jnp.int32(0)

@@ -47,6 +47,17 @@ def class_axes(family: Family) -> dict[Path, int]:
     The classes are split in two by each bit of their number; the gradient of the outputs of one half must vanish in the
     slices of the other half, for both halves of every bit. That takes ``2 ceil(log2 C)`` gradients on three random
     rows.
+
+    Args:
+      family: with examples [B, ...] of floats, or of tokens.
+
+    Returns:
+      ``{path: axis}``; a parameter that belongs to no class alone is left out.
+
+    >>> import flax.linen as nn
+    >>> from hetfl_jax.models import families
+    >>> sorted(class_axes(families.family(nn.Dense(3), [{}], jnp.zeros((1, 3)))).items())
+    [(('params', 'bias'), 0), (('params', 'kernel'), 1)]
     """
     net, shapes = family.nets[0], family.shapes[0]
     ready = jax.eval_shape(lambda v: family.prepare(v, None), family.example)

@@ -120,13 +120,10 @@ def checked(fam: Family, tolerance: float = 1e-4) -> Family:
     >>> import flax.linen as nn
     >>> class Grouped(nn.Module):
     ...     width: float = 1.0
-    ...
     ...     @nn.compact
     ...     def __call__(self, x):
     ...         return nn.Dense(2)(nn.GroupNorm(2)(nn.Dense(int(8 * self.width))(x)))
-    >>> import warnings
-    >>> with warnings.catch_warnings(record=True) as said:
-    ...     warnings.simplefilter("always")
+    >>> with warnings.catch_warnings(record=True, action="always") as said:
     ...     fam = checked(family(Grouped(), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3))))
     >>> fam.masked, len(said)
     (False, 1)
@@ -289,6 +286,11 @@ def forward_at(fam: Family, level: Level) -> Callable[..., tuple[Array, Array | 
     masked level, masked. ``stats`` stand in for the statistics in ``variables``. With ``keep``, a width, only as many
     units of each layer stay as it has at that width, drawn by ``key``. ``noise`` is the share of the noise branch of
     norms that have one.
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> forward_at(fam, 0)(init(fam, jax.random.key(0)), jnp.ones((5, 3)), level=1)[0].shape  # [E, B, C]
+    (1, 5, 10)
     """
 
     def forward(

@@ -89,6 +89,16 @@ def conv_layer(
       padded: whether zeros are put around.
       pad: how many at each side.
       rate: start values as in a layer with ``1 / rate`` times as many inputs.
+
+    Returns:
+      [B, H', W', features], with H' = (H + 2 pad - kernel) // stride + 1.
+
+    >>> class Halved(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return conv_layer(x, 4, 3, stride=2, name="conv")
+    >>> Halved().init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 3)))[0].shape
+    (1, 4, 4, 4)
     """
     pad = (kernel // 2 if padded else 0) if pad is None else pad
     return nn.Conv(
@@ -133,6 +143,16 @@ def dense_layer(x: Array, features: int, *, zero_bias: bool = False, rate: float
       x: [..., I].
       features: outputs.
       rate: start values as in a layer with ``1 / rate`` times as many inputs.
+
+    Returns:
+      [..., features].
+
+    >>> class Classifier(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return dense_layer(x, 3, zero_bias=True, name="head")
+    >>> Classifier().init(jax.random.key(0), jnp.ones((1, 4)))["params"]["head"]["bias"].tolist()
+    [0.0, 0.0, 0.0]
     """
     bias_init = nn.initializers.zeros if zero_bias else _bias_init(x.shape[-1] / rate)
     return nn.Dense(features, kernel_init=_kernel_init(rate), bias_init=bias_init, name=name)(x)

@@ -82,6 +82,11 @@ def pixels_of(family: Family) -> Pixels:
 
     Raises:
       ValueError: examples that are no images, or are not normalised channel by channel.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 2, 2, 3)), lambda x, key: (x - 0.5) / 0.25)
+    >>> pixels_of(fam).low.tolist(), pixels_of(fam).high.tolist()
+    ([-2.0, -2.0, -2.0], [2.0, 2.0, 2.0])
     """
     shape, dtype = family.example.shape, family.example.dtype
     if len(shape) != 4:
@@ -108,10 +113,22 @@ def attacked(
     Args:
       logits: [B, H, W, C] prepared -> [B, classes], in evaluation mode and without gradients of parameters.
       x: [B, H, W, C] prepared; rows that are not ``valid`` [B] count for nothing.
+      labels: [B] int32.
+      key: draws the start, where the attack has a random one.
+      attack: lengths in pixels of [0, 1], and steps.
+      pixels: where pixels 0 and 1 lie in ``x``.
       start: the first perturbation, in units of ``x``; by default uniform within epsilon, or 0.
 
     Returns:
-      Perturbed images, prepared.
+      [B, H, W, C] perturbed images, prepared.
+
+    Source: Madry et al., ICLR 2018, section 2.1.
+
+    >>> logits = lambda x: jnp.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], -1)  # the label 0 likes a bright pixel
+    >>> x, attack = jnp.full((1, 1, 1, 1), 0.5), Attack(epsilon=0.25, step=0.125, steps=3, random_start=False)
+    >>> given = jnp.array([0]), jnp.array([True]), jax.random.key(0)
+    >>> attacked(logits, x, *given, attack, Pixels(jnp.zeros(1), jnp.ones(1))).ravel().tolist()
+    [0.25]
     """
     unit = pixels.high - pixels.low
 
@@ -138,8 +155,23 @@ def adversarial(inner: Objective, adversary: Adversary, family: Family) -> Objec
     Statistics are those after both passes, the clean one first. A step of the attack is counted as two forward passes:
     its backward pass makes no gradient of weights.
 
+    Args:
+      inner: the loss of a batch, of classes.
+      adversary: the attack and lambda; at 0 the result is ``inner`` itself.
+      family: of images, whose nets are attacked.
+
+    Returns:
+      An objective that counts the attack's passes as work of the client's level.
+
     Raises:
       ValueError: as ``pixels_of``.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts.objective import cross_entropy
+    >>> fam, inner = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 2, 2, 3))), cross_entropy()
+    >>> noisy, clean = (adversarial(inner, pgd(weight=weight), fam) for weight in (0.5, 0.0))
+    >>> noisy.work_levels, noisy.loss is inner.loss, clean is inner
+    (1, False, True)
     """
     weight, attack, pixels = adversary.weight, adversary.attack, pixels_of(family)
     _check(inner, adversary, family)
@@ -198,6 +230,21 @@ def judged(
 
     The attack is on the very model that is judged, an ensemble or one between its branches. Without an adversary the
     questions stay as they are.
+
+    Args:
+      adversary: the attack and the knobs, or ``None``.
+      family: of images.
+      outputs: of the model, told the share of the noise branch.
+      asked: the method's questions, the score first.
+
+    Raises:
+      ValueError: as ``pixels_of``.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> fam = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 2, 2, 3)))
+    >>> asked = judged(pgd(knobs=(0.0, 0.5)), fam, None, [Question("", None, None)])
+    >>> [question.name for question in asked], asked[1].further
+    (['', 'robust'], ('lambda0.5',))
     """
     if adversary is None:
         return tuple(asked)

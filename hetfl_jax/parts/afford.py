@@ -132,6 +132,14 @@ def afforded(
 
     Raises:
       ValueError: a budget <= 0, or one that no client meets at any level.
+
+    >>> from types import SimpleNamespace
+    >>> known = SimpleNamespace(macs=np.array([100, 40]), parameters=np.array([9, 4]))
+    >>> price, memory = Price(np.array([50, 20]), np.array([50, 20])), Memory(*[np.array([2e6, 1e6])] * 4)
+    >>> seconds = np.array([[8.0, 4.0], [12.0, 6.0]])
+    >>> found = afforded(Budget(seconds=5.0), known, price, memory, seconds, np.array([9.0, 9.0]))
+    >>> found.level.tolist(), found.able.tolist(), found.unaffordable.tolist()
+    ([1, 1], [True, False], [True, False])
     """
     for name, value in (("seconds", budget.seconds), ("mb", budget.megabytes), ("memory_mb", budget.memory_mb)):
         if not value > 0:
@@ -199,6 +207,12 @@ def saved(found: Afforded, budget: Budget, memory: Memory, names: Sequence[str])
       budget: by which.
       memory: of training, in its parts.
       names: of the levels.
+
+    >>> found = Afforded(np.array([1, 1]), np.array([True, False]), np.array([True, False]), np.array([8.0, 4.0]),
+    ...                  np.array([2.0, 1.0]), np.array([[8.0, 4.0], [12.0, 6.0]]))
+    >>> kept = saved(found, Budget(seconds=5.0), Memory(*np.array([[2, 1]] * 4)), ("a", "b"))
+    >>> kept["level"], kept["levels"]["b"]["traffic_mb"], kept["levels"]["b"]["clients"]
+    (['b', None], 1.0, 1)
     """
     parts = {name: np.asarray(part).tolist() for name, part in memory._asdict().items()}
     return {

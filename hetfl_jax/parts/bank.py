@@ -88,6 +88,15 @@ def bank(
 
     Raises:
       ValueError: a size below 1, or a method that cannot be inside.
+
+    >>> from hetfl_jax.methods import fedavg
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import budgets, local, rotation
+    >>> fam = families.family(MLP(hidden=(8,)), [{}], jnp.zeros((1, 3)))
+    >>> base = fedavg.make(fam, local.local(learning_rate=0.1, batch_size=4), cohort=2)
+    >>> made = bank(base, 4, rotation.rotation(4, budgets.schedule("4-2-1", 0.25, 6)))
+    >>> jax.eval_shape(made.init, jax.random.key(0))[0].members.variables["params"]["dense_0"]["bias"].shape
+    (4, 8)
     """
     if size < 1:
         raise ValueError(f"a bank of {size} models, allowed >= 1 (bank)")

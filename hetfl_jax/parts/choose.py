@@ -167,7 +167,12 @@ def need(fine: bool, message: str, key: str) -> None:
 
 
 def need_cohort(cohort: int, clients: int) -> None:
-    """A ``ValueError`` for a cohort larger than the population, when the round is built."""
+    """A ``ValueError`` for a cohort larger than the population, when the round is built.
+
+    >>> need_cohort(4, 3)
+    Traceback (most recent call last):
+    ValueError: cohort of 4 clients, allowed 1..3 (select.args.cohort)
+    """
     need(cohort <= clients, f"cohort of {cohort} clients, allowed 1..{clients}", "cohort")
 
 
@@ -204,10 +209,18 @@ def random_with_replacement(cohort: int) -> Select:
     A client that is drawn twice trains twice, on mini-batches of its own, and counts twice. The first of its items has
     the stream 0, its repetitions 1, 2, ...
 
+    Args:
+      cohort: K draws of a round, >= 1.
+
     Raises:
       ValueError: a cohort below 1.
 
     Source: baseline ``rand`` in the supplement of Power-of-Choice (Cho, Wang, Joshi, AISTATS 2022).
+
+    >>> people = Population(None, None, None, None, jnp.array([0, 7, 0]), None, None)
+    >>> drawn = random_with_replacement(3).choose(jax.random.key(0), 1, (), people, None)[0]
+    >>> drawn.ids.tolist(), drawn.stream.tolist()
+    ([1, 1, 1], [0, 1, 2])
     """
     need(cohort >= 1, f"cohort of {cohort} clients, allowed >= 1", "cohort")
 
@@ -312,6 +325,13 @@ def intermittent(select: Select, absent: float = 0.2) -> Select:
       ValueError: a share outside [0, 1), or (when the round is built) a single client.
 
     Source: availability in the experiments of Power-of-Choice's supplement.
+
+    >>> from hetfl_jax.parts.select import uniform
+    >>> people = Population(None, None, None, None, jnp.array([1, 1, 1, 1]), None, None)
+    >>> choose = intermittent(uniform(4), absent=0.0).choose
+    >>> found = [choose(jax.random.key(0), round, (), people, None)[0] for round in (0, 1)]
+    >>> [sorted(cohort.ids[cohort.valid].tolist()) for cohort in found]
+    [[0, 1], [2, 3]]
     """
     need(0 <= absent < 1, f"absent {absent}, allowed 0 <= a < 1", "absent")
 
@@ -342,6 +362,13 @@ def in_time(select: Select, limit: float) -> Select:
 
     Source: the first step of FedCS (Nishio and Yonetani, "Client Selection for Federated Learning with Heterogeneous
     Resources in Mobile Edge", ICC 2019), without its packing of uploads.
+
+    >>> from hetfl_jax.parts.select import uniform
+    >>> devices = Devices(*[jnp.ones(3)] * 3, seconds=jnp.array([5.0, 90.0, 20.0]))
+    >>> people = Population(None, None, None, None, jnp.array([1, 1, 1]), None, None, devices=devices)
+    >>> cohort = in_time(uniform(3), 30.0).choose(jax.random.key(0), 0, (), people, None)[0]
+    >>> sorted(cohort.ids[cohort.valid].tolist())
+    [0, 2]
     """
     need(limit > 0, f"limit {limit} seconds, allowed > 0, by default devices.deadline", "limit")
 

@@ -114,6 +114,25 @@ def timed(base: Algorithm, clock: Clock) -> Algorithm:
     """``base``, whose server rule is ``remembering``, with ``compute_time``, ``upload_time`` and ``simulated_time``.
 
     Draws depend on the run, the round and the client alone. Downloads take no time.
+
+    Args:
+      base: a composed method.
+      clock: how long a round takes.
+
+    Returns:
+      The method, in whose numbers the three are float32 scalars in the unit of ``Clock``.
+
+    Source: Reisizadeh et al., "FedPAQ", AISTATS 2020, the cost model of its experiments.
+
+    >>> from types import SimpleNamespace
+    >>> from hetfl_jax.parts.compose import ServerState
+    >>> seen = SimpleNamespace(work=jnp.array([[[0], [10]]]), up=jnp.array([[160, 0, 0]]))
+    >>> info = Info(SimpleNamespace(valid=jnp.ones(1, bool), seen=seen), (), {}, {})
+    >>> base = Algorithm(*[None] * 10)._replace(server=lambda state, *_: (state, info))
+    >>> state, plan = ServerState((), Timed((), jnp.float32(5))), Plan((), (), (), notes=((), jnp.zeros(1)))
+    >>> after = timed(base, Clock(1.0, 0.0, 8.0)).server(state, plan, (), (), (), ())[1]
+    >>> {name: float(time) for name, time in after.numbers.items()}  # 10 examples, 160 bits, on top of 5
+    {'compute_time': 10.0, 'upload_time': 20.0, 'simulated_time': 35.0}
     """
 
     def plan(key: Array, round: Array, state: PyTree, people: Population, survey: Callable[..., PyTree]) -> Plan:

@@ -142,6 +142,12 @@ def compose(
 
     Raises:
       ValueError: slots that do not fit together.
+
+    >>> from hetfl_jax.models import MLP
+    >>> from hetfl_jax.parts.local import local
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> compose(fam, local=local(learning_rate=0.1, batch_size=4), select=selects.uniform(2)).price().up.tolist()
+    [2112, 1216]
     """
     slots = slots or Slots()
     select = slots.select or select
@@ -345,6 +351,9 @@ def questions_of(
       model, predict: of the algorithm.
       of_server: by name, (server slot, variables) -> collections that replace the model's, e.g. FedDyn's ``sel``.
       of_memory: by name, (memory of all clients) -> the same.
+
+    >>> [question.name for question in questions_of(None, None, {"sel": None}, {})]
+    ['', 'sel']
     """
 
     def read(variables: PyTree, tier: Level, batch: Batch, shard: Shard | None) -> dict[str, Array]:

@@ -99,6 +99,14 @@ def given_or_found(
 
     Raises:
       ValueError: neither, or numbers that do not fit.
+
+    Args:
+      given: one number > 0 a client, or none.
+      clients: N.
+      family, population, squares, l2: see ``smoothness``, which finds what is not given; else unused.
+
+    >>> given_or_found([2.0, 4.0], 2, None, None, False, 0.0).tolist()
+    [2.0, 4.0]
     """
     if not len(given) and population is None:
         raise ValueError(f"no smoothness: need one number for each of {clients} clients (method.args.smoothness)")

@@ -37,6 +37,15 @@ def of_members(
 
     Raises:
       ValueError: a number of members that there is not, or passes where no statistics are collected.
+
+    >>> from hetfl_jax.methods import fedavg
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import bank, budgets, local, rotation
+    >>> fam = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3)))
+    >>> base = fedavg.make(fam, local.local(learning_rate=0.1, batch_size=4), cohort=2)
+    >>> made = bank.bank(base, 4, rotation.rotation(4, budgets.schedule("4-2-1", 0.25, 6)))
+    >>> [(tier.name, tier.parameters) for tier in of_members(made, base, fam, [1, 4], 4, 2.0).tiers]
+    [('x1', 264), ('x0.25', 66)]
     """
     number = _checked(counts, size, base, private, passes, ordered)
 

@@ -21,6 +21,13 @@ def full_gradient(family: Family, local: Local, objective: Objective) -> Gradien
 
     Example: with ``row = full_gradient(family, local, objective).of(sent, 0, shard)``, one full-batch step of rate r
     moves the parameters by ``-r * row``.
+
+    >>> from hetfl_jax.models import MLP
+    >>> from hetfl_jax.parts.local import local
+    >>> from hetfl_jax.parts.objective import cross_entropy
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> full_gradient(fam, local(learning_rate=0.1, batch_size=4), cross_entropy()).parameters.tolist()
+    [66, 38]
     """
 
     def of(sent: PyTree, level: Level, shard: Shard) -> Array:

@@ -69,6 +69,16 @@ def tickets(
       factor: ``xi / M^2``.
       silent: rounds at the start in which nobody sends; without any, all send in the first.
       smoothness: [M] L_m.
+
+    Returns:
+      ``ticket``; its ``Ticket`` has leaves [K]: bool, float32 and, with ``smoothness``, float32.
+
+    >>> ticket, args = tickets(RULES["wk"], lambda round: 0.5, 0.25, 0, None), (jnp.array([1.0, 3.0]), jnp.arange(2))
+    >>> ticket(jax.random.key(0), jnp.int32(1), *args).threshold.tolist()  # 0.25 (1 + 3) / 0.5^2
+    [4.0, 4.0]
+    >>> ticket = tickets(RULES["cyclic_iag"], lambda round: 0.5, 0.25, 0, None)
+    >>> ticket(jax.random.key(0), jnp.int32(1), *args).asked.tolist()
+    [False, True]
     """
 
     def ticket(key: Array, round: Array, steps: Array, ids: Array) -> Ticket:
@@ -180,6 +190,12 @@ def idle_unless_asked(client: Client) -> Client:
 
     Returns:
       ``client`` whose report has no work and no bits received where it sent none.
+
+    >>> from hetfl_jax.core.types import Seen
+    >>> report = lambda up: Seen((), jnp.array([[8], [8]]), jnp.array([64, 0, 0]), up)
+    >>> client = idle_unless_asked(lambda up: Reply((), 0, (), report(up)))
+    >>> [client(jnp.array([up, 0, 0])).report.work.tolist() for up in (0, 32)]
+    [[[0], [0]], [[8], [8]]]
     """
 
     def run(context: ClientContext) -> Reply:
@@ -200,6 +216,16 @@ def at_both_points(plainly: Client, client: Client) -> Client:
 
     Returns:
       A client of twice the work.
+
+    >>> from hetfl_jax.core.types import Seen
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> from hetfl_jax.parts.merge import Total
+    >>> plainly = lambda context: Reply(Total(-context.sent.variables["params"], (), ()), 0, (), ())
+    >>> client = lambda context: Reply(context.ticket.before, 0, (), Seen((), jnp.int32(4), (), ()))
+    >>> context = ClientContext((), 0, 0, (), Ticket((), ()), Sent({"params": 5.0}), {"point": {"params": 2.0}})
+    >>> reply = at_both_points(plainly, client)(context)
+    >>> reply.total, int(reply.report.work)
+    (-2.0, 8)
     """
 
     def run(context: ClientContext) -> Reply:

@@ -206,6 +206,11 @@ def tally(
         losses has a trailing M.
       batch: examples at a time.
       key, examples: if ``examples`` > 0, only so many, drawn by the key without replacement.
+
+    >>> shard = Shard(jnp.arange(3.0)[:, None], jnp.array([0, 1, 0]), jnp.arange(3), jnp.int32(0), jnp.int32(3), ())
+    >>> logits = lambda batch: jnp.concatenate([0 * batch.x, batch.x - 0.5], 1)  # label 1 where x > 0.5
+    >>> [float(v) for v in tally(logits, optax.softmax_cross_entropy_with_integer_labels, 2, shard)][1:]
+    [2.0, 3.0]
     """
     count = jnp.minimum(shard.size, examples) if examples else shard.size
 
@@ -240,6 +245,10 @@ def client_statistics(collect: Callable[[Array, Array], PyTree], shard: Shard, b
 
     Args:
       collect: (x [B, ...] as stored, valid [B]) -> statistics of one batch.
+
+    >>> shard = Shard(jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.zeros(4), jnp.arange(4), jnp.int32(0), jnp.int32(4), ())
+    >>> float(client_statistics(lambda x, valid: x.mean(), shard, batch=2, passes=3))
+    4.0
     """
     reader = _reader(jax.random.key(0), shard, batch, True)
     steps = -(-shard.size // batch) * passes
@@ -333,6 +342,15 @@ def train(
       prepare: stored examples -> the net's input, see ``windows.Family.prepare``.
       context: the client's, with memory and what was sent at the client's level.
       trains: whether a leaf, by its path, is trained; any other comes back bit for bit, and so does its momentum.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import drift, objective
+    >>> fam, key, zero = families.family(MLP(hidden=()), [{}], jnp.zeros((1, 3))), jax.random.key(0), jnp.int32(0)
+    >>> view, rule = families.view(fam, families.init(fam, key), 0), local(learning_rate=0.1, batch_size=2, epochs=2)
+    >>> shard = Shard(jnp.ones((3, 3)), jnp.zeros(3, int), jnp.arange(3), zero, jnp.int32(3), ())
+    >>> context = ClientContext(key, zero, 0, shard, (), (), {})
+    >>> int(train(rule, view, fam.prepare, objective.cross_entropy(), drift.none(), context).tally.examples)
+    6
     """
     start, shard = view.variables, context.shard
     transform = settings.optimizer(settings.learning_rate(context.round), drift.decay(context))

@@ -162,6 +162,13 @@ def settle_each(merge: Merge, total: Total) -> tuple[PyTree, PyTree]:
 
     Returns:
       (mean, coverage), leaves [members, ...].
+
+    >>> from hetfl_jax.models import MLP
+    >>> fam = families.family(MLP(hidden=(2,)), [{}], jnp.zeros((1, 3)))
+    >>> delta = jax.tree.map(lambda s: jnp.ones((2, *s.shape)), fam.shapes[0])
+    >>> total = Total(delta, jnp.array([[1.0], [4.0]]), jnp.ones((2, 1, 10)))
+    >>> settle_each(overlap_mean(fam), total)[0]["params"]["dense_0"]["bias"].tolist()
+    [[1.0, 1.0], [0.25, 0.25]]
     """
     return jax.vmap(merge.settle)(total)
 

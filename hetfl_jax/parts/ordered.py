@@ -44,9 +44,23 @@ def ordered_dropout(
 
     Args:
       levels: L, how many there are.
+      distill: whether the client's widest net teaches.
+      alpha: weight of the teaching, 0..1.
+      temperature: T, > 0.
+      draw: of p.
 
     Raises:
       ValueError: alpha or temperature out of range.
+
+    Source: Horvath et al., "FjORD", NeurIPS 2021.
+
+    >>> from types import SimpleNamespace
+    >>> inside = lambda x, number, value, *labels: (*value(jnp.zeros((1, 2, 4)), jnp.array([True]), *labels), {})
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> context = ClientContext(jax.random.key(0), 0, 1, (), (), (), ())
+    >>> aux = ordered_dropout(3, distill=False).loss(SimpleNamespace(inside=inside), batch, context)[1]
+    >>> aux.work[0].tolist()  # the two examples went through one of the levels 1 and 2
+    [0, 0, 2]
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha}, allowed 0..1 (method.args.alpha)")
@@ -89,9 +103,21 @@ def random_dropout(widths: Sequence[float], *, ordered: bool = False, most: floa
 
     Args:
       widths: [L] of the levels, the widest first.
+      ordered: whether the level is drawn.
+      most: the largest share of units that is dropped then.
 
     Raises:
       ValueError: a share outside [0, 1).
+
+    Source: Horvath et al., "FjORD", NeurIPS 2021, section 5.
+
+    >>> kept = []
+    >>> forward = lambda x, keep: kept.append(float(keep)) or (jnp.zeros((1, 2, 4)), jnp.array([True]), {})
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> context = ClientContext(jax.random.key(0), 0, 0, (), jnp.int32(1), (), ())  # affords half of level 0
+    >>> work = random_dropout([1.0, 0.5]).loss(forward, batch, context)[1].work
+    >>> kept, work[0].tolist()
+    ([0.5], [2, 0])
     """
     if not 0 <= most < 1:
         raise ValueError(f"most_dropped {most}, allowed 0 <= share < 1 (method.args.most_dropped)")
@@ -119,6 +145,21 @@ def random_dropout(widths: Sequence[float], *, ordered: bool = False, most: floa
 
 
 def of_labels(exits: Array, active: PyTree, labels: Array, valid: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Mean cross-entropy of the last exit; its hits, and how many labels count."""
+    """Mean cross-entropy of the last exit; its hits, and how many labels count.
+
+    Args:
+      exits: [E, B, C] logits.
+      active: [E] bool, the exits that the level has.
+      labels: [B] int32.
+      valid: [B] bool, which rows count.
+
+    Returns:
+      (float32, (int32, int32)) scalars.
+
+    >>> exits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0]]]))
+    >>> value, (right, counted) = of_labels(exits, jnp.array([True]), jnp.array([1, 0]), jnp.array([True, False]))
+    >>> round(float(value), 4), int(right), int(counted)  # -log(3 / 4)
+    (0.2877, 1, 1)
+    """
     z, labels, counts = by_label(last_exit(exits, active), labels, valid)
     return mean_cross_entropy(z, labels, counts), ((counts & hits(z, labels)).sum(), counts.sum())

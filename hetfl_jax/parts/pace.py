@@ -85,6 +85,15 @@ def pace_of(rule: Rule, key: Array, plan: Plan, people: Population) -> tuple[Pac
 
     Returns:
       The pace, and float32 [K]: 0 of items that are not valid.
+
+    >>> from hetfl_jax.parts.local import local
+    >>> devices = Devices(jnp.array([9.0, 1000.0]), jnp.array([9.0, 10.0]), jnp.array([9.0, 10.0]))
+    >>> people = Population(None, None, None, None, jnp.array([5, 5]), None, None, devices=devices)
+    >>> rule = Rule(np.array([100]), Price(np.array([50]), np.array([50])), local(learning_rate=0.1, batch_size=4))
+    >>> plan = Plan(jnp.array([1, 1]), jnp.ones(2, bool), jnp.zeros(2, int))
+    >>> pace, expected = pace_of(rule, jax.random.key(0), plan, people)
+    >>> expected.tolist(), pace.after.tolist()  # client 1 runs its two items one after the other
+    ([11.5, 11.5], [0.0, 11.5])
     """
     devices, ids = devices_of(people), plan.ids
     factor = rule.shift + (rule.spread * waits(key, ids) if rule.spread else jnp.zeros(ids.shape))
@@ -187,6 +196,11 @@ def limit_of(rule: Rule, expected: Array, plan: Plan, devices: Devices, now: Arr
       plan: of the items.
       devices: when their clients are online.
       now: seconds since the start.
+
+    >>> plan = Plan(jnp.arange(3), jnp.ones(3, bool), jnp.zeros(3, int))
+    >>> rule = Rule(np.array([1]), None, None, deadline=9.0, first=1)
+    >>> limit_of(rule, jnp.array([8.0, 5.0, 12.0]), plan, Devices(*[jnp.ones(3)] * 3), jnp.float32(0)).tolist()
+    [-1.0, 9.0, -1.0]
     """
     if rule.deadline == math.inf and not rule.first and not devices.online:
         return ()

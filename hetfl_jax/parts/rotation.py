@@ -112,7 +112,16 @@ def rotation(size: int, budgets: Budgets, repeats: bool = False) -> Route:
 
 
 def once_a_client(select: Select) -> Select:
-    """``select`` that learns from the first item of each client alone, where a client has several, side by side."""
+    """``select`` that learns from the first item of each client alone, where a client has several, side by side.
+
+    Args:
+      select: any; only its ``update`` changes.
+
+    >>> plan = Plan(jnp.array([4, 4, 2]), jnp.ones(3, bool), jnp.zeros(3, int))
+    >>> heard = Select(lambda clients: (), None, lambda state, plan, seen, ok: plan.ids[plan.valid & ok])
+    >>> [rule.update((), plan, (), plan.valid).tolist() for rule in (heard, once_a_client(heard))]
+    [[4, 4, 2], [4, 2]]
+    """
 
     def update(state: PyTree, plan: Plan, seen: Seen, ok: Array) -> PyTree:
         first = jnp.arange(plan.ids.size) == 0

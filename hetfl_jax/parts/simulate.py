@@ -118,6 +118,11 @@ def check(base: Algorithm, rule: Rule) -> None:
 
     Raises:
       ValueError: with the key.
+
+    >>> from types import SimpleNamespace
+    >>> check(SimpleNamespace(between=None), Rule(None, None, None, deadline=-1.0))
+    Traceback (most recent call last):
+    ValueError: deadline -1, allowed >= 0 (devices.deadline)
     """
     if base.between is not None:
         raise ValueError("this method works on the host between rounds: need none (devices.name)")
@@ -139,6 +144,10 @@ def around(base: Algorithm) -> Algorithm:
     Returns:
       The method with ``send``, ``model``, ``questions``, ``choice``, ``order``, ``shown`` and ``same_selection`` that
       look inside the field.
+
+    >>> base = Algorithm(*[None] * 10)._replace(send=lambda server, round: server + round)
+    >>> around(base).send(Simulated(10, 0.0, 0.0), 5)
+    15
     """
 
     def inside(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,6 +199,13 @@ def told(info: Info, plan: Plan, seconds: Array, late: Array, numbers: dict[str,
       plan: of the round.
       seconds, late: [K] of its items.
       numbers: further ones.
+
+    >>> from hetfl_jax.core.types import Account
+    >>> items = Account(jnp.array([4, 2]), (), jnp.ones(2, bool), jnp.array([True, False]), ())
+    >>> plan, late = Plan(items.ids, items.valid, ()), jnp.array([False, True])
+    >>> after = told(Info(items, (), {"failed": 1}, {}), plan, jnp.array([3.0, 90.0]), late, {})
+    >>> {name: int(number) for name, number in after.numbers.items()}, after.items.seconds.tolist()
+    ({'failed': 0, 'late': 1}, [3.0, 90.0])
     """
     failed = (plan.valid & ~info.items.ok & ~late).sum()
     items = info.items._replace(seconds=jnp.where(plan.valid, seconds, 0), late=late)

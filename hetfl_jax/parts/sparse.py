@@ -221,6 +221,12 @@ def product(part: Part, kept: Array, how: Factors) -> tuple[Array, Array]:
       how: see ``factors``.
 
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, algorithm 1.
+
+    >>> value = jnp.outer(jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0, 1.0]))  # of rank 1, so nothing is lost
+    >>> one = Part((2, 3), np.array([6]), value, None, 0, 0, jax.random.key(0))
+    >>> sent, _ = product(one, jnp.ones((1, 3)), Factors(np.array([True]), np.array([3])))
+    >>> np.asarray(sent).round(3).tolist()
+    [[3.0, 0.0, 1.0], [6.0, 0.0, 2.0]]
     """
     matrix = fill(part.value, part.full).reshape(-1, part.full[-1])
     left = orthonormal(matmul(matrix, kept.T))
@@ -297,7 +303,13 @@ def gaps(present: Array, inside: Array, before: Array, last: Array) -> tuple[Arr
 
 
 def elias_bits(part: Part, level: Array, before: Array, last: Array) -> tuple[Array, tuple[Array, Array]]:
-    """[3] bits of a leaf's entries that are not 0, and ``before`` and ``last`` for the next leaf of its scope."""
+    """[3] bits of a leaf's entries that are not 0, and ``before`` and ``last`` for the next leaf of its scope.
+
+    >>> one = Part((4,), np.array([4]), jnp.array([0.0, -3.0, 0.0, 2.0]), None, 0, 0, jax.random.key(0))
+    >>> sent, following = elias_bits(one, jnp.array([0, 2, 0, 1]), jnp.int32(0), jnp.int32(-1))
+    >>> sent.tolist(), [int(v) for v in following]  # gap, sign and level of each: (3 + 1 + 3) + (3 + 1 + 1)
+    ([12, 0, 0], [4, 3])
+    """
     level = level.ravel().astype(jnp.int32)
     inside = jnp.ones(level.shape, bool) if part.inside is None else part.inside.ravel()
     gap, latest = gaps(level > 0, inside, before, last)

@@ -31,6 +31,14 @@ def planner(
       down_bits: (sent) -> [L, 3] bits of the model at each level.
       gradient: for selections that ask for it.
       known: (state, ids) -> what the server weighs the replies of these clients with, see ``Plan``.
+
+    >>> from types import SimpleNamespace
+    >>> from hetfl_jax.parts import select
+    >>> plan = planner(select.uniform(2), select.own_level(), None, None, None, 2)
+    >>> people = Population(None, None, None, None, jnp.ones(3, int), jnp.ones(3, int), None, levels=((), ()))
+    >>> found = plan(jax.random.key(0), 0, SimpleNamespace(select=()), people, None)
+    >>> found.valid.tolist(), found.level.tolist(), found.asked  # nobody was asked
+    ([True, True], [1, 1], ())
     """
 
     def plan(key: Array, round: Array, state: PyTree, population: Population, survey: Callable[..., PyTree]) -> Plan:
@@ -140,13 +148,34 @@ def first_receipt(plan: Plan, seen: Seen) -> Seen:
     """``seen`` without the bits of a model that a survey of the same round had already brought to the client.
 
     A client that was asked at the level at which it then trains has the model; it is not sent again.
+
+    Args:
+      plan: of the round, with what its survey cost.
+      seen: leaves [K, ...], of its items.
+
+    >>> seen = Seen((), jnp.zeros((1, 2, 1)), jnp.array([[64, 0, 0]]), ())
+    >>> asked = Account(jnp.array([7]), jnp.array([0]), jnp.array([True]), (), seen)
+    >>> plan = Plan(jnp.array([7, 3]), jnp.ones(2, bool), jnp.zeros(2, int), asked=asked)
+    >>> first_receipt(plan, seen._replace(down=jnp.array([[64, 0, 0], [64, 0, 0]]))).down.tolist()
+    [[0, 0, 0], [64, 0, 0]]
     """
     had = brought(plan, seen.work.shape[-1])
     return seen if had is None else seen._replace(down=seen.down - had)
 
 
 def brought(plan: Plan, levels: int) -> Array | None:
-    """[K, 3] bits of the model that a survey has brought to each item's client at its level; ``None`` without one."""
+    """[K, 3] bits of the model that a survey has brought to each item's client at its level; ``None`` without one.
+
+    Args:
+      plan: of the round.
+      levels: L.
+
+    >>> seen = Seen((), (), jnp.array([[64, 0, 0]]), ())
+    >>> asked = Account(jnp.array([7]), jnp.array([0]), jnp.array([True]), (), seen)
+    >>> plan = Plan(jnp.array([7, 3, 7]), jnp.ones(3, bool), jnp.array([0, 0, 1]), asked=asked)
+    >>> brought(plan, 2).tolist()  # the last item trains at another level than the survey asked for
+    [[64, 0, 0], [0, 0, 0], [0, 0, 0]]
+    """
     if not isinstance(plan.asked, Account):
         return None
     asked = plan.asked

@@ -78,11 +78,22 @@ def encoded(
     """(what the server gets of the change, and of the ``extra``, memory, [3] bits of all); what is not coded as it is.
 
     Args:
+      family: of the model.
+      uplink: ``None`` sends everything as it is.
+      delta: the change, by collection, at the client's level.
+      extra: what the drift sends besides, ``{"params": tree}`` or ``{}``.
       travelling: the variables that leave the client, at full shape.
+      context: the client's; its key draws, its level counts.
+      memory: of the codecs, at the client's level.
 
-    uplink: ``None`` sends everything as it is.
-    context: the client's; its key draws, its level counts.
-    memory: of the codecs, at the client's level.
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import codec
+    >>> fam = families.family(MLP(hidden=(4,)), [{}], jnp.zeros((1, 3)))
+    >>> delta, context = families.init(fam, jax.random.key(0)), ClientContext(jax.random.key(0), 0, 0, (), (), (), {})
+    >>> signs = codec.make("signs", fam, error_feedback=True)
+    >>> coded, plain = (encoded(fam, by, delta, {}, delta, context, memory_of(signs, delta)) for by in (signs, None))
+    >>> int(bits.total(coded[3])), int(bits.total(plain[3])), plain[0] is delta
+    (194, 2112, True)
     """
     codecs = {} if uplink is None else {"params": uplink, **uplink.also}
     plain = {"model": {k: v for k, v in travelling.items() if k not in codecs}, "extra": extra}
@@ -131,6 +142,24 @@ def price_of(
     Args:
       codecs: of the uplink and of the downlink.
       travels: of a ``Sent``, what leaves the server.
+      drift: what it sends besides the model counts as sent.
+      init, send: of the algorithm; they are traced for shapes alone.
+
+    Returns:
+      A ``Price`` with bits down and up, [L] int64, coded and plain.
+
+    Raises:
+      ValueError: a codec of what a method sends besides the model, where it sends nothing.
+
+    >>> from hetfl_jax.models import MLP, families
+    >>> from hetfl_jax.parts import codec, drift
+    >>> from hetfl_jax.parts.compose import Sent
+    >>> fam = families.family(MLP(hidden=(4,)), [dict(width=1.0), dict(width=0.5)], jnp.zeros((1, 3)))
+    >>> init, send = lambda key: (families.init(fam, key), {}), lambda variables, round: Sent(variables)
+    >>> signs = codec.make("signs", fam, error_feedback=True)
+    >>> price = price_of(fam, (signs, None), drift.none(), init, send, lambda sent: sent)
+    >>> price.down.tolist(), price.up.tolist()
+    ([2112, 1216], [194, 166])
     """
     key, now = jax.random.key(0), jnp.int32(0)
     server, memory = jax.eval_shape(init, key)

@@ -88,6 +88,12 @@ def groups(sources: Sequence[Source], finished: set[int]) -> list[Group]:
 
     Raises:
       ValueError: there are fewer than two groups, or two runs of one config, folder and seed.
+
+    >>> point = Point("", Path(), {}, "done", None, None, {}, [], [], {}, {}, {})
+    >>> runs = [point._replace(config={SEED: seed, "train.rounds": n}) for n in (5, 9) for seed in (0, 1)]
+    >>> found = groups([Source(Path("runs"), (), runs, {})], {id(run) for run in runs})
+    >>> [(group.name, list(group.points)) for group in found]
+    [('rounds 5', [0, 1]), ('rounds 9', [0, 1])]
     """
     kept = [(n, p) for n, source in enumerate(sources) for p in source.points if id(p) in finished]
     alike: dict[str, list[tuple[int, Point]]] = {}
@@ -159,6 +165,11 @@ def values_of(point: Point, metric: str) -> dict[str, float]:
 
     Raises:
       ValueError: the run has no such metric, with those it has.
+
+    >>> point = Point("", Path("runs/a"), {}, "done", None, None, {}, [], [], {}, {}, {})
+    >>> point = point._replace(lines=[{"round": 1, "accuracy": {"a": 0.5, "b": 0.25}, "seconds": 2}])
+    >>> values_of(point, "accuracy"), values_of(point, "seconds")
+    ({'a': 0.5, 'b': 0.25}, {'': 2.0})
     """
     last = evaluated(point.lines)[-1]
     found = last.get(metric)

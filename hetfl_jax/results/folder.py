@@ -96,6 +96,13 @@ def claim(folder: Path, config: Arguments, complete: Complete, *, resume: bool, 
     Raises:
       ValueError: it holds a run and neither ``resume`` nor ``overwrite`` was given, its config is another, or there is
         none to resume.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "run"
+    >>> claim(folder, {"train": {"rounds": 3}}, dict, resume=False, overwrite=False)
+    >>> json.loads((folder / "config.json").read_text())
+    {'train': {'rounds': 3}}
+    >>> claim(folder, {"train": {"rounds": 3}}, dict, resume=True, overwrite=False)
     """
     check_folder(folder, config, complete, resume=resume, overwrite=overwrite)
     saved = folder / "config.json"

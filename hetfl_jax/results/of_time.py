@@ -43,6 +43,11 @@ def sentence(summary: Line) -> str:
 
     Args:
       summary: with what ``summed`` returns.
+
+    >>> parts = {"level_seconds": {"a": 7200.0}, "level_macs": {"a": 3e12}, "level_bytes": {"a": 5e6}}
+    >>> print(sentence({"simulated_seconds": 5400.0, "late": 1, **parts}).strip())
+    simulated time 1.50 h, 1 late replies left out; devices worked 2.00 h:
+      a: 2.00 h, 3e+03 GMACs, 5.00 MB
     """
     if "simulated_seconds" not in summary:
         return ""

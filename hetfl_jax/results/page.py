@@ -74,6 +74,13 @@ def render(page: Page, output: Path) -> str:
     Args:
       page: what it shows.
       output: the file that it will be written to; links to the runs' folders are relative to where it lies.
+
+    >>> lines = [{"round": 1, "accuracy": {"a": 0.5}}]
+    >>> point = Point("one", Path("runs/one"), {}, "done", None, None, {}, lines, [], {}, {}, {})
+    >>> page = Page([Source(Path("runs/one"), (), [point], {})], (), [{}], [None])
+    >>> text = render(page, Path("page.html"))
+    >>> text[:15], len(text) < LARGEST
+    ('<!DOCTYPE html>', True)
     """
     drawn = _first_guess([p.lines for s in page.sources for p in s.points])
     while True:
@@ -114,6 +121,7 @@ def data(page: Page, beside: Path, drawn: int) -> Line:
     """What the page's program reads.
 
     Args:
+      page: what it shows.
       beside: the folder of the page.
       drawn: most evaluated rounds of a point.
 
@@ -121,6 +129,12 @@ def data(page: Page, beside: Path, drawn: int) -> Line:
       ``points`` (see ``_point_data``), ``keys`` in which they differ, ``levels`` and ``metrics`` by name, ``score`` and
       whether ``least`` of it is best, ``partitions``, ``arrays`` (points name theirs by number), and ``fewer``: how
       many evaluated rounds are drawn where not all are, else 0.
+
+    >>> lines = [{"round": n, "accuracy": {"a": 0.5}} for n in (1, 2, 3)]
+    >>> point = Point("one", Path("runs/one"), {}, "done", None, None, {}, lines, [], {}, {}, {})
+    >>> found = data(Page([Source(Path("runs/one"), (), [point], {})], (), [{}], [None]), Path(), drawn=2)
+    >>> found["title"], found["score"], found["fewer"]
+    ('one', 'accuracy', 2)
     """
     points = [p for s in page.sources for p in s.points]
     lines = [line for p in points for line in p.lines]

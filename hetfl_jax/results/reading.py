@@ -101,6 +101,12 @@ def read(folder: str | Path) -> Source:
 
     Raises:
       ValueError: it holds none of them, or a file in it is damaged.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"run": {"seed": 0}}')
+    >>> [(point.config, point.status) for point in read(folder).points]
+    [({'run.seed': 0}, 'running')]
     """
     folder = Path(folder)
     if (folder / SWEEP).exists():
@@ -189,6 +195,13 @@ def gather(folders: Sequence[str | Path]) -> tuple[list[Source], tuple[str, ...]
 
     Raises:
       ValueError: a folder is named twice, or cannot be read.
+
+    >>> import tempfile
+    >>> folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
+    >>> for seed, folder in enumerate(folders):
+    ...     _ = (folder / "config.json").write_text(json.dumps({"run": {"seed": seed}, "train": {"rounds": 5}}))
+    >>> gather(folders)[1:]
+    (('run.seed',), [{'run.seed': 0}, {'run.seed': 1}])
     """
     if not folders:
         raise ValueError("no folder: need at least one run or sweep (RUN_OR_SWEEP)")

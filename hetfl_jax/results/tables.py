@@ -36,6 +36,9 @@ def environment(devices: int) -> Line:
 
     Args:
       devices: over how many the run is spread; results move by 1e-7 with it.
+
+    >>> [name for name in environment(1) if name.startswith("jax")]
+    ['jax', 'jaxlib']
     """
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "hetfl_jax")
     return {
@@ -64,6 +67,12 @@ def headline(config: Config, named: Arguments, clients: int) -> str:
       config: resolved.
       named: names of method, source, net and split.
       clients: of the population.
+
+    >>> from ml_collections import ConfigDict
+    >>> blocks = {"method": {"args": {"cohort": 5}}, "family": {"mix": "a1-b1"}, "train": {"rounds": 9}}
+    >>> named = {"method": "fedavg", "source": "digits", "net": "mlp", "split": "iid"}
+    >>> headline(ConfigDict(blocks), named, 20)
+    'fedavg on digits: mlp a1-b1, 20 clients (iid), 5 a round, 9 rounds'
     """
     active = config.method.args.get("cohort", "?")
     return (
