@@ -71,8 +71,14 @@ def events(folder: Path) -> list[Event]:
     >>> _ = square(x), profiled(lambda: square(x), folder)
     >>> {event.module for event in events(folder)}
     {'jit__lambda'}
+    >>> events(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere: no trace is below it (--profile)
     """
-    data = ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
+    traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not traces:
+        raise ValueError(f"{folder}: no trace is below it (--profile)")
+    data = ProfileData.from_file(str(traces[-1]))
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]  # also of a compiler without a device
     return _operations(devices) or _operations(planes)

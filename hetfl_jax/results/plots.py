@@ -60,8 +60,7 @@ def plot(
 
     Returns:
       The files: ``accuracy.png`` (or by the score's name), ``bytes.png``, ``partition.png``, ``training_loss.png``
-        where
-      there is a loss, and ``clients.png`` where clients have test data of their own.
+      where there is a loss, and ``clients.png`` where clients have test data of their own.
     """
     points = evaluated(lines)
     sent = [(p.get("down_bytes", 0) + p.get("up_bytes", 0)) / 1e6 for p in points]
