@@ -3,7 +3,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const DASHES = ["", "8 4", "8 3 2 3", "2 3"];
 const COLORS = 8;
-const MOST_KEYS = 3;
+const MOST_KEYS = 5;
 const MOST_LINES = COLORS * DASHES.length;
 const ALL = " all";
 
