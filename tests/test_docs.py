@@ -102,10 +102,10 @@ def test_tutorials_are_stored_without_output_and_are_on_the_site():
 
 #: docstring lines over lines of code that each room reached, and the package as a whole
 REACHED = {
-    "core": 0.57, "models": 0.46, "data": 0.48, "parts": 0.55, "clusters": 0.46, "methods": 0.6,
-    "engine": 0.5, "results": 0.48, "run": 0.34,
+    "core": 0.65, "models": 0.49, "data": 0.52, "parts": 0.66, "clusters": 0.56, "methods": 0.65,
+    "engine": 0.61, "results": 0.53, "run": 0.35,
 }  # fmt: skip
-REACHED_TOGETHER = 0.48
+REACHED_TOGETHER = 0.53
 
 
 def docstring_ratio(*rooms):
