@@ -62,10 +62,13 @@ def test_two_hosts_of_which_one_is_lost_write_the_tables_of_one(tmp_path):
     assert first.wait(timeout=120) == 143
     assert "waiting for other hosts, " in first.communicate()[0]
 
+    done = [shared / alone.folder.name / f"run.seed={seed}" / "table.json" for seed in SEEDS[::2]]
+    written = [path.stat().st_mtime_ns for path in done]
     started = [launch(shared, number, "--resume") for number in range(2)]
     texts = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], texts
     assert statuses(shared) == ["done"] * 5
+    assert [path.stat().st_mtime_ns for path in done] == written, "what was done is not run again"
     for name in ("sweep.csv", "summary.csv"):
         told = [(folder / alone.folder.name / name).read_text().splitlines() for folder in (shared, tmp_path / "alone")]
         ours, theirs = ([line for line in lines if ",seconds," not in line] for lines in told)

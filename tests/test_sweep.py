@@ -210,7 +210,7 @@ WRONG = {
     "lists of two lengths": (["run.seed=0..1", "train.rounds=1", "--zip"], "parallel lists of different lengths"),
     "where it is written": (["run.name=a,b"], "a sweep names its points itself"),
     "a name too long": (["data.source=npz:" + 200 * "x"], "has a name of 216 bytes, allowed 200"),
-    "no such generator": (["--sweep=nothing"], "sweep 'nothing' is not one of none of"),
+    "no such generator": (["--sweep=nothing"], "sweep 'nothing' is not one of mixes of"),
 }  # fmt: skip
 
 

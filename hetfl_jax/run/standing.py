@@ -54,12 +54,21 @@ ALONE = Host()
 
 
 def told_of(folder: Path, names: Container[str]) -> dict[str, Line]:
-    """Points of these names as any host of a sweep tells of them: done, where one says so."""
+    """Points of these names as any host of a sweep tells of them: done, where one says so.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name, status in (("sweep.json", DONE), ("sweep_1.json", WAITING)):
+    ...     write_json(folder / name, {"points": [{"name": "run.seed=0", "status": status}]})
+    >>> told_of(folder, ["run.seed=0"])
+    {'run.seed=0': {'name': 'run.seed=0', 'status': 'done'}}
+    """
     found: dict[str, Line] = {}
     for path in sorted(folder.glob("sweep*.json")):
         for point in json.loads(path.read_text())["points"]:
-            if point["name"] in names and found.get(point["name"], point)["status"] != DONE:
-                found[point["name"]] = point
+            name = point["name"]
+            if name in names and (name not in found or found[name]["status"] != DONE):
+                found[name] = point
     return found
 
 
