@@ -18,7 +18,7 @@ from hetfl_jax.models.windows import memory_extents
 from hetfl_jax.parts import afford, choose, explore, pace, select, simulate
 from hetfl_jax.parts import online as presence
 from hetfl_jax.run import ledger
-from tests.contract import BY_NAME, EXECUTORS, play
+from tests.contract import BY_NAME, EXECUTORS, begun, play
 from tests.helpers import mlp_family, sgd, toy_population, worst
 
 THREE = ({"width": 1.0}, {"width": 0.5}, {"width": 0.25})
@@ -185,8 +185,7 @@ def test_a_deadline_of_0_leaves_the_model_and_counts_everybody():
     )
     pop = with_devices(toy_population())
     state, infos, _ = play(algorithm, executor("bucketed"), pop)
-    before = algorithm.init(jax.random.fold_in(jax.random.key(7), 0))[0]
-    assert worst(state.server.server, before.server) == 0
+    assert worst(state.server.server, begun(algorithm, pop).server.server) == 0
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(state.memory))
     for info in infos:
         assert info.numbers["late"] == 5
