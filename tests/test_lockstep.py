@@ -23,12 +23,12 @@ SMALL = ("family.net=mlp", "family.norm=none", "family.hidden=(8,)", "run.eval_m
 OVER = {"train.learning_rate": [0.02, 0.05], "run.seed": [0, 1]}
 METHODS = {
     "fedavg": ("heterofl_digits:mix=a1", "method.name=fedavg", "data.seed=0"),
-    "heterofl": ("heterofl_digits:mix=a1-b1",),
-    "feddyn": ("heterofl_digits:mix=a1", "method.name=feddyn", "train.momentum=0.0"),
+    # With memory of clients.
+    "heterofl": ("heterofl_digits:mix=a1-b1", "capacity.name=fixed", "uplink.name=qsgd", "uplink.args.levels=4",
+                 "uplink.error_feedback=True"),
     "power_of_choice": ("heterofl_digits:mix=a1-b1", "select.name=power_of_choice", "select.args.candidates=12"),
     "ifca": ("heterofl_digits:mix=a1", "method.name=ifca", "method.args.clusters=2"),
-    "qsgd": ("heterofl_digits:mix=a1", "uplink.name=qsgd", "uplink.args.levels=4", "uplink.error_feedback=True"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
