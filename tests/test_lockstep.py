@@ -99,7 +99,7 @@ def test_a_point_that_is_lost_does_not_stop_the_others(tmp_path):
     same(numbers(alone), numbers(at_once))
 
 
-def test_where_a_program_of_all_fails_points_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+def test_where_a_program_of_all_fails_points_run_one_after_the_other(tmp_path, monkeypatch):
     calls = []
 
     def full(self, asked):
@@ -108,10 +108,11 @@ def test_where_a_program_of_all_fails_points_run_one_after_the_other(tmp_path, m
 
     alone = run(tmp_path / "alone", *METHODS["fedavg"])
     monkeypatch.setattr(lockstep.Lockstep, "_together", full)
-    at_once = run(tmp_path / "together", *METHODS["fedavg"], points=4)
+    said = "4 points run one after the other: RESOURCE_EXHAUSTED: out of memory while allocating"
+    with pytest.warns(UserWarning, match=said):
+        at_once = run(tmp_path / "together", *METHODS["fedavg"], points=4)
     assert calls == [4]
     assert [e.status for e in at_once.points] == [DONE] * 4
-    assert "4 points run one after the other: RESOURCE_EXHAUSTED: out of memory while" in capsys.readouterr().out
     same(numbers(alone), numbers(at_once), 0)
 
 
@@ -133,9 +134,14 @@ def test_runs_of_a_full_sweep_have_checkpoints_and_go_on(tmp_path):
         kept.close()
 
 
-def test_methods_that_work_on_the_host_run_alone(tmp_path):
+def test_methods_that_work_on_the_host_run_alone(tmp_path, monkeypatch):
+    """The reason is told once, not for every point."""
+    monkeypatch.setattr(workers, "Lockstep", lambda *args: pytest.fail("points met"))
     changes = ("method.name=cfl", "train.store=device", "method.args.cohort=20")
-    found = run(tmp_path, "heterofl_digits:mix=a1", *changes, over={"run.seed": [0, 1]}, points=2)
+    with pytest.warns(UserWarning, match="one after the other") as said:
+        found = run(tmp_path, "heterofl_digits:mix=a1", *changes, over={"run.seed": [0, 1]}, points=2)
+    line = "points run one after the other: the method works on the host between rounds (method.name)"
+    assert [str(each.message) for each in said if "one after" in str(each.message)] == [line]
     assert [e.status for e in found.points] == [DONE] * 2
 
 

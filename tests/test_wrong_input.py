@@ -40,6 +40,7 @@ KEYS = {
     "train.decay_layers=('nope',)": "layer 'nope' is not one of dense_0, head (train.decay_layers)",
     "train.devices=99": "99 devices, allowed 1..",
     "train.clients_per_chunk=-1": "clients_per_chunk -1, allowed >= 0",
+    "train.points_at_once=-1": "points_at_once -1, allowed >= 0 (train.points_at_once)",
     "train.store=disk": "store 'disk' is not one of device, host, file (train.store)",
     "train.executor=fast": "executor 'fast' is not one of vmapped, chunked, bucketed, debugging",
     "run.seed=-1": "seed -1, allowed 0..4294967295 (run.seed)",

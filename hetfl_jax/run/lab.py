@@ -160,6 +160,8 @@ def check_run(config: Config) -> None:
     """
     if config.train.rounds < 1:
         raise ValueError(f"rounds {config.train.rounds}, allowed >= 1 (train.rounds)")
+    if config.train.points_at_once < 0:
+        raise ValueError(f"points_at_once {config.train.points_at_once}, allowed >= 0 (train.points_at_once)")
     for block, name, low in (("run", "seed", 0), ("data", "seed", -1)):
         if not low <= config[block][name] < 2**32:
             raise ValueError(f"seed {config[block][name]}, allowed {low}..{2**32 - 1} ({block}.{name})")

@@ -28,6 +28,10 @@ class Ask(NamedTuple):
     reuse: bool
 
 
+#: by program and argument: the points' arrays, and their stack
+Stacked = dict[Hashable, tuple[tuple[Any, ...], jax.Array]]
+
+
 class Stack:
     """An array of all points, [P, ...], and its copy on the host once somebody asked for it."""
 
@@ -79,7 +83,11 @@ class Row:
 
 
 def whole(values: PyTree) -> PyTree:
-    """Rows taken out of their stacks; other leaves as they are."""
+    """Rows taken out of their stacks; other leaves as they are.
+
+    >>> whole((Row(Stack(jnp.array([5, 6])), 1), 0.1))
+    (Array(6, dtype=int32), 0.1)
+    """
     return jax.tree.map(lambda leaf: leaf.__jax_array__() if isinstance(leaf, Row) else leaf, values)
 
 
@@ -106,6 +114,7 @@ class Lockstep:
         self._programs = {} if programs is None else programs
         self._there = set(range(points) if there is None else there)
         self._asked: dict[int, Ask] = {}
+        self._stacked: Stacked = {}
         self._given: dict[int, Any] = {}
         self._turn = threading.Condition()
 
@@ -157,12 +166,20 @@ class Lockstep:
         return True
 
     def _together(self, asked: Mapping[int, Ask]) -> PyTree:
-        """Results by place. A place that nobody has any more gets the arguments of the first that somebody has."""
+        """Results by place. A place that nobody has any more goes on from its last row, or runs as the first point."""
         name, fn, args, reuse = asked[min(asked)]
         structure = jax.tree.structure(args)
-        rows = [jax.tree.leaves(asked[place].args if place in asked else args) for place in range(self.points)]
-        columns = [_column(leaves) for leaves in zip(*rows, strict=True)]
+        rows = [
+            jax.tree.leaves(asked[place].args)
+            if place in asked
+            else [_at(leaf, place) for leaf in jax.tree.leaves(args)]
+            for place in range(self.points)
+        ]
         given_away = len(jax.tree.leaves(args[0])) if reuse else 0
+        columns = [
+            _column(leaves, {} if number < given_away else self._stacked, (name, number))
+            for number, leaves in enumerate(zip(*rows, strict=True))
+        ]
         axes = tuple(axis for _, axis in columns)
         known = (name, structure, axes)
         if known not in self._programs:
@@ -180,8 +197,19 @@ class Lockstep:
         return {place: jax.tree.map(lambda stack, p=place: Row(stack, p), stacks) for place in asked}
 
 
-def _column(leaves: tuple[Any, ...]) -> tuple[Any, int | None]:
+def _at(leaf: Any, place: int) -> Any:
+    """The row of another place in a leaf's stack; a leaf that is no row, as it is."""
+    return Row(leaf.stack, place) if isinstance(leaf, Row) else leaf
+
+
+def _column(
+    leaves: tuple[Any, ...], stacked: Stacked | None = None, argument: Hashable = None
+) -> tuple[Any, int | None]:
     """One leaf of all points as an argument, and its axis of points: none where all points have the same.
+
+    Args:
+      stacked: the last stack of each argument, used again while points give the same arrays, such as their data.
+      argument: which one this is.
 
     >>> _column((0.1, 0.1)), _column((0.1, 0.2))[1]
     ((0.1, None), 0)
@@ -197,7 +225,11 @@ def _column(leaves: tuple[Any, ...]) -> tuple[Any, int | None]:
         isinstance(leaf, Row) and leaf.stack is first.stack and leaf.place == place for place, leaf in enumerate(leaves)
     ):
         return first.stack.array, 0
-    return jnp.stack([whole(leaf) for leaf in leaves]), 0
+    if stacked is None or any(isinstance(leaf, Row) for leaf in leaves):
+        return jnp.stack([whole(leaf) for leaf in leaves]), 0
+    if argument not in stacked or any(leaf is not other for leaf, other in zip(leaves, stacked[argument][0])):
+        stacked[argument] = leaves, jnp.stack(leaves)
+    return stacked[argument][1], 0
 
 
 def alone(algorithm: Algorithm, executor: Executor, store: Store) -> str | None:

@@ -56,7 +56,8 @@ class Shared:
         self.programs: dict[str, list[Programs]] = {}
         self.rooms: dict[str, list[room.Room]] = {}
         self.together: dict[tuple[int, int], dict[Hashable, Callable[..., PyTree]]] = {}
-        self._placed: dict[jax.Device | None, tuple[Array, tuple[Array, Array]]] = {}
+        self.said: set[str] = set()  #: what holds for all runs and is told once
+        self._placed: dict[tuple[jax.Device | None, str], tuple[Array, Array]] = {}
 
     def count(self) -> int:
         """How many programs of a round there are."""
@@ -66,10 +67,14 @@ class Shared:
         self, population: Population, device: jax.Device | None, place: Callable[[PyTree], PyTree]
     ) -> tuple[Array, Array]:
         """Examples and labels on a device, the same arrays for all runs that have the same ones in a row."""
-        known = self._placed.get(device)
-        if known is None or known[0] is not population.x:
-            known = self._placed[device] = population.x, place((population.x, population.y))
-        return known[1]
+
+        def placed(name: str, array: Array) -> Array:
+            known = self._placed.get((device, name))
+            if known is None or known[0] is not array:
+                known = self._placed[device, name] = array, place(array)
+            return known[1]
+
+        return placed("x", population.x), placed("y", population.y)
 
     def in_room(self, config: Config, fed: Federation) -> Federation:
         """The federation with arrays as long as those of other runs, where that changes nothing else."""

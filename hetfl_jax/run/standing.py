@@ -22,6 +22,7 @@ from hetfl_jax.run.report import report
 from hetfl_jax.run.train import Result
 
 DONE, FAILED, WAITING = "done", "failed", "waiting"
+_ORDER = {DONE: 0, FAILED: 1, WAITING: 2}
 POLL = 1.0  #: seconds between looks at what other hosts have done
 
 
@@ -54,11 +55,11 @@ ALONE = Host()
 
 
 def told_of(folder: Path, names: Container[str]) -> dict[str, Line]:
-    """Points of these names as any host of a sweep tells of them: done, where one says so.
+    """Points of these names as any host of a sweep tells of them: done before failed, failed before waiting.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
-    >>> for name, status in (("sweep.json", DONE), ("sweep_1.json", WAITING)):
+    >>> for name, status in (("sweep.json", WAITING), ("sweep_1.json", DONE), ("sweep_2.json", FAILED)):
     ...     write_json(folder / name, {"points": [{"name": "run.seed=0", "status": status}]})
     >>> told_of(folder, ["run.seed=0"])
     {'run.seed=0': {'name': 'run.seed=0', 'status': 'done'}}
@@ -67,7 +68,7 @@ def told_of(folder: Path, names: Container[str]) -> dict[str, Line]:
     for path in sorted(folder.glob("sweep*.json")):
         for point in json.loads(path.read_text())["points"]:
             name = point["name"]
-            if name in names and (name not in found or found[name]["status"] != DONE):
+            if name in names and (name not in found or _ORDER[point["status"]] < _ORDER[found[name]["status"]]):
                 found[name] = point
     return found
 
@@ -99,13 +100,13 @@ class Standing:
     def gather(self, stop: threading.Event, quiet: bool) -> None:
         """Take over what the other hosts have run; the first one waits until nothing is left, or ``stop`` is set."""
         told = False
-        while True:
+        while self.host.hosts > 1:
             for name, point in told_of(self.folder, self.ended).items():
                 if self.ended[name].status == WAITING and point["status"] != WAITING:
                     known = self.ended[name]._replace(status=point["status"], error=point["error"])
                     self.ended[name] = known._replace(seconds=point["seconds"])
             left = [name for name, e in self.ended.items() if e.status == WAITING]
-            if not left or self.host.number or self.host.hosts == 1 or stop.is_set():
+            if not left or self.host.number or stop.is_set():
                 return
             if not told:
                 tables.say(f"waiting for other hosts, {len(left)} points are left: {self.folder}", quiet)

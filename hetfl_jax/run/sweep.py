@@ -61,8 +61,8 @@ def sweep(
       full: write checkpoints and plots of every point too, as ``train`` does; a point that was interrupted then goes on
         from its checkpoint, else it starts again.
       names: a point's name from its values, in place of ``key=value,...``.
-      process, processes: of several hosts that share the folder, the number of this one, and how many there are. Each
-        runs every so manieth point; the first one waits for the others, and writes the tables and the page.
+      process, processes: of several hosts that share the folder, the number of this one, and how many there are. Host 1
+        of 4 runs points 1, 5, 9, ...; host 0 waits for the others, and writes the tables and the page.
 
     Returns:
       A ``Sweep``. The folder ``run.folder/run.name`` holds ``report.html`` (a page of all points), ``sweep.json``,
@@ -93,9 +93,8 @@ def sweep(
     todo = [_on_one_device(point, names) for point in points(base, listed, folder, method)]
     own, shared = Own(net, data, split, method), Shared()
     _check(todo, own)
-    with on_sigterm() as stop:
-        while host.number and not (folder / "sweep.json").exists() and not stop.wait(POLL):
-            pass  # the first host makes the folder the sweep's own
+    if host.number:
+        _wait_for_first(folder, quiet)
     resume = resume or host.number > 0
     before = _claim(folder, base, todo, resume=resume, overwrite=overwrite, full=full, method=method)
     _check_done(before, folder, own)
@@ -134,6 +133,20 @@ def _host(process: int, processes: int, overwrite: bool) -> Host:
     if processes > 1 and overwrite:
         raise ValueError(f"--overwrite of a sweep of {processes} hosts: delete its folder first, or see --resume")
     return Host(process, processes)
+
+
+def _wait_for_first(folder: Path, quiet: bool) -> None:
+    """Wait until the first host has made the folder the sweep's own.
+
+    Raises:
+      Stopped: SIGTERM came first.
+    """
+    with on_sigterm() as stop:
+        if not (folder / "sweep.json").exists():
+            tables.say(f"waiting for the first host (--process=0): {folder}", quiet)
+        while not (folder / "sweep.json").exists():
+            if stop.wait(POLL):
+                raise Stopped(f"{folder}: stopped, the first host has not begun")
 
 
 def _on_one_device(point: Point, names: Callable[[Mapping[str, Any]], str] | None) -> Point:
@@ -225,8 +238,11 @@ def describe(config: Config, over: Sequence[Mapping[str, Any]], own: Own | None 
     """
     own, shared = own or Own(), Shared()
     todo = [_on_one_device(p, None) for p in points(config, over, Path(config.run.folder) / config.run.name)]
-    labs = [prepare(point.config, own, None, shared) for point in todo]
-    programs, workers = shared.count(), min(jax.local_device_count() * at_once(labs[0]), len(todo))
+    together = 1
+    for number, point in enumerate(todo):
+        lab = prepare(point.config, own, None, shared)
+        together = at_once(lab, shared.said) if number == 0 else together
+    programs, workers = shared.count(), min(jax.local_device_count() * together, len(todo))
     rounds = sum(point.config.train.rounds for point in todo)
     head = f"{len(todo)} points, {rounds} rounds, {programs} programs of a round, {workers} points at once"
     return "\n".join(

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,12 +10,11 @@ from typing import Any, NamedTuple
 import jax
 
 from hetfl_jax.core import machine, platform
-from hetfl_jax.results import tables
 from hetfl_jax.results.progress import Whole
 from hetfl_jax.run.evaluate import Metric
 from hetfl_jax.run.given import Own
 from hetfl_jax.run.lab import Lab, prepare
-from hetfl_jax.run.lockstep import Lockstep, Seat
+from hetfl_jax.run.lockstep import Lockstep, Seat, alone
 from hetfl_jax.run.points import Point
 from hetfl_jax.run.programs import Shared, fixed
 from hetfl_jax.run.standing import DONE, FAILED, Ended, Standing
@@ -111,18 +111,20 @@ def in_threads(tasks: Sequence[Callable[[], Any]], stop: threading.Event) -> Non
         raise lost[0]
 
 
-def at_once(lab: Lab) -> int:
+def at_once(lab: Lab, said: set[str]) -> int:
     """How many points like this one run at once on a device: as the config says, or 1 on a CPU, else what fits.
 
-    Raises:
-      ValueError: a number below 0.
+    Args:
+      said: why points run one after the other, where they have to; a reason that is new is told.
     """
-    asked = lab.config.train.points_at_once
-    if asked < 0:
-        raise ValueError(f"points_at_once {asked}, allowed >= 0 (train.points_at_once)")
-    if asked or platform.current().name == "cpu":
-        return asked or 1
-    return fitting(lab, machine.device_memory())
+    asked = lab.config.train.points_at_once or (1 if platform.current().name == "cpu" else 0)
+    why = alone(lab.federation.algorithm, lab.executor, lab.store)
+    if why is None:
+        return asked or fitting(lab, machine.device_memory())
+    if asked != 1 and why not in said:
+        said.add(why)
+        warnings.warn(f"points run one after the other: {why}", stacklevel=2)
+    return 1
 
 
 def fitting(lab: Lab, memory: int) -> int:
@@ -166,7 +168,7 @@ class Worker(NamedTuple):
         if not built:
             return bool(first)
         one = built[0]
-        if one.seat.programs is not None and (count := at_once(one.lab)) > 1:
+        if (count := at_once(one.lab, self.shared.said)) > 1:
             built += self.built(waiting.take(one.point, count - 1), device)
             waiting.put_back([other.point for other in built if other.seat.programs is not one.seat.programs])
             built = [other for other in built if other.seat.programs is one.seat.programs]
@@ -201,9 +203,8 @@ class Worker(NamedTuple):
         left: list[Point] = []
         in_threads([partial(self.run, one, meeting, left) for one in built], self.stop)
         if left and not self.stop.is_set():
-            tables.say(
-                f"{len(left)} points run one after the other: {' '.join(str(meeting.lost).split())[:300]}", quiet=False
-            )
+            why = " ".join(str(meeting.lost).split())[:300]
+            warnings.warn(f"{len(left)} points run one after the other: {why}", stacklevel=2)
             for one in self.built(left, device):
                 self.run(one)
 
